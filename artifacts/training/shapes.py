@@ -1,0 +1,307 @@
+"""Train the bundled model `shapes`: a small FLUX that draws one shape on a plain ground.
+
+    python -m otcache.artifacts.training.shapes [--minutes 45] [-o artifacts/models/shapes]
+
+Renders captioned pictures, trains text encoders, autoencoder and rectified-flow transformer, writes a standard
+diffusers folder and checks, on pixels, that the pictures follow their captions. An interrupted run goes on where it
+stopped: its state is kept in the work folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from . import scenes, text
+
+SIDE = 48
+LATENT_CHANNELS = 4
+SHIFT = 3.0
+GUIDANCE = 4.0
+CAPTION_DROPOUT = 0.1
+
+
+def make_dataset(count: int, seed: int) -> tuple[torch.Tensor, list[scenes.Scene]]:
+    """Pictures uint8 (count, 3, SIDE, SIDE) and their scenes."""
+    random = np.random.default_rng(seed)
+    everything = scenes.all_scenes()
+    chosen = [scenes.place(everything[int(i)], random) for i in random.integers(len(everything), size=count)]
+    pictures = np.stack([scenes.render(scene, SIDE) for scene in chosen])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), chosen
+
+
+def pixels(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 [0, 255] → float32 [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def make_autoencoder() -> AutoencoderKL:
+    """4× smaller on each side. One norm group: more would wash flat colours out. Residual branches start at zero."""
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16, 48), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=LATENT_CHANNELS,
+        norm_num_groups=1, sample_size=SIDE, use_quant_conv=False, use_post_quant_conv=False,
+        mid_block_add_attention=False, scaling_factor=1.0, shift_factor=0.0, force_upcast=False,
+    )  # fmt: skip
+    for name, module in vae.named_modules():
+        if name.endswith("conv2"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return vae
+
+
+def train_autoencoder(pictures: torch.Tensor, *, minutes: float, seed: int = 0) -> AutoencoderKL:
+    """Train the autoencoder with a squared, later also an absolute, error and a small pull on the latents' size; sets its scale and shift."""
+    torch.manual_seed(seed)
+    vae = make_autoencoder()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2.5e-3, betas=(0.9, 0.95), weight_decay=1e-4)
+    start, step = time.monotonic(), 0
+    while (done := (time.monotonic() - start) / 60 / minutes) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 2.5e-3 * min(1.0, (step + 1) / 50) * (1 - done) ** 0.7
+        real = pixels(pictures[torch.randint(len(pictures), (8,))])
+        posterior = vae.encode(real).latent_dist
+        drawn = vae.decode(posterior.mean + 0.02 * torch.randn_like(posterior.mean)).sample
+        loss = F.mse_loss(drawn, real) + 1e-4 * posterior.mean.square().mean()
+        if done > 0.4:
+            loss = loss + 0.5 * F.l1_loss(drawn, real)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 100 == 0:
+            error = F.mse_loss((drawn + 1) / 2, (real + 1) / 2).item()
+            print(f"autoencoder: step {step}, {100 * done:.0f} %, PSNR {-10 * np.log10(error):.1f} dB", flush=True)
+    vae = vae.eval().requires_grad_(False)
+    latents = encode(vae, pictures[:1024])
+    vae.register_to_config(
+        scaling_factor=round(float(1 / latents.std()), 5), shift_factor=round(float(latents.mean()), 5)
+    )
+    return vae
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+    """Latents float32 (n, LATENT_CHANNELS, SIDE/4, SIDE/4) before scale and shift."""
+    return torch.cat([vae.encode(pixels(part)).latent_dist.mean for part in pictures.split(64)])
+
+
+def make_transformer() -> FluxTransformer2DModel:
+    """Two double and six single blocks, width 128; gates and output start at zero (adaLN-zero)."""
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=6, attention_head_dim=32,
+        num_attention_heads=4, joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=False,
+        axes_dims_rope=(8, 12, 12),
+    )  # fmt: skip
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (name.endswith(".linear") and "norm" in name or name == "proj_out"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return model
+
+
+def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the rest."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name and "norm" not in name]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=1.5e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def train_transformer(
+    latents: torch.Tensor,
+    embeddings: tuple[torch.Tensor, torch.Tensor],
+    captions: torch.Tensor,
+    *,
+    minutes: float,
+    checkpoint: Path,
+    batch: int = 64,
+    seed: int = 0,
+) -> FluxTransformer2DModel:
+    """Rectified flow with caption dropout. Returns the exponential moving average of the weights.
+
+    latents: float32 (n, tokens, 4·LATENT_CHANNELS), scaled and packed. embeddings: pooled float32 (m, 64) and token
+    features float32 (m, TEXT_LENGTH, 64) of every caption, the empty one last. captions: int64 (n, 2), two wordings.
+    """
+    torch.manual_seed(seed)
+    model = make_transformer().train()
+    average = make_transformer().requires_grad_(False)
+    optimizers = make_optimizers(model)
+    rates = [1.5e-3, 1.5e-3]
+    side = int(latents.shape[1] ** 0.5)
+    image_ids = torch.cartesian_prod(torch.zeros(1), torch.arange(side), torch.arange(side)).float()
+    text_ids = torch.zeros(text.TEXT_LENGTH, 3)
+    spent, step, losses = 0.0, 0, []
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        spent, step = state["spent"], state["step"]
+    else:
+        average.load_state_dict(model.state_dict())
+    last = time.monotonic()
+    while spent / 60 < minutes:
+        done = spent / 60 / minutes
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, (step + 1) / 100) * min(1.0, max(0.02, 2.0 * (1 - done)))
+        index = torch.randint(len(latents), (batch,))
+        data, noise = latents[index], torch.randn(batch, *latents.shape[1:])
+        caption = captions[index, torch.randint(2, (batch,))]
+        caption = torch.where(torch.rand(batch) < CAPTION_DROPOUT, len(embeddings[0]) - 1, caption)
+        uniform = torch.sigmoid(torch.randn(batch))
+        uniform = torch.where(torch.rand(batch) < 0.15, torch.rand(batch), uniform)
+        sigma = 1.6 * uniform / (1 + 0.6 * uniform)
+        noisy = torch.lerp(data, noise, sigma[:, None, None])
+        output = model(
+            hidden_states=noisy, timestep=sigma, pooled_projections=embeddings[0][caption],
+            encoder_hidden_states=embeddings[1][caption], img_ids=image_ids, txt_ids=text_ids, return_dict=False,
+        )[0]  # fmt: skip
+        loss = F.mse_loss(output, noise - data)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        decay = min(0.998, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+                slow.lerp_(fast, 1 - decay)
+        step += 1
+        losses.append(loss.item())
+        now = time.monotonic()
+        spent, last = spent + now - last, now
+        if step % 100 == 0:
+            mean = sum(losses[-100:]) / len(losses[-100:])
+            print(f"transformer: step {step}, {100 * done:.0f} %, loss {mean:.4f}", flush=True)
+        if step % 500 == 0:
+            part = checkpoint.with_suffix(".part")
+            torch.save(
+                {"model": model.state_dict(), "average": average.state_dict(), "spent": spent, "step": step,
+                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, part,
+            )  # fmt: skip
+            part.replace(checkpoint)
+    return average.eval()
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """(n, c, h, w) → (n, h/2·w/2, 4c), as FluxPipeline packs latents."""
+    count, channels, height, width = latents.shape
+    return FluxPipeline._pack_latents(latents, count, channels, height, width)
+
+
+def make_pipeline(vae, clip, clip_encoder, t5, t5_encoder, transformer) -> FluxPipeline:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    return FluxPipeline(
+        scheduler=scheduler, vae=vae, text_encoder=clip_encoder, tokenizer=clip, text_encoder_2=t5_encoder,
+        tokenizer_2=t5, transformer=transformer,
+    )  # fmt: skip
+
+
+def check(pipeline: FluxPipeline, *, count: int = 64, seed: int = 10_000) -> tuple[dict[str, float], np.ndarray]:
+    """How often pictures have the colour and ground of their caption. Returns shares in [0, 1] and the pictures."""
+    everything = scenes.all_scenes()
+    random = np.random.default_rng(seed)
+    chosen = [everything[int(i)] for i in random.choice(len(everything), size=count, replace=False)]
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = []
+    for start in range(0, count, 16):
+        part = chosen[start : start + 16]
+        pictures.append(
+            pipeline(
+                [scene.caption for scene in part], negative_prompt=[""] * len(part), true_cfg_scale=GUIDANCE,
+                num_inference_steps=50, height=SIDE, width=SIDE, max_sequence_length=text.TEXT_LENGTH, output_type="np",
+                generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
+            ).images
+        )  # fmt: skip
+    drawn = (np.concatenate(pictures) * 255).round().astype(np.uint8)
+    found = [scenes.read_colours(picture) for picture in drawn]
+    colour = np.asarray([found_colour == scene.colour for (found_colour, _), scene in zip(found, chosen, strict=True)])
+    ground = np.asarray([found_ground == scene.background for (_, found_ground), scene in zip(found, chosen, strict=True)])
+    shares = {"colour": colour.mean(), "background": ground.mean(), "both": (colour & ground).mean()}
+    return {name: round(float(value), 4) for name, value in shares.items()}, drawn
+
+
+def contact_sheet(pictures: np.ndarray, columns: int = 8, scale: int = 2) -> Image.Image:
+    """Pictures uint8 (n, height, width, 3) side by side, enlarged."""
+    count, height, width, _ = pictures.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, 3), 255, dtype=np.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = 2 + (i // columns) * (height + 2), 2 + (i % columns) * (width + 2)
+        sheet[y : y + height, x : x + width] = picture
+    image = Image.fromarray(sheet)
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
+
+
+def write_prompts(folder: Path, count: int = 64, seed: int = 1) -> None:
+    """Default calibration and evaluation prompts of the model, one caption a line."""
+    everything = scenes.all_scenes()
+    random = np.random.default_rng(seed)
+    chosen = random.choice(len(everything), size=count, replace=False)
+    (folder / "prompts.txt").write_text("".join(everything[int(i)].caption + "\n" for i in chosen))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, default=Path("artifacts/models/shapes"))
+    parser.add_argument("--work", type=Path, default=Path("artifacts/work/shapes"), help="unfinished training state")
+    parser.add_argument("--minutes", type=float, default=45, help="time for the transformer")
+    parser.add_argument("--vae-minutes", type=float, default=8)
+    parser.add_argument("--pictures", type=int, default=24_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+
+    clip, t5 = text.make_tokenizers()
+    clip_encoder, t5_encoder = text.train_encoders(clip, t5, seed=options.seed)
+    pictures, chosen = make_dataset(options.pictures, options.seed)
+    vae_folder = options.work / "vae"
+    if (vae_folder / "config.json").exists():
+        vae = AutoencoderKL.from_pretrained(vae_folder).eval()
+    else:
+        vae = train_autoencoder(pictures, minutes=options.vae_minutes, seed=options.seed)
+        vae.save_pretrained(vae_folder)
+    latents = pack((encode(vae, pictures) - vae.config.shift_factor) * vae.config.scaling_factor)
+
+    wordings = sorted({caption for scene in chosen for caption in (scene.caption, scene.long_caption)})
+    order = {caption: i for i, caption in enumerate(wordings)}
+    captions = torch.tensor([[order[scene.caption], order[scene.long_caption]] for scene in chosen])
+    with torch.no_grad():
+        pooled = clip_encoder(text.tokenize(clip, [*wordings, ""])).pooler_output
+        tokens = t5_encoder(text.tokenize(t5, [*wordings, ""]))[0]
+    transformer = train_transformer(
+        latents, (pooled, tokens), captions, minutes=options.minutes, checkpoint=options.work / "transformer.pt",
+        seed=options.seed,
+    )  # fmt: skip
+
+    pipeline = make_pipeline(vae, clip, clip_encoder, t5, t5_encoder, transformer)
+    pipeline.to(torch.float16).save_pretrained(options.output)
+    write_prompts(options.output)
+    shares, drawn = check(FluxPipeline.from_pretrained(options.output, torch_dtype=torch.float32))
+    contact_sheet(drawn).save(options.output / "samples.png")
+    (options.output / "check.json").write_text(json.dumps(shares, indent=1) + "\n")
+    weights = sum(path.stat().st_size for path in options.output.rglob("*.safetensors"))
+    print(f"follows its caption on {shares}; weights {weights / 1e6:.1f} MB; {options.output}")
+    if shares["both"] < 0.9:
+        raise SystemExit("the model does not follow its captions well enough: train for longer with --minutes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Fidelity to the uncached sampler: PSNR, SSIM, LPIPS, and the error of latents. Used by `evaluate` and the searches.
+
+Images are float arrays (n, height, width, 3) in [0, 1]; videos (n, frames, height, width, 3) count as one sample each.
+Every metric is per sample, float64 (n,). Numbers are comparable within one run only: papers differ in range, rounding
+and windows (some square differences of uint8, which wrap around).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from otcache.schemas.errors import HostError, UsageError
+from skimage.metrics import structural_similarity
+
+FloatArray = NDArray[np.float64]
+Metric = Callable[[ArrayLike, ArrayLike], FloatArray]
+
+PSNR_CAP = 100.0
+"""dB of identical images, and the largest value there is."""
+_SSIM_WINDOW = 11
+"""Gaussian window of Wang et al. 2004: sigma 1.5, 11 × 11."""
+_RANGE_SLACK = 1e-3
+"""How far outside [0, 1] rounding in float16 may take an image."""
+_LPIPS_WEIGHTS = {"alex": "alexnet-owt-*.pth", "vgg": "vgg16-*.pth", "squeeze": "squeezenet1_1-*.pth"}
+"""Torchvision's file name per LPIPS backbone in the cache of torch.hub."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Summary of one metric over samples."""
+
+    mean: float
+    std: float
+    """Standard deviation of the population (ddof 0)."""
+    worst: float
+    """The minimum, or the maximum of a metric where lower is better."""
+
+    @classmethod
+    def from_values(cls, values: ArrayLike, *, higher_is_better: bool = True) -> Quality:
+        """Summary of (n,) values, n ≥ 1."""
+        array = np.asarray(values, dtype=np.float64)
+        if array.ndim != 1 or not array.size:
+            raise UsageError(f"quality values have shape {array.shape}, expected (n,) with at least one sample")
+        worst = array.min() if higher_is_better else array.max()
+        return cls(mean=float(array.mean()), std=float(array.std()), worst=float(worst))
+
+
+def psnr(images: ArrayLike, references: ArrayLike) -> FloatArray:
+    """Peak signal-to-noise ratio in dB, 10 · log10(1 / MSE), at most `PSNR_CAP`; (n,), higher is better."""
+    found, expected = _image_pair(images, references)
+    mse = np.square(found - expected).reshape(len(found), -1).mean(axis=1)
+    return np.minimum(-10.0 * np.log10(np.maximum(mse, 1e-300)), PSNR_CAP)
+
+
+def ssim(images: ArrayLike, references: ArrayLike) -> FloatArray:
+    """Structural similarity (Gaussian window, sigma 1.5), mean over channels and frames; (n,), higher is better.
+
+    Images smaller than the window are averaged over a border as wide as they allow.
+    """
+    found, expected = _image_pair(images, references)
+    smallest = min(found.shape[-3:-1])
+    window = min(_SSIM_WINDOW, smallest if smallest % 2 else smallest - 1)
+    if window < 1:
+        raise UsageError(f"images have shape {found.shape}, expected at least 1 × 1 pixels for SSIM")
+
+    def score(image: FloatArray, reference: FloatArray) -> float:
+        value = structural_similarity(
+            image,
+            reference,
+            win_size=window,
+            data_range=1.0,
+            channel_axis=-1,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+        return float(value)
+
+    frames, reference_frames = (array.reshape(len(found), -1, *found.shape[-3:]) for array in (found, expected))
+    return np.array(
+        [
+            np.mean([score(image, reference) for image, reference in zip(*sample, strict=True)])
+            for sample in zip(frames, reference_frames, strict=True)
+        ],
+        dtype=np.float64,
+    )
+
+
+def relative_latent_error(latents: ArrayLike, references: ArrayLike) -> FloatArray:
+    """‖latents − references‖ / ‖references‖ per sample, of arrays (n, …); (n,), lower is better."""
+    found, expected = _array(latents), _array(references)
+    if found.shape != expected.shape or found.ndim < 2:
+        raise UsageError(
+            f"latents of shape {found.shape} against references of shape {expected.shape}: expected two arrays of the "
+            f"same shape (n, …)"
+        )
+    difference = np.linalg.norm((found - expected).reshape(len(found), -1), axis=1)
+    norm = np.linalg.norm(expected.reshape(len(expected), -1), axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(difference == 0.0, 0.0, difference / norm)
+
+
+def lpips_metric(net: str = "alex", *, batch_size: int = 8) -> Metric:
+    """LPIPS (arXiv 1801.03924) as a function of (images, references) → (n,), lower is better.
+
+    Nothing is downloaded: the `lpips` package and the weights of its backbone have to be on this host.
+
+    Raises:
+        UsageError: `net` is none of alex, vgg, squeeze.
+        HostError: the package or the weights are absent; the message says how to get them.
+    """
+    if net not in _LPIPS_WEIGHTS:
+        raise UsageError(f"LPIPS backbone {net!r}: expected one of {', '.join(_LPIPS_WEIGHTS)}")
+    try:
+        package = importlib.import_module("lpips")
+    except ImportError as error:
+        raise HostError(
+            f"LPIPS: the package lpips cannot be imported ({error}), expected it on this host. "
+            f"Run: pip install 'otcache[compiler,lpips]', or leave LPIPS out."
+        ) from error
+    import torch
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    if not any(folder.glob(_LPIPS_WEIGHTS[net])):
+        raise HostError(
+            f"LPIPS: the weights of its backbone {net!r} are absent, expected {_LPIPS_WEIGHTS[net]} in {folder}. "
+            f"Run once on a host with network access: python -c \"import lpips; lpips.LPIPS(net='{net}')\", "
+            f"copy the file there, or leave LPIPS out."
+        )
+    model: Any = package.LPIPS(net=net, verbose=False).eval()
+
+    def metric(images: ArrayLike, references: ArrayLike) -> FloatArray:
+        found, expected = _image_pair(images, references)
+        pairs = [
+            torch.from_numpy(array.reshape(-1, *array.shape[-3:]).astype(np.float32)).movedim(-1, 1) * 2.0 - 1.0
+            for array in (found, expected)
+        ]
+        with torch.inference_mode():
+            scores = [
+                model(image, reference).reshape(-1)
+                for image, reference in zip(*(pair.split(batch_size) for pair in pairs), strict=True)
+            ]
+        return torch.cat(scores).double().numpy().reshape(len(found), -1).mean(axis=1)
+
+    return metric
+
+
+def _array(values: Any) -> FloatArray:
+    """float64 array of anything array-like, tensors on a device included."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = (values.float() if values.is_floating_point() else values).numpy()  # numpy has no bfloat16
+    return np.asarray(values, dtype=np.float64)
+
+
+def _image_pair(images: Any, references: Any) -> tuple[FloatArray, FloatArray]:
+    """Both as float64 arrays of the same shape (n, …, height, width, 3) in [0, 1], or UsageError."""
+    found, expected = _array(images), _array(references)
+    if found.shape != expected.shape:
+        raise UsageError(
+            f"images of shape {found.shape} against references of shape {expected.shape}: expected the same shape"
+        )
+    if found.ndim not in (4, 5) or found.shape[-1] != 3 or not found.size:
+        raise UsageError(
+            f"images have shape {found.shape}, expected (n, height, width, 3) or (n, frames, height, width, 3)"
+        )
+    for name, array in (("images", found), ("references", expected)):
+        low, high = float(array.min()), float(array.max())
+        if not (low >= -_RANGE_SLACK and high <= 1.0 + _RANGE_SLACK):  # false for NaN as well
+            raise UsageError(
+                f"{name} span {low:g} … {high:g}, expected finite values in [0, 1]. Divide 8-bit images by 255; map "
+                f"[-1, 1] with x / 2 + 0.5; clip."
+            )
+    return found, expected

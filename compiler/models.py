@@ -1,0 +1,122 @@
+"""Find and load MODEL: a bundled name, a diffusers folder or a hub id. Nothing remote is executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from otcache.schemas.digest import digest_of_files, digest_of_value
+from otcache.schemas.errors import ModelError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+\Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A loaded pipeline and what identifies it."""
+
+    name: str
+    folder: Path
+    pipeline: Any
+    config_digest: str
+    weights_digest: str
+
+    @property
+    def transformer(self) -> Any:
+        """The network whose evaluations are counted: `transformer`, or `unet` in older pipelines."""
+        return getattr(self.pipeline, "transformer", None) or getattr(self.pipeline, "unet", None)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The model's own prompts (`prompts.txt` in its folder), or none."""
+        path = self.folder / "prompts.txt"
+        return read_prompts(path) if path.is_file() else []
+
+
+def bundled_folder() -> Path:
+    """Folder of the models that come with otcache."""
+    return Path(str(resources.files("otcache.artifacts"))) / "models"
+
+
+def bundled_models() -> list[str]:
+    """Names of the models that come with otcache."""
+    return sorted(path.parent.name for path in bundled_folder().glob("*/model_index.json"))
+
+
+def find_model(name: str, *, revision: str | None = None) -> Path:
+    """Folder of a bundled model, the folder itself, or a hub snapshot's.
+
+    Raises ModelError when `name` is none of these or the hub cannot be reached.
+    """
+    if name in bundled_models():
+        return bundled_folder() / name
+    folder = Path(name)
+    if (folder / "model_index.json").is_file():
+        return folder
+    known = ", ".join(bundled_models()) or "none"
+    expected = f"expected a bundled name ({known}), a folder with model_index.json, or a hub id such as org/name"
+    if folder.exists():
+        raise ModelError(f"MODEL {name!r} has no model_index.json: {expected}")
+    if not HUB_ID.match(name):
+        raise ModelError(f"MODEL {name!r} was not found: {expected}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"MODEL {name!r} is not here and could not be fetched from the hub ({reason}): {expected}") from error
+
+
+def load_model(name: str, *, revision: str | None = None, dtype: str = "float32") -> Model:
+    """Load a pipeline with its weights in `dtype` on the CPU. Raises ModelError with the reason."""
+    folder = find_model(name, revision=revision)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import diffusers
+    import torch
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            folder, torch_dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"MODEL {name!r} could not be loaded by diffusers: {reason}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    short = name if name in bundled_models() else (name if HUB_ID.match(name) and not Path(name).exists() else folder.resolve().name)
+    model = Model(
+        name=short, folder=folder, pipeline=pipeline,
+        config_digest=digest_of_value({
+            str(path.relative_to(folder)): json.loads(path.read_text())
+            for path in sorted(folder.rglob("*config.json")) if path.is_file()
+        }),
+        weights_digest=digest_of_files(folder, [p for p in folder.rglob("*.safetensors") if p.is_file()]),
+    )  # fmt: skip
+    if model.transformer is None:
+        raise ModelError(f"MODEL {name!r} is a {type(pipeline).__name__}, which has neither a transformer nor a unet")
+    return model
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a text file, one a line; blank lines are skipped. Raises ModelError when there are none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"prompts file {path} cannot be read ({error}): expected UTF-8 text, one prompt a line") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ModelError(f"prompts file {path} has no prompts: expected UTF-8 text, one prompt a line")
+    return prompts

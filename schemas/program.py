@@ -1,0 +1,93 @@
+"""Schedules and programs: what is decided at compile time and executed at run time."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Payload = Literal["output", "residual"]
+Coefficient = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
+MAX_STEPS = 4096
+
+
+class Frozen(BaseModel):
+    """Base of all schema models: immutable, finite numbers only, unknown fields ignored (a newer minor version)."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Step(Frozen):
+    """One step of a program.
+
+    With x the latents, v the guided model outputs of all steps so far and r the blocks' residuals of all computed
+    steps so far (both newest last), a step is
+
+        v_new = model(input_scale · x, timestep)           blocks run if `compute`, else forecast Σ residual_coefs · r
+        x     = latent_coef · x + Σ output_coefs · v       the newest output last, v_new included
+    """
+
+    step_index: int = Field(ge=0, lt=MAX_STEPS)
+    """Index on the timeline of the full sampler, 0-based."""
+    timestep: float
+    """Time in the scheduler's own units, before the model's `timestep_scale`."""
+    input_scale: Coefficient = 1.0
+    compute: bool = True
+    """Whether the blocks run."""
+    residual_coefs: tuple[Coefficient, ...] = Field(default=(), max_length=16)
+    """Forecast of the blocks' residual from the computed ones, newest last; empty at a computed step."""
+    latent_coef: Coefficient
+    output_coefs: tuple[Coefficient, ...] = Field(max_length=64)
+    """Weights of the latest outputs, newest last."""
+
+
+class Program(Frozen):
+    """A sampler as data: what the runtime executes, and nothing else decides.
+
+    `residual` programs walk every step of the full sampler and skip the blocks at some; `output` programs have
+    computed steps only, with everything in between folded into the coefficients.
+    """
+
+    payload: Payload
+    steps: tuple[Step, ...] = Field(min_length=1, max_length=MAX_STEPS)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Program:
+        computed = 0
+        previous = -1
+        for position, step in enumerate(self.steps):
+            if step.step_index <= previous:
+                raise ValueError(f"steps[{position}].step_index is {step.step_index}: expected more than {previous}")
+            previous = step.step_index
+            computed += step.compute
+            if step.compute == bool(step.residual_coefs):
+                raise ValueError(f"steps[{position}] must either compute the blocks or forecast their residual")
+            if not step.compute and self.payload == "output":
+                raise ValueError(f"steps[{position}] is not computed: an output program has computed steps only")
+            if len(step.residual_coefs) > computed:
+                raise ValueError(f"steps[{position}] forecasts from more residuals than were computed ({computed})")
+            if len(step.output_coefs) > position + 1:
+                raise ValueError(f"steps[{position}] weighs more outputs than there are ({position + 1})")
+        if not self.steps[0].compute:
+            raise ValueError("steps[0] must be computed")
+        return self
+
+    @property
+    def nfe(self) -> int:
+        """Full runs of the blocks."""
+        return sum(step.compute for step in self.steps)
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        """Increasing indices of the computed steps."""
+        return tuple(step.step_index for step in self.steps if step.compute)
+
+    @property
+    def output_memory(self) -> int:
+        """How many outputs have to be kept."""
+        return max(len(step.output_coefs) for step in self.steps)
+
+    @property
+    def residual_memory(self) -> int:
+        """How many residuals have to be kept; 0 for an output program."""
+        return max(len(step.residual_coefs) for step in self.steps)

@@ -1,0 +1,41 @@
+"""Fixtures: small pipelines in real diffusers folders, made once per session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FluxPipeline folder with random weights: 1 double and 2 single blocks, 16 × 16 pictures."""
+    torch = pytest.importorskip("torch")
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    from otcache.artifacts.training import text
+
+    torch.manual_seed(0)
+    clip, t5 = text.make_tokenizers()
+    clip_encoder, t5_encoder = text.make_encoders(clip, t5)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=16, use_quant_conv=False,
+        use_post_quant_conv=False, mid_block_add_attention=False, scaling_factor=0.7, shift_factor=0.1, force_upcast=False,
+    )  # fmt: skip
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=False, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clip_encoder, tokenizer=clip,
+        text_encoder_2=t5_encoder, tokenizer_2=t5, transformer=transformer,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "tiny-flux"
+    pipeline.save_pretrained(folder)
+    (folder / "prompts.txt").write_text("".join(f"a {c} {s} on black\n" for c in ("red", "blue", "green", "white") for s in ("ring", "star", "cross")))
+    return folder

@@ -25,6 +25,7 @@ from diffusers.schedulers import (
     UniPCMultistepScheduler,
 )
 from numpy.typing import ArrayLike
+
 from otcache.compiler.lower import (
     Coordinate,
     SolverTable,
@@ -43,6 +44,7 @@ SetTimesteps = Callable[[Any, int], None]
 """`set_timesteps(scheduler, num_steps)`: how the pipeline prepares its scheduler, with its sigmas and shift."""
 
 _LOG = logging.getLogger(__name__)
+_SOLVERS = ("euler", "dpm++2m", "unipc")
 _EULER = ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
 
 
@@ -162,7 +164,7 @@ def baseline_programs(
         except (ModelError, UsageError, ValueError, TypeError) as error:
             _LOG.warning("baseline %s at budget %d is left out: %s", name, budget, error)
             continue
-        if program not in programs.values():
+        if name in _SOLVERS or program not in programs.values():
             programs[name] = program
     programs["uniform reuse"] = uniform_reuse_program(table, schedule)
     programs["uniform taylor-1"] = taylor_program(table, schedule, order=1)

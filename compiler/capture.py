@@ -69,12 +69,18 @@ def call_options(
     parameters = inspect.signature(type(pipeline).__call__).parameters
     vae = getattr(pipeline, "vae", None)
     side = getattr(getattr(vae, "config", None), "sample_size", None)
-    side = side if isinstance(side, int) else getattr(pipeline, "default_sample_size", 64) * getattr(pipeline, "vae_scale_factor", 8)
+    side = (
+        side
+        if isinstance(side, int)
+        else getattr(pipeline, "default_sample_size", 64) * getattr(pipeline, "vae_scale_factor", 8)
+    )
     if max_sequence_length is None and "max_sequence_length" in parameters:
         default = parameters["max_sequence_length"].default
         lengths = [t.model_max_length for t in pipeline.components.values() if hasattr(t, "model_max_length")]
         max_sequence_length = min([default, *lengths[-1:]]) if isinstance(default, int) else None
-    embedded = getattr(pipeline.transformer.config, "guidance_embeds", False) if hasattr(pipeline, "transformer") else False
+    embedded = (
+        getattr(pipeline.transformer.config, "guidance_embeds", False) if hasattr(pipeline, "transformer") else False
+    )
     guidance = None
     if "true_cfg_scale" in parameters and not embedded:
         guidance = "true_cfg_scale"
@@ -192,7 +198,9 @@ def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: S
     name = type(pipeline).__name__
     calls = first.calls[0]
     if len(calls) not in (1, 2):
-        raise ModelError(f"{name} calls its transformer {len(calls)} times a step: one or two (guidance) can be compiled")
+        raise ModelError(
+            f"{name} calls its transformer {len(calls)} times a step: one or two (guidance) can be compiled"
+        )
     sample = first.samples[0]
     stacked = False
     latents_input = None
@@ -215,7 +223,9 @@ def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: S
             if not _same(value, first.calls[1][0][key]):
                 raise ModelError(f"{name} changes {key} from step to step: only latents and time may change")
         elif not _same(value, second.calls[0][0][key]):
-            raise ModelError(f"{name} passes {key} with {type(value).__name__} that depends on the prompt: not supported")
+            raise ModelError(
+                f"{name} passes {key} with {type(value).__name__} that depends on the prompt: not supported"
+            )
         else:
             constants[key] = value
     outputs = list(first.call_outputs[0][0].float().chunk(2)) if stacked else [o.float() for o in first.call_outputs[0]]
@@ -259,7 +269,11 @@ def capture(
     }
     scales = torch.tensor([float(value) for value in guidance_scales])
     return Trajectory(
-        latents=latents, outputs=outputs, conditioning=conditioning, guidance=scales, timesteps=tuple(parts[0][1].timesteps)
+        latents=latents,
+        outputs=outputs,
+        conditioning=conditioning,
+        guidance=scales,
+        timesteps=tuple(parts[0][1].timesteps),
     )
 
 
@@ -345,7 +359,11 @@ def _recorded_noise() -> Iterator[list[tuple[int, ...]]]:
         shapes.append(tuple(int(size) for size in shape))
         return original(shape, *args, **kwargs)
 
-    holders = [m for n, m in list(sys.modules.items()) if n.startswith("diffusers") and getattr(m, "__dict__", {}).get("randn_tensor") is original]
+    holders = [
+        m
+        for n, m in list(sys.modules.items())
+        if n.startswith("diffusers") and getattr(m, "__dict__", {}).get("randn_tensor") is original
+    ]
     for module in holders:
         module.randn_tensor = randn_tensor
     try:
@@ -357,10 +375,7 @@ def _recorded_noise() -> Iterator[list[tuple[int, ...]]]:
 
 def _branches(interface: Interface, tape: Tape, name: str) -> Tensor:
     """One argument as (branches, n, …), in the order negative, positive."""
-    if interface.stacked:
-        parts = list(tape.calls[0][0][name].chunk(2))
-    else:
-        parts = [call[name] for call in tape.calls[0]]
+    parts = list(tape.calls[0][0][name].chunk(2)) if interface.stacked else [call[name] for call in tape.calls[0]]
     if interface.guided and interface.positive_first:
         parts.reverse()
     return torch.stack(parts)
@@ -383,7 +398,10 @@ def _find_timestep(tape: Tape, name: str) -> tuple[str, float]:
         later = tape.calls[1][0][key]
         if not isinstance(value, Tensor) or value.ndim > 1 or _same(value, later):
             continue
-        ratios = [float(call[key].float().flatten()[0]) / time for call, time in ((tape.calls[0][0], tape.timesteps[0]), (tape.calls[1][0], tape.timesteps[1]))]
+        ratios = [
+            float(call[key].float().flatten()[0]) / time
+            for call, time in ((tape.calls[0][0], tape.timesteps[0]), (tape.calls[1][0], tape.timesteps[1]))
+        ]
         if abs(ratios[0] - ratios[1]) <= 1e-4 * abs(ratios[0]):
             return key, float(f"{ratios[0]:.6g}")
     raise ModelError(f"{name} passes no argument that is proportional to the scheduler's timestep: not supported")
@@ -408,7 +426,9 @@ def _find_layout(
     noise_shape: tuple[int, ...], latents_shape: tuple[int, ...], tape: Tape, drawn: list[tuple[int, ...]]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How noise is packed into latents: as it is, or in 2 × 2 patches along the last two axes."""
-    noise = torch.cat([torch.randn(1, *noise_shape, generator=torch.Generator().manual_seed(seed)) for seed in range(PROBE_SAMPLES)])
+    noise = torch.cat(
+        [torch.randn(1, *noise_shape, generator=torch.Generator().manual_seed(seed)) for seed in range(PROBE_SAMPLES)]
+    )
     candidates: list[tuple[tuple[int, ...], tuple[int, ...]]] = [(noise_shape, tuple(range(len(noise_shape))))]
     if len(noise_shape) >= 3:
         *lead, channels, height, width = noise_shape
@@ -420,7 +440,9 @@ def _find_layout(
             candidates.append((swapped, (*range(k), k + 1, k + 3, k + 2, k + 4, k)))
     for split, permutation in candidates:
         arranged = noise.view(-1, *split).permute(0, *[axis + 1 for axis in permutation])
-        if arranged.numel() == tape.samples[0].numel() and _proportional(arranged.reshape(tape.samples[0].shape), tape.samples[0]):
+        if arranged.numel() == tape.samples[0].numel() and _proportional(
+            arranged.reshape(tape.samples[0].shape), tape.samples[0]
+        ):
             return split, permutation
     raise ModelError(f"the pipeline arranges noise {noise_shape} as latents {latents_shape} in a way that is not known")
 
@@ -432,3 +454,27 @@ def initial_latents(trajectory: Trajectory) -> Tensor:
 
 def as_numpy(value: Tensor) -> np.ndarray:
     return value.detach().cpu().double().numpy()
+
+
+class _Prepared(Exception):
+    """Raised at the first model call of a pipeline whose scheduler is to be prepared and nothing else."""
+
+
+def prepare_scheduler(pipeline: Any, options: CallOptions, scheduler: Any, num_inference_steps: int) -> None:
+    """Have the pipeline itself call `scheduler.set_timesteps`, with its own sigmas and shift; no model evaluation."""
+    from dataclasses import replace
+
+    transformer = getattr(pipeline, "transformer", None) or pipeline.unet
+
+    def stop(*_: Any) -> None:
+        raise _Prepared
+
+    handle = transformer.register_forward_pre_hook(stop)
+    original, pipeline.scheduler = pipeline.scheduler, scheduler
+    arguments = replace(options, num_inference_steps=num_inference_steps).arguments(1.0, 1)
+    try:
+        with contextlib.suppress(_Prepared), torch.no_grad():
+            pipeline([""], generator=[torch.Generator().manual_seed(0)], **arguments)
+    finally:
+        handle.remove()
+        pipeline.scheduler = original

@@ -18,6 +18,7 @@ Shapes: T steps of the full sampler, i and m run over them.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import inspect
 import itertools
@@ -28,6 +29,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+
 from otcache.schemas.errors import ModelError, UsageError
 from otcache.schemas.program import MAX_STEPS, Payload, Program, Step
 
@@ -304,14 +306,12 @@ def extrapolated_jump(
         )
     latent_coef, output_coefs = jump(table, nodes[-1], j)
     forecast = np.zeros((j, len(nodes)))
-    available = 0
-    for step_index in range(j):
-        while available < len(nodes) and nodes[available] <= step_index:
-            available += 1
-        first = max(0, available - 1 - order)
+    for step_index in np.flatnonzero(output_coefs[:j]).tolist():
+        available = bisect.bisect_right(nodes, step_index)
         if nodes[available - 1] == step_index:
             forecast[step_index, available - 1] = 1.0
         else:
+            first = max(0, available - 1 - order)
             forecast[step_index, first:available] = _lagrange(table, nodes[first:available], step_index, coordinate)
     return latent_coef, output_coefs[:j] @ forecast
 
@@ -447,7 +447,7 @@ def _check(
     latents = _numpy(initial).reshape(-1)
     for i, expected in enumerate(_numpy(states).reshape(len(states), -1)):
         latents = latent_coefs[i] * latents + output_coefs[i] @ history
-        error = np.linalg.norm(latents - expected) / max(np.linalg.norm(expected), 1e-30)
+        error = np.linalg.norm(latents - expected) / max(float(np.linalg.norm(expected)), 1e-30)
         if not error <= TOLERANCE:
             raise _refusal(
                 name,
@@ -490,13 +490,10 @@ def _refuse_named(scheduler: Any, options: Mapping[str, Any]) -> None:
 
 def _suspects(scheduler: Any, options: Mapping[str, Any]) -> str:
     """The options that are likely to be the cause, in words for the end of a clause."""
-    words = ("stochastic", "noise", "churn", "clip", "threshold", "tau", "variance")
+    causes = ("clip_denoised", "clip_sample", "eta", "s_churn", "stochastic", "tau", "thresholding", "variance_type")
     settings = {**effective_options(scheduler), **options}
-    found = [
-        f"{key}={value!r}"
-        for key, value in settings.items()
-        if value and any(word in key for word in words) and not key.endswith(("_range", "_ratio"))
-    ]
+    found = [f"{key}={value!r}" for key, value in settings.items() if value and key.startswith(causes)]
+    found = [setting for setting in found if not setting.startswith("clip_sample_range")]
     return f" (options: {', '.join(found)})" if found else ""
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from otcache.schemas.errors import HostError, UsageError
 from skimage.metrics import structural_similarity
+
+from otcache.schemas.errors import HostError, UsageError
 
 FloatArray = NDArray[np.float64]
 Metric = Callable[[ArrayLike, ArrayLike], FloatArray]

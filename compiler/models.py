@@ -67,10 +67,14 @@ def find_model(name: str, *, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
+        )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"MODEL {name!r} is not here and could not be fetched from the hub ({reason}): {expected}") from error
+        raise ModelError(
+            f"MODEL {name!r} is not here and could not be fetched from the hub ({reason}): {expected}"
+        ) from error
 
 
 def load_model(name: str, *, revision: str | None = None, dtype: str = "float32") -> Model:
@@ -96,7 +100,11 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "float32"
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
-    short = name if name in bundled_models() else (name if HUB_ID.match(name) and not Path(name).exists() else folder.resolve().name)
+    short = (
+        name
+        if name in bundled_models()
+        else (name if HUB_ID.match(name) and not Path(name).exists() else folder.resolve().name)
+    )
     model = Model(
         name=short, folder=folder, pipeline=pipeline,
         config_digest=digest_of_value({
@@ -115,7 +123,9 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"prompts file {path} cannot be read ({error}): expected UTF-8 text, one prompt a line") from error
+        raise ModelError(
+            f"prompts file {path} cannot be read ({error}): expected UTF-8 text, one prompt a line"
+        ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ModelError(f"prompts file {path} has no prompts: expected UTF-8 text, one prompt a line")

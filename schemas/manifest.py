@@ -24,7 +24,9 @@ _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*\Z")
 def _check_path(path: str) -> str:
     parts = path.split("/")
     if len(path) > 255 or len(parts) > 8 or not all(_PART.match(part) for part in parts):
-        raise ValueError(f"{path!r} is no plain relative path (letters, digits, '._+-' and '/', no part starts with a dot)")
+        raise ValueError(
+            f"{path!r} is no plain relative path (letters, digits, '._+-' and '/', no part starts with a dot)"
+        )
     return path
 
 

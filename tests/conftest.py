@@ -37,5 +37,7 @@ def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("models") / "tiny-flux"
     pipeline.save_pretrained(folder)
-    (folder / "prompts.txt").write_text("".join(f"a {c} {s} on black\n" for c in ("red", "blue", "green", "white") for s in ("ring", "star", "cross")))
+    (folder / "prompts.txt").write_text(
+        "".join(f"a {c} {s} on black\n" for c in ("red", "blue", "green", "white") for s in ("ring", "star", "cross"))
+    )
     return folder

@@ -65,9 +65,7 @@ def all_scenes() -> list[Scene]:
     """Every combination of names whose shape can be told from its ground, in a fixed order."""
     return [
         Scene(shape=shape, colour=colour, size=size, texture=texture, background=background)
-        for shape, colour, size, texture, background in itertools.product(
-            SHAPES, PALETTE, SIZES, TEXTURES, BACKGROUNDS
-        )
+        for shape, colour, size, texture, background in itertools.product(SHAPES, PALETTE, SIZES, TEXTURES, BACKGROUNDS)
         if colour != background
     ]
 

@@ -104,7 +104,7 @@ def make_transformer() -> FluxTransformer2DModel:
         axes_dims_rope=(8, 12, 12),
     )  # fmt: skip
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (name.endswith(".linear") and "norm" in name or name == "proj_out"):
+        if isinstance(module, nn.Linear) and ((name.endswith(".linear") and "norm" in name) or name == "proj_out"):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     return model
@@ -142,7 +142,8 @@ def train_transformer(
     optimizers = make_optimizers(model)
     rates = [1.5e-3, 1.5e-3]
     side = int(latents.shape[1] ** 0.5)
-    image_ids = torch.cartesian_prod(torch.zeros(1), torch.arange(side), torch.arange(side)).float()
+    rows = torch.arange(side, dtype=torch.float32)
+    image_ids = torch.cartesian_prod(torch.zeros(1), rows, rows)
     text_ids = torch.zeros(text.TEXT_LENGTH, 3)
     spent, step, losses = 0.0, 0, []
     if checkpoint.exists():
@@ -233,7 +234,9 @@ def check(pipeline: FluxPipeline, *, count: int = 64, seed: int = 10_000) -> tup
     drawn = (np.concatenate(pictures) * 255).round().astype(np.uint8)
     found = [scenes.read_colours(picture) for picture in drawn]
     colour = np.asarray([found_colour == scene.colour for (found_colour, _), scene in zip(found, chosen, strict=True)])
-    ground = np.asarray([found_ground == scene.background for (_, found_ground), scene in zip(found, chosen, strict=True)])
+    ground = np.asarray(
+        [found_ground == scene.background for (_, found_ground), scene in zip(found, chosen, strict=True)]
+    )
     shares = {"colour": colour.mean(), "background": ground.mean(), "both": (colour & ground).mean()}
     return {name: round(float(value), 4) for name, value in shares.items()}, drawn
 

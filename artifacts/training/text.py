@@ -67,9 +67,7 @@ def make_encoders(clip: CLIPTokenizer, t5: T5Tokenizer) -> tuple[CLIPTextModel, 
 
 def tokenize(tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str]) -> torch.Tensor:
     """Token ids int64 (n, TEXT_LENGTH), padded and cut as the Flux pipeline does."""
-    encoded = tokenizer(
-        captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
-    )
+    encoded = tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
     return encoded.input_ids
 
 
@@ -80,7 +78,11 @@ def train_encoders(
     torch.manual_seed(seed)
     clip_encoder, t5_encoder = make_encoders(clip, t5)
     readers = nn.ModuleDict(
-        {f"{encoder}_{name}": nn.Linear(64, len(values)) for name, values in ATTRIBUTES.items() for encoder in ("clip", "t5")}
+        {
+            f"{encoder}_{name}": nn.Linear(64, len(values))
+            for name, values in ATTRIBUTES.items()
+            for encoder in ("clip", "t5")
+        }
     )
     parameters = [*clip_encoder.parameters(), *t5_encoder.parameters(), *readers.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3)

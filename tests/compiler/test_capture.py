@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from otcache.compiler.capture import call_options, calibration_scales, capture, denoiser_of, probe
+from otcache.compiler.capture import calibration_scales, call_options, capture, denoiser_of, probe
 from otcache.compiler.models import load_model
 
 

@@ -1,0 +1,30 @@
+# The two commands: `make demo` compiles the bundled model and shows the pictures, `make test` passes the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= artifacts/shapes
+
+.PHONY: demo test lint readme clean
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[compiler,dev]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/otc compile shapes --budgets 4,8,16 -o $(OUT) --force
+	$(BIN)/otc run $(OUT) --budget full,16,8,4 --prompts artifacts/models/shapes/demo.txt --seed 0 -o $(OUT).png --force
+	@echo "report:  $(OUT)/report.html"
+	@echo "picture: $(OUT).png"
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p otcache.schemas -p otcache.runtime -p otcache.compiler
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,125 @@
+"""`otc compile`. Imports click only, so that help works where the compiler's packages are missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+NEEDED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "ot", "optuna", "skimage", "matplotlib")
+
+
+@click.command("compile", short_help="Compile a diffusion pipeline into an artifact.")
+@click.argument("model")
+@click.option(
+    "--budgets", default="4,8,16", show_default=True, help="Model evaluations to serve at, separated by commas."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact folder.  [default: artifacts/NAME]")
+@click.option("--num-inference-steps", default=50, show_default=True, help="Steps of the full sampler.")
+@click.option("--guidance-scale", default="4", show_default=True, help="Guidance scale, or a range such as 2:6.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="Text file, a prompt a line; half at most is held out."
+)
+@click.option("--negative-prompt", default="", help="Negative prompt of guided models.")
+@click.option("--height", type=int, help="Pixels.  [default: the autoencoder's]")
+@click.option("--width", type=int, help="Pixels.  [default: the autoencoder's]")
+@click.option("--max-sequence-length", type=int, help="Text tokens.  [default: the tokenizer's]")
+@click.option("--reference-budget", type=int, help="Steps of the reference schedule.  [default: 2/5 of all]")
+@click.option("--anchor-budget", type=int, help="Steps of the anchor schedule.  [default: 1/12 of all]")
+@click.option("--trials", default=24, show_default=True, help="Trials of the anchor search.")
+@click.option("--objective", type=click.Choice(["ssim", "psnr", "lpips"]), default="ssim", show_default=True)
+@click.option(
+    "--payload",
+    type=click.Choice(["auto", "output", "residual"]),
+    default="auto",
+    show_default=True,
+    help="What is cached.",
+)
+@click.option(
+    "--edge-costs",
+    type=click.Choice(["statistics", "end-to-end"]),
+    default="statistics",
+    show_default=True,
+    help="Edges of the residual payload's graph: free, or replayed as in LeMiCa.",
+)
+@click.option("--calibration-prompts", default=24, show_default=True, help="Prompts to calibrate on, at most.")
+@click.option("--evaluation-prompts", default=32, show_default=True, help="Prompts to hold out, at most.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--revision", help="Revision of a hub model.")
+@click.option("--force", is_flag=True, help="Replace an existing artifact.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, events on stderr.")
+def compile_command(as_json: bool, budgets: str, guidance_scale: str, **choices: Any) -> None:
+    """Compile MODEL (a bundled name, a diffusers folder or a hub id) into an artifact.
+
+    \b
+    Examples:
+      otc compile shapes --budgets 4,8,16
+      otc compile ./my-pipeline --budgets 6,10 --prompts prompts.txt --guidance-scale 2:6 -o artifacts/mine
+
+    An interrupted compile goes on where it stopped when it is started again with the same options.
+    """
+    from otcache.schemas.errors import HostError
+
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise HostError(
+            f"otc compile needs packages that are not installed ({', '.join(missing)}): run pip install 'otcache[compiler]'"
+        )
+    from .options import CompileOptions, parse_budgets, parse_guidance
+
+    options = CompileOptions(budgets=parse_budgets(budgets), guidance_scale=parse_guidance(guidance_scale), **choices)
+    from .logs import quiet
+
+    quiet()
+    from .pipeline import compile_model
+    from .progress import BarReporter, JsonReporter
+
+    start = time.monotonic()
+    reporter = JsonReporter() if as_json else BarReporter()
+    try:
+        folder, manifest = compile_model(options, reporter)
+    finally:
+        reporter.close()
+    seconds = time.monotonic() - start
+    if as_json:
+        summary = {
+            "artifact": str(folder), "digest": manifest.digest, "seconds": round(seconds, 1),
+            "budgets": {
+                entry.budget: {
+                    "schedule": entry.program.schedule, "payload": entry.program.payload,
+                    "psnr_db": entry.quality.psnr_db.mean, "ssim": entry.quality.ssim.mean,
+                    "baselines": {peer.name: peer.quality.psnr_db.mean for peer in entry.baselines},
+                }
+                for entry in manifest.programs if entry.quality
+            },
+        }  # fmt: skip
+        click.echo(json.dumps(summary))
+        return
+    _print_table(manifest)
+    click.echo(f"compiled in {seconds:.0f} s; report: {folder / 'report.html'}")
+    click.echo(f"artifact: {folder}")
+
+
+def _print_table(manifest: Any) -> None:
+    """Fidelity to the full run on held-out prompts, ours and the peers' at the same number of evaluations."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"PSNR (dB) to the full {manifest.sampler.num_inference_steps} steps, held-out prompts")
+    table.add_column("budget", justify="right")
+    table.add_column("otcache", justify="right", style="bold")
+    entries = [entry for entry in manifest.programs if entry.quality]
+    names = list(dict.fromkeys(peer.name for entry in entries for peer in entry.baselines))
+    for name in (*names, "SSIM", "payload", "schedule"):
+        table.add_column(name, justify="left" if name in ("payload", "schedule") else "right")
+    for entry in entries:
+        peers = {peer.name: f"{peer.quality.psnr_db.mean:.1f}" for peer in entry.baselines}
+        table.add_row(
+            entry.budget, f"{entry.quality.psnr_db.mean:.1f}", *(peers.get(name, "–") for name in names),
+            f"{entry.quality.ssim.mean:.3f}", entry.program.payload, entry.candidates[0].name,
+        )  # fmt: skip
+    Console().print(table)

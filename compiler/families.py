@@ -1,0 +1,90 @@
+"""The two payloads as families of programs: each has its own graph and its own way to make a program of a schedule.
+
+A schedule that is good for one family is bad for the other, so edges are weighed with the predictor that will run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from otcache.schemas.program import Program
+
+from .calibrate import Calibration, Schedule, Trial
+from .reference import Minimax, Power, end_to_end_edge_errors, graph_schedules, shortest_schedule
+from .residual import FORECASTS, Forecast, residual_edge_errors, residual_program
+from .rollout import roll_out
+from .statistics import statistics_from_trajectory
+
+
+class Family(Protocol):
+    """A payload, as the searches see it."""
+
+    def graph_schedules(self, budget: int) -> dict[str, Schedule]:
+        """Shortest paths of exactly `budget` steps, by the name of what their edges were weighed with."""
+
+    def attempts(self, schedule: Sequence[int], name: str, weight: float | None = None) -> list[Trial]:
+        """Programs of a schedule, rolled out on the calibration set."""
+
+
+class OutputFamily:
+    """Guided outputs are cached; coefficients are fitted in closed loop."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        trajectory = calibration.trajectory
+        self.statistics = statistics_from_trajectory(trajectory.latents.numpy(), trajectory.outputs.numpy())
+
+    def graph_schedules(self, budget: int) -> dict[str, Schedule]:
+        return graph_schedules(self.statistics, budget)
+
+    def attempts(self, schedule: Sequence[int], name: str, weight: float | None = None) -> list[Trial]:
+        return [self.calibration.fit(schedule, name, weight)]
+
+
+class ResidualFamily:
+    """Residuals of the blocks are cached, as in the paper; forecast by reuse, by a polynomial or by a fit."""
+
+    def __init__(
+        self, calibration: Calibration, gram: np.ndarray, *, end_to_end: bool, forecasts: Sequence[Forecast] = FORECASTS
+    ) -> None:
+        self.calibration, self.gram, self.forecasts = calibration, gram, forecasts
+        table = calibration.table
+        if end_to_end:
+            self.errors = end_to_end_edge_errors(self._replay, table.num_inference_steps)
+        else:
+            self.errors = residual_edge_errors(table, gram)
+        self.tried: dict[tuple[Schedule, Forecast], Trial] = {}
+
+    def graph_schedules(self, budget: int) -> dict[str, Schedule]:
+        objectives = {"graph power 4": Power(4.0), "graph minimax": Minimax(), "graph power 1": Power(1.0)}
+        return {name: shortest_schedule(self.errors, budget, value) for name, value in objectives.items()}
+
+    def attempts(self, schedule: Sequence[int], name: str, weight: float | None = None) -> list[Trial]:
+        schedule = tuple(int(index) for index in schedule)
+        return [self._attempt(schedule, forecast, name, weight) for forecast in self.forecasts]
+
+    def _attempt(self, schedule: Schedule, forecast: Forecast, name: str, weight: float | None) -> Trial:
+        if (schedule, forecast) not in self.tried:
+            program = residual_program(self.calibration.table, schedule, forecast, self.gram)
+            self.tried[schedule, forecast] = self.calibration.try_program(name, program)
+        return self.tried[schedule, forecast].named(f"{name}, {forecast}", weight)
+
+    def _replay(self, start: int, end: int) -> float:
+        """LeMiCa's cost of an edge: blocks computed at `start`, reused up to `end`, computed afterwards; latent MSE."""
+        table = self.calibration.table
+        schedule = [index for index in range(table.num_inference_steps) if not start < index < end]
+        program = residual_program(table, schedule, "reuse", self.gram)
+        tail = Program(payload="residual", steps=program.steps[start:]) if _memoryless(program) else program
+        first = start if tail is not program else 0
+        latents = self.calibration.trajectory.latents
+        final: Tensor = roll_out(tail, self.calibration.denoiser, latents[first], self.calibration.stages)
+        return float((final - latents[-1]).square().mean())
+
+
+def _memoryless(program: Program) -> bool:
+    """Whether each step weighs its own output only, so that a replay can start anywhere."""
+    return program.output_memory == 1

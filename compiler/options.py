@@ -1,0 +1,125 @@
+"""What a user may choose about a compile, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from otcache.schemas.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    """Options of `otc compile`. Raises UsageError for what cannot be."""
+
+    model: str
+    budgets: tuple[int, ...] = (4, 8, 16)
+    output: Path | None = None
+    num_inference_steps: int = 50
+    guidance_scale: tuple[float, float] = (4.0, 4.0)
+    """Lowest and highest scale that will be served."""
+    prompts: Path | None = None
+    negative_prompt: str = ""
+    height: int | None = None
+    width: int | None = None
+    max_sequence_length: int | None = None
+    reference_budget: int | None = None
+    """Default: two fifths of the steps."""
+    anchor_budget: int | None = None
+    """Default: a twelfth of the steps, at least 2."""
+    trials: int = 24
+    objective: Literal["ssim", "psnr", "lpips"] = "ssim"
+    payload: Literal["auto", "output", "residual"] = "auto"
+    edge_costs: Literal["statistics", "end-to-end"] = "statistics"
+    calibration_prompts: int = 24
+    evaluation_prompts: int = 32
+    seed: int = 0
+    revision: str | None = None
+    workspace: Path | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        total = self.num_inference_steps
+        if not 1 <= total <= 1000:
+            raise UsageError(f"--num-inference-steps is {total}: expected 1 … 1000")
+        if not self.budgets:
+            raise UsageError("--budgets is empty: expected whole numbers such as 4,8,16")
+        for budget in self.budgets:
+            if not 1 <= budget <= total:
+                raise UsageError(
+                    f"--budgets has {budget}: expected 1 … {total}, the number of steps (see --num-inference-steps)"
+                )
+        for name, value in (("--reference-budget", self.reference_budget), ("--anchor-budget", self.anchor_budget)):
+            if value is not None and not 1 <= value <= total:
+                raise UsageError(f"{name} is {value}: expected 1 … {total}, the number of steps")
+        if self.anchor >= self.reference and total > 1:
+            raise UsageError(
+                f"--anchor-budget is {self.anchor} and --reference-budget is {self.reference}: "
+                "expected the anchor's to be the lower one"
+            )
+        if self.trials < 1:
+            raise UsageError(f"--trials is {self.trials}: expected 1 or more")
+        low, high = self.guidance_scale
+        if not 0 <= low <= high <= 1000:
+            raise UsageError(f"--guidance-scale is {low}:{high}: expected a number or LOW:HIGH between 0 and 1000")
+        for name, count in (
+            ("--calibration-prompts", self.calibration_prompts),
+            ("--evaluation-prompts", self.evaluation_prompts),
+        ):
+            if count < 1:
+                raise UsageError(f"{name} is {count}: expected 1 or more")
+        for name, side in (("--height", self.height), ("--width", self.width)):
+            if side is not None and side < 8:
+                raise UsageError(f"{name} is {side}: expected 8 or more pixels")
+
+    @property
+    def nominal_scale(self) -> float:
+        """The guidance scale that is served when a request names none: the middle of the range."""
+        return sum(self.guidance_scale) / 2
+
+    @property
+    def reference(self) -> int:
+        return self.reference_budget or min(self.num_inference_steps, max(self.anchor + 1, round(0.4 * self.num_inference_steps)))
+
+    @property
+    def anchor(self) -> int:
+        return self.anchor_budget or min(
+            max(2, round(self.num_inference_steps / 12)), max(1, self.num_inference_steps - 1)
+        )
+
+
+def parse_budgets(text: str) -> tuple[int, ...]:
+    """`4,8,16` → (4, 8, 16), in increasing order without repeats. Raises UsageError."""
+    parts = [part.strip() for part in text.split(",")]
+    try:
+        budgets = sorted({int(part) for part in parts})
+    except ValueError:
+        raise UsageError(f"--budgets is {text!r}: expected whole numbers separated by commas, such as 4,8,16") from None
+    if budgets[0] < 1:
+        raise UsageError(f"--budgets has {budgets[0]}: expected whole numbers of at least 1, such as 4,8,16")
+    return tuple(budgets)
+
+
+def parse_guidance(text: str) -> tuple[float, float]:
+    """`4` → (4, 4), `2:6` → (2, 6). Raises UsageError."""
+    try:
+        values = [float(part) for part in text.split(":")]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 2):
+        raise UsageError(f"--guidance-scale is {text!r}: expected a number such as 4, or a range such as 2:6")
+    return values[0], values[-1]
+
+
+def split_prompts(prompts: Sequence[str], calibration: int, evaluation: int) -> tuple[list[str], list[str]]:
+    """Disjoint prompts for calibration and evaluation. Raises UsageError when there are fewer than two.
+
+    At most half of them (and at most `evaluation`) are held out, the last ones of the list.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    if len(distinct) < 2:
+        raise UsageError(f"--prompts has {len(distinct)} distinct prompt: expected at least 2, one of them held out")
+    held_out = min(evaluation, len(distinct) // 2)
+    return distinct[: min(calibration, len(distinct) - held_out)], distinct[-held_out:]

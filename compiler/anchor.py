@@ -56,34 +56,41 @@ def search_anchor(
         score: higher is better; called once per distinct schedule.
         starts: schedules that are tried first.
         trials: number of trials, the starts included; a schedule that comes up again counts but is not scored again.
-        seed: of the sampler. Each trial draws from its own stream, so a resumed search continues as an undisturbed one.
-        storage: an Optuna storage URL; trials that are finished there are kept.
+        seed: of the sampler.
+        storage: an Optuna storage URL, where scored schedules are recorded. A resumed search replays them without
+            scoring them again, so it ends as an undisturbed one does.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        direction="maximize", storage=storage, study_name="anchor", load_if_exists=True, sampler=_sampler(seed, 0)
-    )
-    known: dict[Schedule, float] = {}
-    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
-        known[tuple(trial.user_attrs["schedule"])] = float(trial.value or 0.0)
-    finished = len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)))
+    record = optuna.create_study(direction="maximize", storage=storage, study_name="anchor", load_if_exists=True)
+    known = {
+        tuple(trial.user_attrs["schedule"]): float(trial.value or 0.0) for trial in record.get_trials(deepcopy=False)
+    }
+    study = optuna.create_study(direction="maximize")
     space = {f"gap_{k}": optuna.distributions.FloatDistribution(0.0, 1.0) for k in range(budget)}
-    for number in range(finished, trials):
+    tried: dict[Schedule, float] = {}
+    for number in range(trials):
         study.sampler = _sampler(seed, number)
         if number < len(starts):
             gaps = gaps_from_schedule(starts[number], num_inference_steps)
             study.enqueue_trial({f"gap_{k}": float(gap) for k, gap in enumerate(gaps)})
         trial = study.ask(space)
-        gaps = tuple(max(trial.params[f"gap_{k}"], 1e-9) for k in range(budget))
-        schedule = schedule_from_gaps(gaps, num_inference_steps)
+        schedule = schedule_from_gaps([max(trial.params[name], 1e-9) for name in space], num_inference_steps)
         if schedule not in known:
             known[schedule] = float(score(schedule))
-        trial.set_user_attr("schedule", list(schedule))
+            record.add_trial(
+                optuna.trial.create_trial(
+                    params=trial.params,
+                    distributions=space,
+                    value=known[schedule],
+                    user_attrs={"schedule": list(schedule)},
+                )
+            )
+        tried[schedule] = known[schedule]
         study.tell(trial, known[schedule])
         if progress:
             progress(number + 1, trials)
-    best = max(known, key=lambda schedule: (known[schedule], [-step for step in schedule]))
-    return AnchorResult(schedule=best, score=known[best], trials=max(trials, finished), evaluated=len(known))
+    best = max(tried, key=lambda schedule: (tried[schedule], [-step for step in schedule]))
+    return AnchorResult(schedule=best, score=tried[best], trials=trials, evaluated=len(tried))
 
 
 def _sampler(seed: int, number: int) -> optuna.samplers.TPESampler:

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from otcache.schemas.errors import ModelError
-from otcache.schemas.manifest import TensorInfo
 
 from .cut import Bound, Stages, exported_program
 
@@ -44,6 +43,15 @@ _DTYPES = {
     torch.int32: "int32",
     torch.bool: "bool",
 }
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, dtype and shape of a tensor, as the manifest has them; `batch` in the shape is the symbol."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -245,7 +253,9 @@ def _export(
         results = _run(session, inputs, outputs, feed)
         for name in contract.outputs:
             error = max(error, relative_error(results[name], tensors[name].detach().cpu().numpy()))
-    allowed = tolerance if tolerance is not None else max(TOLERANCES.get(trials[0][n].dtype, 0.0) for n in contract.outputs)
+    allowed = (
+        tolerance if tolerance is not None else max(TOLERANCES.get(trials[0][n].dtype, 0.0) for n in contract.outputs)
+    )
     if not error <= allowed:
         raise ModelError(
             f"stage {contract.name}: ONNX Runtime differs from torch by {error:.3g}, relative to the largest output: expected "
@@ -277,7 +287,19 @@ def _tensor_info(stage: str, name: str, trials: Sequence[Mapping[str, Tensor]]) 
     return TensorInfo(name=name, dtype=dtype, shape=tuple(shape))
 
 
+def _without_views(program: torch.export.ExportedProgram) -> None:
+    """A view relies on the strides of the traced kernel; the decomposed attention lays its output out differently.
+
+    ONNX knows no strides, so that a reshape means the same there.
+    """
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    program.graph_module.recompile()
+
+
 def _onnx_model(contract: _Contract, program: torch.export.ExportedProgram) -> onnx_ir.Model:
+    _without_views(program)
     try:
         with _quiet():
             exported = torch.onnx.export(
@@ -350,7 +372,9 @@ def _save(model: onnx_ir.Model, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = _data_path(path)
     data.unlink(missing_ok=True)
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    weights = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
+    )
     onnx_ir.save(model, path, external_data=data.name if weights > EXTERNAL_BYTES else None)
     onnx.checker.check_model(str(path), full_check=False)
 

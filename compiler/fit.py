@@ -78,7 +78,11 @@ def fit_output_program(
         outputs = [*outputs, denoise(latents, step_index)][-memory:]
         latent_prior, output_prior = prior(schedule[: position + 1], following)
         latent_coef, output_coefs = ridge_step(
-            trajectory.latents[following], latents, outputs, (latent_prior, _recent(output_prior, len(outputs))), penalty
+            trajectory.latents[following],
+            latents,
+            outputs,
+            (latent_prior, _recent(output_prior, len(outputs))),
+            penalty,
         )
         steps.append(
             Step(

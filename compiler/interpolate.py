@@ -27,12 +27,17 @@ def interpolation_weight(budget: int, reference_budget: int, anchor_budget: int,
 
 def candidate_weights(default: float, count: int = 9) -> tuple[float, ...]:
     """`default` and `count` − 1 further weights in [0, 1] around it, increasing."""
-    grid = np.linspace(max(0.0, default - REACH), min(1.0, default + REACH), max(1, count - 1)).tolist()
+    grid = np.linspace(max(0.0, default - REACH), min(1.0, default + REACH), count - 1).tolist()
     return tuple(sorted({round(value, 6) for value in [default, *grid]}))
 
 
 def interpolated_schedule(
-    reference: Sequence[int], anchor: Sequence[int], budget: int, num_inference_steps: int, *, weight: float | None = None
+    reference: Sequence[int],
+    anchor: Sequence[int],
+    budget: int,
+    num_inference_steps: int,
+    *,
+    weight: float | None = None,
 ) -> tuple[int, ...]:
     """Exactly `budget` steps.
 

@@ -81,7 +81,9 @@ class CompileOptions:
 
     @property
     def reference(self) -> int:
-        return self.reference_budget or min(self.num_inference_steps, max(self.anchor + 1, round(0.4 * self.num_inference_steps)))
+        return self.reference_budget or min(
+            self.num_inference_steps, max(self.anchor + 1, round(0.4 * self.num_inference_steps))
+        )
 
     @property
     def anchor(self) -> int:

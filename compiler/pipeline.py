@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +318,7 @@ def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Expor
             schema.Stage(
                 name=stage.name, kind=stage.kind, onnx=f"engines/onnx/{stage.path.name}",
                 max_relative_error=stage.max_relative_error,
-                inputs=[asdict(tensor) for tensor in stage.inputs], outputs=[asdict(tensor) for tensor in stage.outputs],
+                inputs=_tensors(stage.inputs), outputs=_tensors(stage.outputs),
             ).model_dump(mode="json")
             for stage in written
         ]  # fmt: skip
@@ -335,6 +335,10 @@ def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Expor
             for value in specifications
         ],
     )  # fmt: skip
+
+
+def _tensors(tensors: Sequence[Any]) -> tuple[schema.TensorInfo, ...]:
+    return tuple(schema.TensorInfo(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape) for tensor in tensors)
 
 
 def _manifest_fields(

@@ -36,10 +36,19 @@ class Policy:
 def policy_from_schedule(schedule: Sequence[int], num_inference_steps: int) -> Policy:
     """The measure of a schedule, which starts at 0, increases strictly and stays below T. Raises ValueError."""
     steps = np.asarray(schedule, dtype=np.int64)
-    if steps.ndim != 1 or not len(steps) or steps[0] != 0 or np.any(np.diff(steps) <= 0) or steps[-1] >= num_inference_steps:
-        raise ValueError(f"schedule {list(schedule)}: expected increasing steps from 0, all below {num_inference_steps}")
+    if (
+        steps.ndim != 1
+        or not len(steps)
+        or steps[0] != 0
+        or np.any(np.diff(steps) <= 0)
+        or steps[-1] >= num_inference_steps
+    ):
+        raise ValueError(
+            f"schedule {list(schedule)}: expected increasing steps from 0, all below {num_inference_steps}"
+        )
     return Policy(
-        levels=np.arange(len(steps) + 1) / len(steps), positions=np.append(steps, num_inference_steps) / num_inference_steps
+        levels=np.arange(len(steps) + 1) / len(steps),
+        positions=np.append(steps, num_inference_steps) / num_inference_steps,
     )
 
 

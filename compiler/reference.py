@@ -91,7 +91,9 @@ def shortest_schedule(
     if isinstance(objective, Minimax):
         costs, pair_costs = _ranked(errors, pair_errors, budget)
     else:
-        costs = np.where(np.isfinite(errors), np.sqrt(np.where(np.isfinite(errors), errors, 0)) ** objective.exponent, np.inf)
+        costs = np.where(
+            np.isfinite(errors), np.sqrt(np.where(np.isfinite(errors), errors, 0)) ** objective.exponent, np.inf
+        )
         pair_costs = None
         if pair_errors is not None:
             finite = np.isfinite(pair_errors)

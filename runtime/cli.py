@@ -1,0 +1,331 @@
+"""The command `otc`. Serving commands are here; others come through the entry-point group `otcache.commands`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from otcache.schemas.errors import HostError, OTCacheError
+
+if TYPE_CHECKING:
+    from otcache.schemas.manifest import BudgetProgram, Manifest
+
+GROUP = "otcache.commands"
+EXIT_CODES = """\b
+Exit codes:
+  0  success
+  1  any other failure
+  2  usage: an option, argument or output file
+  3  model: cannot be loaded or compiled
+  4  artifact: damaged, incomplete or of an unknown version
+  5  request: a budget, prompt or size that is not served
+  6  host: a package, backend or device is missing
+"""
+_DEBUG = "debug"
+
+
+class Commands(click.Group):
+    """Commands of this module and of the entry points; every error ends in one line and a documented exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_entry_points()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = super().get_command(ctx, cmd_name)
+        point = _entry_points().get(cmd_name)
+        return own if own is not None or point is None else _load_command(cmd_name, point)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OTCacheError as error:
+            raise _one_line_error(str(error), error.exit_code) from None
+        except (click.exceptions.Exit, click.ClickException, click.Abort, KeyboardInterrupt, BrokenPipeError):
+            raise
+        except Exception as error:
+            if os.environ.get("OTC_LOG") == _DEBUG:
+                raise
+            what = f"unexpected {type(error).__name__}: {error}: set OTC_LOG={_DEBUG} to see where"
+            raise _one_line_error(what, 1) from None
+
+
+def _one_line_error(message: str, exit_code: int) -> click.ClickException:
+    from .messages import one_line
+
+    error = click.ClickException(one_line(message, 2000))
+    error.exit_code = exit_code
+    return error
+
+
+def _entry_points() -> dict[str, metadata.EntryPoint]:
+    return {point.name: point for point in metadata.entry_points(group=GROUP)}
+
+
+def _load_command(name: str, point: metadata.EntryPoint) -> click.Command:
+    """The command, or one that says what is missing."""
+    try:
+        command: click.Command = point.load()
+        return command
+    except (ImportError, AttributeError) as error:
+        reason = str(error)
+
+    def fail(**_: Any) -> None:
+        raise HostError(f"otc {name} cannot be loaded: {reason}: pip install 'otcache[compiler]'")
+
+    arguments = click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)
+    settings = {"ignore_unknown_options": True}
+    return click.Command(
+        name, callback=fail, params=[arguments], context_settings=settings, help="(its packages are not installed)"
+    )
+
+
+def artifact_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.argument("artifact", type=click.Path(path_type=Path))(function)
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(function)
+
+
+@click.group(cls=Commands, epilog=EXIT_CODES)
+@click.version_option(package_name="otcache", prog_name="otc")
+def main() -> None:
+    """Ahead-of-time compiled sampling for diffusion models.
+
+    Results go to stdout, progress and errors to stderr. OTC_LOG=debug shows where an unexpected error came from.
+    """
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  otc run artifacts/shapes --budget 8 --prompt "a small red ring on blue"
+  otc run artifacts/shapes --budget full --prompt "a green star" -n 4 --seed 7 -o stars.png
+"""
+)
+@artifact_argument
+@click.option("--budget", required=True, metavar="N|full", help="Model evaluations to spend; `otc inspect` lists them.")
+@click.option("--prompt", required=True, multiple=True, help="What to draw; may be given several times.")
+@click.option("--negative-prompt", default=None, help="What to steer away from; default: the artifact's.")
+@click.option("--seed", type=int, default=0, show_default=True, help="As a torch CPU generator's seed in diffusers.")
+@click.option("-n", "--images", "images", type=click.IntRange(min=1), default=1, show_default=True, help="Per prompt.")
+@click.option(
+    "--guidance-scale", type=float, default=None, help="Within the calibrated range; default: the artifact's."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out.png"), show_default=True,
+              help="PNG, JPEG or WebP; several pictures make one contact sheet.")  # fmt: skip
+@click.option("--separate", is_flag=True, help="Write numbered files instead of a contact sheet.")
+@click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt or tensorrt-rtx.")
+@click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads; default: one for each core.")
+@click.option("--force", is_flag=True, help="Overwrite an existing output file.")
+@json_option
+def run(
+    artifact: Path,
+    budget: str,
+    prompt: tuple[str, ...],
+    negative_prompt: str | None,
+    seed: int,
+    images: int,
+    guidance_scale: float | None,
+    output: Path,
+    separate: bool,
+    backend: str,
+    threads: int | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Draw pictures from ARTIFACT, without torch."""
+    import time
+
+    from . import pictures
+    from .sampler import Sampler
+
+    total = images * len(prompt)
+    targets = pictures.numbered(output, total) if separate and total > 1 else [output]
+    pictures.check_targets(targets, force=force)
+    begin = time.perf_counter()
+    with Sampler.load(artifact, backend, threads) as sampler:
+        loaded = time.perf_counter()
+        with _progress_bar(f"budget {budget}") as progress:
+            drawn = sampler(
+                list(prompt),
+                budget=budget,
+                negative_prompt=negative_prompt,
+                seed=seed,
+                images_per_prompt=images,
+                guidance_scale=guidance_scale,
+                progress=progress,
+            )
+        done = time.perf_counter()
+        used = sampler.backend
+    shown = pictures.to_uint8(drawn) if len(targets) > 1 else [pictures.contact_sheet(drawn)]
+    for picture, target in zip(shown, targets, strict=True):
+        pictures.save(picture, target)
+    if as_json:
+        _print_json(
+            {
+                "outputs": [str(target) for target in targets], "images": total, "budget": budget, "seed": seed,
+                "backend": used, "load_s": round(loaded - begin, 4), "request_s": round(done - loaded, 4),
+            }
+        )  # fmt: skip
+    else:
+        names = ", ".join(str(target) for target in targets)
+        click.echo(f"{names}: {total} picture{'s' * (total > 1)}, budget {budget}, {done - loaded:.2f} s ({used})")
+
+
+@main.command(
+    epilog="\b\nExamples:\n  otc inspect artifacts/shapes\n  otc inspect artifacts/shapes --json | jq .budgets\n"
+)
+@artifact_argument
+@json_option
+def inspect(artifact: Path, as_json: bool) -> None:
+    """Show what ARTIFACT holds: model, stages, budgets, quality and every schedule."""
+    from .artifact import Artifact
+
+    manifest = Artifact.open(artifact).manifest
+    if as_json:
+        _print_json(summary(manifest))
+    else:
+        _print_manifest(manifest)
+
+
+@main.command(epilog="\b\nExamples:\n  otc verify artifacts/shapes\n  otc verify artifacts/shapes --json\n")
+@artifact_argument
+@json_option
+def verify(artifact: Path, as_json: bool) -> None:
+    """Check ARTIFACT: manifest and structure first, then the digest of every file. Exits with 4 at the first fault."""
+    from dataclasses import asdict
+
+    from .artifact import Artifact
+
+    result = Artifact.open(artifact).verify()
+    if as_json:
+        _print_json({"ok": True, "artifact": str(artifact), **asdict(result)})
+        return
+    click.echo(f"ok: {result.files} files, {_size(result.size_bytes)}, {result.digest}")
+    if result.unlisted:
+        click.echo(f"note: {len(result.unlisted)} files are not part of it: {', '.join(result.unlisted[:5])}", err=True)
+
+
+def timeline(schedule: tuple[int, ...], total: int, width: int = 64) -> str:
+    """A schedule on a line of at most `width` characters: the height of a block is the share of computed steps."""
+    cells = min(total, width)
+    blocks = "·▁▂▃▄▅▆▇█"
+    computed, sizes = [0] * cells, [0] * cells
+    for index in range(total):
+        cell = index * cells // total
+        sizes[cell] += 1
+        computed[cell] += index in schedule
+    return "".join(blocks[-(-8 * some // size)] for some, size in zip(computed, sizes, strict=True))
+
+
+def summary(manifest: Manifest) -> dict[str, Any]:
+    """What `otc inspect --json` prints."""
+    sizes = {entry.path: entry.size_bytes for entry in manifest.files}
+    stages = [{**stage.model_dump(mode="json"), "size_bytes": sizes[stage.onnx]} for stage in manifest.stages]
+    budgets = [_budget_summary(entry) for name in manifest.budgets if (entry := manifest.program(name))]
+    parts = ("schema_version", "digest", "producer", "model", "sampler", "conditions", "guidance", "reference",
+             "anchor", "costs", "engines", "measurements")  # fmt: skip
+    dumped = manifest.model_dump(mode="json", include=set(parts))
+    files = {"count": len(manifest.files), "size_bytes": sum(sizes.values())}
+    return {**{part: dumped[part] for part in parts}, "stages": stages, "budgets": budgets, "files": files}
+
+
+def _budget_summary(entry: BudgetProgram) -> dict[str, Any]:
+    dumped = entry.model_dump(mode="json", exclude={"program"})
+    program = entry.program
+    return {
+        "budget": entry.budget, "payload": program.payload, "nfe": program.nfe, "steps": len(program.steps),
+        "schedule": list(program.schedule), **{key: dumped[key] for key in ("quality", "candidates", "baselines")},
+    }  # fmt: skip
+
+
+def _print_manifest(manifest: Manifest) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .messages import one_line
+
+    def safe(value: object) -> str:
+        return escape(one_line(value))
+
+    console = Console(highlight=False)
+    model, sampler, conditions, guidance = manifest.model, manifest.sampler, manifest.conditions, manifest.guidance
+    facts = Table.grid(padding=(0, 2))
+    scale = f"{guidance.kind} {guidance.scale:g} (served {guidance.minimum:g} to {guidance.maximum:g})"
+    for name, value in (
+        ("model", f"{model.name} ({model.pipeline}, {model.transformer})"),
+        ("sampler", f"{sampler.scheduler}, {sampler.num_inference_steps} steps"),
+        ("guidance", scale if guidance.kind == "cfg" else "none"),
+        ("pictures", f"{conditions.width} × {conditions.height}, {conditions.dtype}"),
+        ("calibrated", f"{conditions.calibration_prompts} prompts for {conditions.objective}, seed {conditions.seed}"),
+        ("digest", manifest.digest),
+    ):
+        facts.add_row(name, safe(value))
+    console.print(facts)
+    sizes = {entry.path: entry.size_bytes for entry in manifest.files}
+    stages = Table(title="Stages", title_justify="left", box=None)
+    for heading in ("stage", "kind", "reads", "writes", "size", "error"):
+        stages.add_column(heading, justify="right" if heading in ("size", "error") else "left")
+    for stage in manifest.stages:
+        reads, writes = (
+            "\n".join(safe(f"{t.name} {t.dtype}{list(t.shape)}".replace("'", "")) for t in side)
+            for side in (stage.inputs, stage.outputs)
+        )
+        error = f"{stage.max_relative_error:.1e}"
+        stages.add_row(safe(stage.name), stage.kind, reads, writes, _size(sizes[stage.onnx]), error)
+    console.print(stages)
+    budgets = Table(title="Budgets", title_justify="left", box=None)
+    for heading in ("budget", "payload", "PSNR dB", "worst", "SSIM", "schedule"):
+        budgets.add_column(heading, no_wrap=True, justify="left" if heading in ("payload", "schedule") else "right")
+    width = max(8, console.width - 46)
+    for name in manifest.budgets:
+        if entry := manifest.program(name):
+            budgets.add_row(*_budget_row(entry, sampler.num_inference_steps, width))
+    console.print(budgets)
+
+
+def _budget_row(entry: BudgetProgram, total: int, width: int) -> tuple[str, ...]:
+    quality = ("–", "–", "–")
+    if q := entry.quality:
+        quality = (f"{q.psnr_db.mean:.1f}", f"{q.psnr_db.worst:.1f}", f"{q.ssim.mean:.3f}")
+    return (entry.budget, entry.program.payload, *quality, timeline(entry.program.schedule, total, min(width, 100)))
+
+
+def _size(size_bytes: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.1f} {unit}"
+    return f"{size_bytes} B"
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+@contextmanager
+def _progress_bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr if that is a terminal, else nothing."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(escape(title))
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The sampling loop: executes a `Program` over a `Model`. No solver lives here, only the program's coefficients.
+
+Shapes: n samples, g branches of guidance stacked on the batch (negative first). Latents x and guided outputs v are
+float32 (n, *latents.shape) on the host; features and residuals r have the batch g·n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from otcache.schemas.program import Program
+
+Float32 = NDArray[np.float32]
+Residual = tuple[Float32, ...]
+"""Result − source of every feature."""
+Callback = Callable[[int, int], None]
+"""Called with the number of finished steps and of all; what it raises ends the run."""
+T = TypeVar("T")
+
+
+class Model(Protocol):
+    """The denoiser in three parts, with the conditioning already in place."""
+
+    def embed(self, x: Float32, timestep: float) -> None:
+        """x: float32 (n, …); timestep in the model's units. Fills what blocks and head read."""
+
+    def blocks(self) -> None:
+        """Turn every feature's source into its result."""
+
+    def residual(self) -> Residual:
+        """Result − source of every feature after `blocks`; new arrays."""
+
+    def apply(self, residual: Residual) -> None:
+        """Set every feature's result to source + residual, instead of `blocks`."""
+
+    def head(self) -> Float32:
+        """The output of every branch, float32 (g, n, …)."""
+
+
+def sample(
+    model: Model,
+    program: Program,
+    latents: Float32,
+    *,
+    guidance_weights: Sequence[float],
+    timestep_scale: float = 1.0,
+    callback: Callback | None = None,
+) -> Float32:
+    """Run the program from the initial latents, float32 (n, …), to the final ones.
+
+    r = blocks(h) − h  if step.compute else  Σ c_m r_m          v = Σ_g weight_g · head(h + r)_g
+    x ← latent_coef · x + Σ_m output_coefs_m · v_m              both histories newest last
+    """
+    x = latents.astype(np.float32)
+    outputs: list[Float32] = []
+    residuals: list[Residual] = []
+    for index, step in enumerate(program.steps):
+        model.embed(np.float32(step.input_scale) * x, step.timestep * timestep_scale)
+        if step.compute:
+            model.blocks()
+            if program.residual_memory:
+                residuals = newest([*residuals, model.residual()], program.residual_memory)
+        else:
+            recent = newest(residuals, len(step.residual_coefs))
+            model.apply(tuple(combination(step.residual_coefs, list(parts)) for parts in zip(*recent, strict=True)))
+        outputs = newest([*outputs, combination(guidance_weights, model.head())], program.output_memory)
+        x = np.float32(step.latent_coef) * x
+        if step.output_coefs:
+            x += combination(step.output_coefs, newest(outputs, len(step.output_coefs)))
+        if callback is not None:
+            callback(index + 1, len(program.steps))
+    return x
+
+
+def combination(coefs: Sequence[float], arrays: Sequence[Float32] | Float32) -> Float32:
+    """Σ coefs · arrays in float32, added in order; a new array."""
+    total = np.float32(coefs[0]) * arrays[0]
+    for coef, array in zip(coefs[1:], arrays[1:], strict=True):
+        total += np.float32(coef) * array
+    return total
+
+
+def newest(history: list[T], count: int) -> list[T]:
+    """The last `count` entries."""
+    return history[max(len(history) - count, 0) :]

@@ -1,0 +1,59 @@
+"""Prompts → conditioning: tokens, then the text encoder stage. Consumes the artifact's tokenizer files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from otcache.schemas.errors import ArtifactError, RequestError
+from otcache.schemas.manifest import Tokenizer
+
+from .artifact import Artifact
+from .engine import Array
+from .messages import one_line
+
+Texts = Sequence[str]
+
+
+def check_prompts(prompt: object, name: str = "prompt") -> list[str]:
+    """A string or a list of strings → list of strings. Raises RequestError."""
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, list | tuple) or not texts:
+        raise RequestError(f"{name} is {one_line(repr(prompt), 60)}: expected a string or a list of at least one")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise RequestError(f"{name}[{index}] is {one_line(repr(text), 60)}: expected a string")
+        if any(0xD800 <= ord(char) <= 0xDFFF for char in text):
+            raise RequestError(f"{name}[{index}] holds half a surrogate pair: expected text that UTF-8 can hold")
+    return list(texts)
+
+
+class Tokenizers:
+    """The tokenizers of an artifact, by the text encoder's input that each feeds."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._tokenizers = [(entry, _load(artifact, entry)) for entry in artifact.manifest.tokenizers]
+
+    def __call__(self, texts: Texts) -> Mapping[str, Array]:
+        """Token ids int64 (n, length) of every tokenizer: cut to its length, special tokens kept, padded on the right."""
+        return {
+            entry.input_name: np.array([encoding.ids for encoding in tokenizer.encode_batch(list(texts))], np.int64)
+            for entry, tokenizer in self._tokenizers
+        }
+
+
+def _load(artifact: Artifact, entry: Tokenizer) -> Any:
+    from tokenizers import Tokenizer as FastTokenizer
+
+    data = artifact.read(entry.path)
+    try:
+        tokenizer = FastTokenizer.from_buffer(data)
+        tokenizer.enable_truncation(entry.length)
+        tokenizer.enable_padding(length=entry.length, pad_id=entry.pad_id)
+    except Exception as error:  # the library raises plain Exception
+        raise ArtifactError(
+            f"tokenizer {entry.path}: {one_line(error)}: expected a tokenizer.json: compile it again"
+        ) from None
+    return tokenizer

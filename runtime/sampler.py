@@ -1,0 +1,332 @@
+"""`Sampler`: prompt → pictures from an artifact, at any of its budgets.
+
+Shapes: n samples, g branches of guidance (negative first), latents float32 (n, *latents.shape) as the scheduler sees
+them, pictures float32 (n, height, width, 3) in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from otcache.schemas.errors import HostError, RequestError, UsageError
+from otcache.schemas.manifest import BudgetProgram, Manifest, Stage, TensorInfo
+
+from . import loop
+from .artifact import Artifact
+from .engine import Array, Engine, Selection, select_backend
+from .loop import Callback, Float32
+from .messages import one_line
+from .noise import SEED_MAXIMUM, SEED_MINIMUM, noise
+from .prompt import Tokenizers, check_prompts
+from .trunk import Trunk, check_trunk, run_stage
+
+LATENCY = "latency_s/"
+"""Measurements of the manifest with this prefix say how long one picture takes at the budget that follows."""
+_HISTORY = 64
+"""Latencies remembered for each budget."""
+
+
+class Sampler:
+    """An artifact, loaded. Safe to call from several threads: requests take turns on the device.
+
+    A request's result depends on its arguments alone, not on what ran before it. Make one with `Sampler.load`.
+    """
+
+    def __init__(self, artifact: Artifact, selection: Selection) -> None:
+        check_trunk(artifact.manifest)
+        self.artifact = artifact
+        self.backend = selection.backend.name
+        self.passed_over = selection.passed_over
+        """Backends that were not taken, with the reason."""
+        self._backend = selection.backend
+        self._lock = threading.Lock()
+        self._latencies: dict[str, deque[float]] = {}
+        self._tokenizers = Tokenizers(artifact)
+        self._engines: dict[str, Engine] = {}
+        try:
+            for stage in self.manifest.stages:
+                self._engines[stage.name] = self._backend.load(stage, artifact.engine_path(stage.onnx))
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], backend: str = "auto", threads: int | None = None) -> Sampler:
+        """Check the artifact's files, choose a backend and load every stage.
+
+        threads: CPU threads of a stage; None takes one for each core. Raises ArtifactError, HostError, UsageError.
+        """
+        if threads is not None and (not _is_int(threads) or threads < 1):
+            raise UsageError(f"threads is {threads!r}: expected a whole number of at least 1")
+        artifact = Artifact.open(folder)
+        return cls(artifact, select_backend(backend, artifact.manifest, threads=threads))
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.artifact.manifest
+
+    @property
+    def budgets(self) -> tuple[str, ...]:
+        """The budgets that are served, in increasing order, then `full`."""
+        return self.manifest.budgets
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        *,
+        budget: int | str,
+        negative_prompt: str | list[str] | None = None,
+        seed: int | Sequence[int] = 0,
+        images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        progress: Callback | None = None,
+    ) -> Float32:
+        """Pictures, float32 (n, height, width, 3) in [0, 1], n = prompts · images_per_prompt, a prompt's side by side.
+
+        seed: one draws the noise of all n pictures in one go, a list of n draws each picture's on its own: as one
+        generator and a list of generators do in diffusers. progress: called with (finished, all) steps after each
+        step; what it raises ends the request. Raises RequestError for what the artifact does not serve.
+        """
+        if not _is_int(images_per_prompt) or images_per_prompt < 1:
+            raise RequestError(f"images_per_prompt is {images_per_prompt!r}: expected a whole number of at least 1")
+        self._program(budget)
+        self._guidance_weights(guidance_scale)
+        prompts = [text for text in check_prompts(prompt) for _ in range(images_per_prompt)]
+        negative = negative_prompt
+        if isinstance(negative, list | tuple):
+            negative = [text for text in check_prompts(negative, "negative_prompt") for _ in range(images_per_prompt)]
+        _check_seed(seed, len(prompts))
+        start = time.perf_counter()
+        conditioning = self.encode(prompts, negative_prompt=negative)
+        latents = self.sample(conditioning, budget=budget, seed=seed, guidance_scale=guidance_scale, progress=progress)
+        pictures = self.decode(latents)
+        if len(prompts) == 1:
+            self._latencies.setdefault(str(budget), deque(maxlen=_HISTORY)).append(time.perf_counter() - start)
+        return pictures
+
+    def encode(self, prompt: str | list[str], *, negative_prompt: str | list[str] | None = None) -> dict[str, Array]:
+        """Conditioning of n prompts: each of the text encoder's outputs as (g, n, …), the negative branch first.
+
+        negative_prompt: one for all or n of them; None takes the artifact's. Raises RequestError.
+        """
+        stage = self._stage("text_encoder", "give `sample` its conditioning instead")
+        positive = check_prompts(prompt)
+        branches = [positive]
+        if self.manifest.guidance.branches == 2:
+            branches.insert(0, self._negative(negative_prompt, len(positive)))
+        elif negative_prompt is not None:
+            raise RequestError("negative_prompt is given, but this artifact has no guidance to use it: leave it out")
+        texts = [text for branch in branches for text in branch]
+        unique = list(dict.fromkeys(texts))
+        encoded = self._run(stage, self._tokenizers(unique))
+        rows = [unique.index(text) for text in texts]
+        shape = (len(branches), len(positive))
+        return {name: array[rows].reshape(*shape, *array.shape[1:]) for name, array in encoded.items()}
+
+    def sample(
+        self,
+        conditioning: Mapping[str, Array],
+        *,
+        budget: int | str,
+        seed: int | Sequence[int] = 0,
+        latents: Array | None = None,
+        guidance_scale: float | None = None,
+        progress: Callback | None = None,
+    ) -> Float32:
+        """Final latents, float32 (n, *latents.shape), from conditioning tensors.
+
+        conditioning: an array (g, n, …) for each of `manifest.conditioning` with a batch, as `encode` gives it; the
+        others in the manifest's shape. latents: noise (n, *latents.shape) to use instead of the seed's, before it is
+        scaled for the sampler. Raises RequestError.
+        """
+        program = self._program(budget).program
+        weights = self._guidance_weights(guidance_scale)
+        n = self._count(conditioning, seed, latents)
+        try:
+            start = self._initial_latents(seed, latents, n)
+            with self._lock:
+                self._check_open()
+                trunk = Trunk(self.manifest, self._engines, self._backend, n)
+                trunk.condition(conditioning)
+                return loop.sample(
+                    trunk,
+                    program,
+                    start,
+                    guidance_weights=weights,
+                    timestep_scale=self.manifest.timestep_scale,
+                    callback=progress,
+                )
+        except MemoryError:
+            raise HostError(f"no memory for {n} samples at once: ask for fewer, or use a larger host") from None
+
+    def decode(self, latents: Array) -> Float32:
+        """Pictures, float32 (n, height, width, 3) in [0, 1], from latents (n, *latents.shape)."""
+        stage = self._stage("decoder", "decode the latents of `sample` elsewhere")
+        latents = _check_latents(latents, self.manifest.latents.shape)
+        decoded = self._run(stage, {stage.inputs[0].name: latents})[stage.outputs[0].name]
+        if decoded.ndim == 4 and decoded.shape[1] == 3 and decoded.shape[3] != 3:
+            decoded = decoded.transpose(0, 2, 3, 1)
+        return np.ascontiguousarray(np.clip(decoded, 0.0, 1.0), np.float32)
+
+    def budget_for(self, *, latency_s: float) -> str:
+        """The largest budget that was measured to make a picture within `latency_s`.
+
+        Takes the median of this sampler's own single pictures, else the artifact's measurements. Raises RequestError
+        if nothing was measured or nothing fits.
+        """
+        measured = {budget: found for budget in self.budgets if (found := self._latency(budget)) is not None}
+        if not measured:
+            raise RequestError("no budget has a measured latency yet: make one picture with each budget first")
+        fitting = [budget for budget in self.budgets if measured.get(budget, math.inf) <= latency_s]
+        if not fitting:
+            fastest = min(measured, key=lambda budget: measured[budget])
+            raise RequestError(
+                f"latency_s is {latency_s}: expected at least {measured[fastest]:.3g}, "
+                f"which budget {fastest} takes: allow more time, or serve on a faster host"
+            )
+        return fitting[-1]
+
+    def close(self) -> None:
+        """Free the engines, once the request that is running has ended. Calls after it raise RequestError."""
+        with self._lock:
+            for engine in self._engines.values():
+                engine.close()
+            self._engines = {}
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if not self._engines:
+            raise RequestError("this sampler is closed: load it again")
+
+    def _program(self, budget: object) -> BudgetProgram:
+        found = self.manifest.program(budget) if _is_int(budget) or isinstance(budget, str) else None  # type: ignore[arg-type]
+        if found is None:
+            raise RequestError(
+                f"budget is {one_line(repr(budget), 40)}: expected one of {', '.join(self.budgets)}: "
+                "choose one, or compile the artifact for it"
+            )
+        return found
+
+    def _guidance_weights(self, scale: float | None) -> tuple[float, ...]:
+        guidance = self.manifest.guidance
+        if scale is None:
+            return guidance.weights(guidance.scale)
+        if guidance.kind == "none":
+            raise RequestError("guidance_scale is given, but this artifact has no guidance to scale: leave it out")
+        is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        if not is_number or not guidance.minimum <= scale <= guidance.maximum:
+            raise RequestError(
+                f"guidance_scale is {one_line(repr(scale), 40)}: expected {guidance.minimum:g} to "
+                f"{guidance.maximum:g}, which it was calibrated for: compile with a wider --guidance-scale"
+            )
+        return guidance.weights(float(scale))
+
+    def _negative(self, negative_prompt: str | list[str] | None, n: int) -> list[str]:
+        if negative_prompt is None:
+            return [self.manifest.guidance.negative_prompt] * n
+        texts = check_prompts(negative_prompt, "negative_prompt")
+        if isinstance(negative_prompt, str):
+            return texts * n
+        if len(texts) != n:
+            raise RequestError(f"negative_prompt has {len(texts)} texts: expected one, or {n} as the prompts")
+        return texts
+
+    def _count(self, conditioning: Mapping[str, Array], seed: int | Sequence[int], latents: Array | None) -> int:
+        """Number of samples, after every conditioning tensor has been checked."""
+        if not isinstance(conditioning, Mapping):
+            raise RequestError(f"conditioning is a {type(conditioning).__name__}: expected a dict of arrays")
+        wanted = {tensor.name: tensor for tensor in self.manifest.conditioning}
+        if set(conditioning) != set(wanted):
+            have = one_line(sorted(map(str, conditioning)))
+            raise RequestError(f"conditioning holds {have}: expected exactly {sorted(wanted)}")
+        branches = self.manifest.guidance.branches
+        batched = [name for name, tensor in wanted.items() if tensor.shape[:1] == ("batch",)]
+        given = np.shape(conditioning[batched[0]])[1:2] if batched else np.shape(latents)[:1]
+        n = given[0] if given else len(seed) if isinstance(seed, Sequence) else 1
+        for name, tensor in wanted.items():
+            _check_conditioning(tensor, conditioning[name], branches, n)
+        if n < 1:
+            raise RequestError("conditioning holds 0 samples: expected at least one")
+        _check_seed(seed, n)
+        if latents is not None and len(_check_latents(latents, self.manifest.latents.shape)) != n:
+            raise RequestError(f"latents hold {len(latents)} samples: expected {n} as the conditioning")
+        return n
+
+    def _initial_latents(self, seed: int | Sequence[int], latents: Array | None, n: int) -> Float32:
+        layout = self.manifest.latents
+        if latents is None:
+            drawn = noise(layout.noise_shape, seed, n).reshape(n, *layout.split)
+            drawn = drawn.transpose(0, *(axis + 1 for axis in layout.permutation))
+        else:
+            drawn = np.asarray(latents, np.float32)
+        return np.float32(layout.initial_scale) * drawn.reshape(n, *layout.shape)
+
+    def _stage(self, kind: str, instead: str) -> Stage:
+        stage = self.manifest.stage(kind)
+        if stage is None:
+            raise RequestError(f"this artifact has no {kind.replace('_', ' ')}: {instead}")
+        return stage
+
+    def _run(self, stage: Stage, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        with self._lock:
+            self._check_open()
+            return run_stage(stage, self._engines[stage.name], self._backend, inputs)
+
+    def _latency(self, budget: str) -> float | None:
+        if own := self._latencies.get(budget):
+            return statistics.median(own)
+        stated = [m.value for m in self.manifest.measurements if m.name == LATENCY + budget]
+        return stated[-1] if stated else None
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check_seed(seed: Any, n: int) -> None:
+    seeds = seed if isinstance(seed, list | tuple) else [seed]
+    for one in seeds:
+        if not _is_int(one) or not SEED_MINIMUM <= one <= SEED_MAXIMUM:
+            raise RequestError(
+                f"seed is {one_line(repr(one), 40)}: expected a whole number in [-2**63, 2**64), as in torch"
+            )
+    if isinstance(seed, list | tuple) and len(seeds) != n:
+        raise RequestError(f"seed is a list of {len(seeds)}: expected one number, or {n} for {n} pictures")
+
+
+def _check_latents(latents: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    array = np.asarray(latents)
+    if array.shape[1:] != shape or array.ndim != len(shape) + 1 or not len(array) or array.dtype.kind != "f":
+        raise RequestError(
+            f"latents are {array.dtype} {array.shape}: expected float32 (n, {', '.join(map(str, shape))})"
+        )
+    return array
+
+
+def _check_conditioning(tensor: TensorInfo, value: Any, branches: int, n: int) -> None:
+    array = np.asarray(value)
+    expected: tuple[Any, ...] = tensor.shape
+    if tensor.shape[:1] == ("batch",):
+        expected = (branches, n, *tensor.shape[1:])
+    if array.shape != expected or array.dtype.kind not in "fiub":
+        raise RequestError(
+            f"conditioning {tensor.name} is {array.dtype} {array.shape}: expected {tensor.dtype} {expected}"
+        )

@@ -1,0 +1,153 @@
+"""Embed, blocks and head of an artifact as the loop's `Model`: engines bound to one set of buffers.
+
+Every trunk tensor has a name and a slot; slots are shared by tensors of one type and shape that are never needed at
+the same time, so a stage's output buffer is the next stage's input buffer and memory does not grow with depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import count
+
+import numpy as np
+
+from otcache.schemas.errors import ArtifactError
+from otcache.schemas.manifest import Manifest, Stage, TensorInfo
+
+from .engine import Array, Backend, Engine, Tensor
+from .loop import Float32, Residual
+
+
+def plan_buffers(manifest: Manifest) -> dict[str, int]:
+    """Slot of every trunk tensor. A pure function of the manifest.
+
+    Request inputs stay for the whole run. Another tensor lives from the stage that writes it to the last one that
+    reads it; a feature's source and result from the embed (a cached step writes the result there) to the head.
+    """
+    trunk = manifest.trunk
+    last = len(trunk) - 1
+    info: dict[str, TensorInfo] = {}
+    start: dict[str, int] = {}
+    end: dict[str, int] = {}
+    for index, stage in enumerate(trunk):
+        for tensor in stage.inputs:
+            info.setdefault(tensor.name, tensor)
+            start.setdefault(tensor.name, -1)
+            end[tensor.name] = last + 1 if start[tensor.name] < 0 else index
+        for tensor in stage.outputs:
+            info[tensor.name], start[tensor.name], end[tensor.name] = tensor, index, index
+    end[manifest.output] = last + 1
+    for feature in manifest.features:
+        start[feature.result] = min(start[feature.result], 0)
+        for name in (feature.source, feature.result):
+            end[name] = max(end[name], last)
+
+    slots: dict[str, int] = {}
+    free_after: dict[int, int] = {}
+    kind: dict[int, tuple[object, ...]] = {}
+    new = count()
+    for name in sorted(info, key=lambda name: (start[name], list(info).index(name))):
+        wanted = (info[name].dtype, *info[name].shape)
+        slot = next((s for s, after in free_after.items() if after < start[name] and kind[s] == wanted), None)
+        slots[name] = next(new) if slot is None else slot
+        kind[slots[name]], free_after[slots[name]] = wanted, end[name]
+    return slots
+
+
+def check_trunk(manifest: Manifest) -> None:
+    """What a cached step needs, and the batch first. Raises ArtifactError."""
+    for stage in manifest.stages:
+        for tensor in (*stage.inputs, *stage.outputs):
+            if "batch" in tensor.shape[1:]:
+                raise ArtifactError(f"stage {stage.name}: {tensor.name} has its batch not first: compile it again")
+    made = {tensor.name for stage in manifest.trunk if stage.kind == "block" for tensor in stage.outputs}
+    if odd := [feature.source for feature in manifest.features if feature.source in made]:
+        raise ArtifactError(f"features: {odd[0]} is a source, but a block writes it: compile it again")
+    results = {feature.result for feature in manifest.features}
+    needed = {tensor.name for tensor in manifest.trunk[-1].inputs} & made
+    cached = any(not step.compute for entry in manifest.programs for step in entry.program.steps)
+    if cached and (missing := sorted(needed - results)):
+        raise ArtifactError(
+            f"features: the head reads {missing[0]}, which blocks write but no feature holds: a cached step would "
+            "have none: compile it again"
+        )
+
+
+class Trunk:
+    """Engines bound to buffers for n samples. Not shared between requests; holds no state that outlives one."""
+
+    def __init__(self, manifest: Manifest, engines: Mapping[str, Engine], backend: Backend, n: int) -> None:
+        self._manifest = manifest
+        self._n = n
+        self._buffers = _make_buffers(manifest, backend, manifest.guidance.branches * n)
+        self._calls = [(stage.kind, self._bind(stage, engines[stage.name])) for stage in manifest.trunk]
+
+    def condition(self, conditioning: Mapping[str, Array]) -> None:
+        """Put the request's tensors in place: with a batch (g, n, …), others as the manifest has them."""
+        for tensor in self._manifest.conditioning:
+            self._buffers[tensor.name].write(conditioning[tensor.name].reshape(self._buffers[tensor.name].shape))
+
+    def embed(self, x: Float32, timestep: float) -> None:
+        branches = self._manifest.guidance.branches
+        latents = self._buffers[self._manifest.latents_input]
+        latents.write(np.broadcast_to(x, (branches, *x.shape)).reshape(latents.shape))
+        time = self._buffers[self._manifest.timestep_input]
+        time.write(np.full(time.shape, timestep, np.float32))
+        self._run("embed")
+
+    def blocks(self) -> None:
+        self._run("block")
+
+    def residual(self) -> Residual:
+        return tuple(
+            np.subtract(self._read(feature.result), self._read(feature.source), dtype=np.float32)
+            for feature in self._manifest.features
+        )
+
+    def apply(self, residual: Residual) -> None:
+        for feature, part in zip(self._manifest.features, residual, strict=True):
+            self._buffers[feature.result].write(self._read(feature.source) + part)
+
+    def head(self) -> Float32:
+        self._run("head")
+        output = self._read(self._manifest.output)
+        return output.reshape(self._manifest.guidance.branches, self._n, *output.shape[1:]).astype(np.float32)
+
+    def _read(self, name: str) -> Array:
+        return self._buffers[name].read()
+
+    def _run(self, kind: str) -> None:
+        for stage_kind, call in self._calls:
+            if stage_kind == kind:
+                call()
+
+    def _bind(self, stage: Stage, engine: Engine) -> Callable[[], None]:
+        inputs = {tensor.name: self._buffers[tensor.name] for tensor in stage.inputs}
+        return engine.bind(inputs, {tensor.name: self._buffers[tensor.name] for tensor in stage.outputs})
+
+
+def run_stage(stage: Stage, engine: Engine, backend: Backend, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Run a stage on its own, such as text encoder or decoder: arrays of one batch in, new arrays out."""
+    batch = max((len(inputs[tensor.name]) for tensor in stage.inputs if tensor.shape[:1] == ("batch",)), default=1)
+    reading = {tensor.name: backend.empty(shape_of(tensor, batch), tensor.dtype) for tensor in stage.inputs}
+    writing = {tensor.name: backend.empty(shape_of(tensor, batch), tensor.dtype) for tensor in stage.outputs}
+    for name, tensor in reading.items():
+        tensor.write(inputs[name])
+    engine.bind(reading, writing)()
+    return {name: tensor.read() for name, tensor in writing.items()}
+
+
+def shape_of(tensor: TensorInfo, batch: int) -> tuple[int, ...]:
+    """Shape with the batch put in."""
+    return tuple(batch if isinstance(size, str) else size for size in tensor.shape)
+
+
+def _make_buffers(manifest: Manifest, backend: Backend, batch: int) -> dict[str, Tensor]:
+    info = {t.name: t for stage in manifest.trunk for t in (*stage.inputs, *stage.outputs)}
+    slots: dict[int, Tensor] = {}
+    result: dict[str, Tensor] = {}
+    for name, slot in plan_buffers(manifest).items():
+        if slot not in slots:
+            slots[slot] = backend.empty(shape_of(info[name], batch), info[name].dtype)
+        result[name] = slots[slot]
+    return result

@@ -1,0 +1,60 @@
+"""The anchor search finds a planted optimum, is deterministic, and resumes to the same end."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from otcache.compiler.anchor import gaps_from_schedule, schedule_from_gaps, search_anchor
+
+PLANTED = (0, 3, 11, 30)
+
+
+def score(schedule):
+    return -float(sum(abs(a - b) for a, b in zip(schedule, PLANTED, strict=True)))
+
+
+def search(trials=40, storage=None, scored=None, function=score):
+    return search_anchor(
+        lambda s: (scored.append(s) if scored is not None else None) or function(s), budget=4, num_inference_steps=50,
+        starts=[(0, 12, 25, 38), (0, 4, 15, 28)], trials=trials, seed=3, storage=storage,
+    )  # fmt: skip
+
+
+@given(st.sets(st.integers(1, 49), max_size=49).map(lambda s: (0, *sorted(s))))
+@settings(max_examples=200, deadline=None)
+def test_every_schedule_can_be_expressed(schedule):
+    gaps = [max(gap, 1e-9) for gap in gaps_from_schedule(schedule, 50)]
+    assert schedule_from_gaps(gaps, 50) == schedule
+
+
+def test_search_improves_on_its_starts_and_scores_no_schedule_twice():
+    scored = []
+    result = search(scored=scored)
+    assert scored[:2] == [(0, 12, 25, 38), (0, 4, 15, 28)]
+    assert len(scored) == len(set(scored)) == result.evaluated
+    assert result.score > max(score((0, 12, 25, 38)), score((0, 4, 15, 28)))
+    assert result.score == score(result.schedule)
+
+
+def test_same_seed_same_result():
+    assert search() == search()
+
+
+def test_an_interrupted_search_goes_on_to_the_same_result(tmp_path):
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    count = [0]
+
+    def failing(schedule):
+        count[0] += 1
+        if count[0] == 9:
+            raise KeyboardInterrupt
+        return score(schedule)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(storage=storage, function=failing)
+    scored = []
+    resumed = search(storage=storage, scored=scored)
+    assert len(scored) < resumed.evaluated
+    assert resumed == search()

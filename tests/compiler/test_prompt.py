@@ -1,0 +1,96 @@
+"""Prompt → conditioning and latents → pictures: exported forms against the pipeline's own calls."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from otcache.artifacts.training.text import TEXT_LENGTH, make_encoders, make_tokenizers
+from otcache.compiler.export import export_module
+from otcache.compiler.prompt import PROBES, latent_decoder, text_encoders, tokenizer_spec
+from otcache.schemas.errors import ModelError
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    torch.manual_seed(0)
+    clip, t5 = make_tokenizers()
+    clip_encoder, t5_encoder = make_encoders(clip, t5)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32, scaling_factor=0.7, shift_factor=0.1,
+    )  # fmt: skip
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=64, pooled_projection_dim=64, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    made = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae.eval(), text_encoder=clip_encoder.eval(), tokenizer=clip,
+        text_encoder_2=t5_encoder.eval(), tokenizer_2=t5, transformer=transformer.eval(),
+    )  # fmt: skip
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_text_encoders_reproduce_encode_prompt(pipeline):
+    module, example, specs = text_encoders(pipeline, 12)
+    assert [(spec.input_name, spec.length) for spec in specs] == [("input_ids", TEXT_LENGTH), ("input_ids_2", 12)]
+    assert {name: tuple(value.shape) for name, value in example.items()} == {"input_ids": (2, 16), "input_ids_2": (2, 12)}
+    for prompt in PROBES:
+        ids = {spec.input_name: torch.tensor([spec.load().encode(prompt).ids]) for spec in specs}
+        with torch.no_grad():
+            result = module(**ids)
+            hidden, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=12)
+        assert tuple(result) == module.output_names
+        assert torch.equal(result["pooled_projections"], pooled)
+        assert torch.equal(result["encoder_hidden_states"], hidden)
+
+
+def test_text_encoders_export(pipeline, tmp_path):
+    module, example, _ = text_encoders(pipeline, TEXT_LENGTH)
+    exported = export_module(module, example, module.output_names, tmp_path / "text_encoder.onnx", kind="text_encoder")
+    assert exported.max_relative_error < 1e-5
+    assert [(info.name, info.dtype, info.shape) for info in (*exported.inputs, *exported.outputs)] == [
+        ("input_ids", "int64", ("batch", 16)),
+        ("input_ids_2", "int64", ("batch", 16)),
+        ("pooled_projections", "float32", ("batch", 64)),
+        ("encoder_hidden_states", "float32", ("batch", 16, 64)),
+    ]
+
+
+def test_latent_decoder_reproduces_the_pipeline(pipeline, tmp_path):
+    decoder, example = latent_decoder(pipeline, 16, 24)
+    assert example["latents"].shape == (2, 24, 16)
+    unpacked = pipeline._unpack_latents(example["latents"], 16, 24, pipeline.vae_scale_factor)
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(unpacked / 0.7 + 0.1, return_dict=False)[0]
+        images = decoder(**example)
+    expected = pipeline.image_processor.postprocess(decoded, output_type="pt").permute(0, 2, 3, 1)
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+    exported = export_module(decoder, example, ("images",), tmp_path / "vae_decoder.onnx", kind="decoder")
+    assert exported.outputs[0].shape == ("batch", 16, 24, 3)
+    assert exported.max_relative_error < 1e-5
+
+
+def test_size_must_fit_the_patches(pipeline):
+    with pytest.raises(ModelError, match="no multiple of 4"):
+        latent_decoder(pipeline, 16, 18)
+
+
+def test_other_pipelines_are_refused():
+    class OtherPipeline(SimpleNamespace):
+        pass
+
+    for call in (lambda p: text_encoders(p, 16), lambda p: latent_decoder(p, 16, 16)):
+        with pytest.raises(ModelError, match=r"OtherPipeline.*only for FluxPipeline.*cut and exported"):
+            call(OtherPipeline())
+
+
+def test_tokenizer_that_json_cannot_express_is_refused():
+    clip, _ = make_tokenizers()
+    clip.padding_side = "left"
+    with pytest.raises(ModelError, match="gives other ids than the pipeline"):
+        tokenizer_spec(clip, "input_ids", 16)

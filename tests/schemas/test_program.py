@@ -1,0 +1,50 @@
+"""Programs are consistent or refused with the place that is wrong."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from otcache.schemas.program import Program
+
+
+def step(index, **fields):
+    return {"step_index": index, "timestep": 1000.0 - index, "latent_coef": 1.0, "output_coefs": [0.1], **fields}
+
+
+def test_a_program_knows_its_schedule_and_memory():
+    program = Program.model_validate(
+        {
+            "payload": "residual",
+            "steps": [
+                step(0),
+                step(1, compute=False, residual_coefs=[1.0]),
+                step(2, output_coefs=[0.1, 0.2]),
+                step(3, compute=False, residual_coefs=[-1.0, 2.0]),
+            ],
+        }
+    )
+    assert program.nfe == 2 and program.schedule == (0, 2)
+    assert (program.output_memory, program.residual_memory) == (2, 2)
+    assert Program.model_validate_json(program.model_dump_json()) == program
+
+
+@pytest.mark.parametrize(
+    ("payload", "steps", "message"),
+    [
+        ("output", [], "at least 1 item"),
+        ("output", [step(0, compute=False, residual_coefs=[1.0])], "computed steps only"),
+        ("residual", [step(0, compute=False, residual_coefs=[1.0])], "more residuals than were computed"),
+        ("output", [step(3), step(3)], r"steps\[1\].step_index is 3: expected more than 3"),
+        ("output", [step(0, output_coefs=[0.1, 0.2])], "weighs more outputs than there are"),
+        ("residual", [step(0), step(1, compute=False)], "either compute the blocks or forecast"),
+        ("residual", [step(0), step(1, residual_coefs=[1.0])], "either compute the blocks or forecast"),
+        ("output", [step(0, latent_coef=float("nan"))], "finite number"),
+        ("output", [step(0, output_coefs=[1e9])], "less than or equal to 1000000"),
+        ("output", [step(-1)], "greater than or equal to 0"),
+        ("cache", [step(0)], "'output' or 'residual'"),
+    ],
+)
+def test_inconsistent_programs_are_refused(payload, steps, message):
+    with pytest.raises(ValidationError, match=message):
+        Program.model_validate({"payload": payload, "steps": steps})

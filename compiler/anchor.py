@@ -5,6 +5,7 @@ Optuna's TPE over the gaps between computed steps, seeded, with the graph's and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -53,20 +54,26 @@ def search_anchor(
     """Maximise `score(schedule)` over schedules of exactly `budget` steps, the first 0.
 
     Args:
-        score: higher is better; called once per distinct schedule.
+        score: higher is better; called once per distinct schedule. NaN, of a schedule that diverged, counts as −inf.
         starts: schedules that are tried first.
         trials: number of trials, the starts included; a schedule that comes up again counts but is not scored again.
         seed: of the sampler.
         storage: an Optuna storage URL, where scored schedules are recorded. A resumed search replays them without
             scoring them again, so it ends as an undisturbed one does.
+
+    Raises ValueError unless trials ≥ 1, and where no schedule has a score above −inf.
     """
+    if trials < 1:
+        raise ValueError(f"trials is {trials}: expected 1 or more")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     record = optuna.create_study(direction="maximize", storage=storage, study_name="anchor", load_if_exists=True)
     known = {
         tuple(trial.user_attrs["schedule"]): float(trial.value or 0.0) for trial in record.get_trials(deepcopy=False)
     }
     study = optuna.create_study(direction="maximize")
-    space = {f"gap_{k}": optuna.distributions.FloatDistribution(0.0, 1.0) for k in range(budget)}
+    space: dict[str, optuna.distributions.BaseDistribution] = {
+        f"gap_{k}": optuna.distributions.FloatDistribution(0.0, 1.0) for k in range(budget)
+    }
     tried: dict[Schedule, float] = {}
     for number in range(trials):
         study.sampler = _sampler(seed, number)
@@ -76,7 +83,8 @@ def search_anchor(
         trial = study.ask(space)
         schedule = schedule_from_gaps([max(trial.params[name], 1e-9) for name in space], num_inference_steps)
         if schedule not in known:
-            known[schedule] = float(score(schedule))
+            found = float(score(schedule))
+            known[schedule] = -math.inf if math.isnan(found) else found
             record.add_trial(
                 optuna.trial.create_trial(
                     params=trial.params,
@@ -90,6 +98,11 @@ def search_anchor(
         if progress:
             progress(number + 1, trials)
     best = max(tried, key=lambda schedule: (tried[schedule], [-step for step in schedule]))
+    if tried[best] == -math.inf:
+        raise ValueError(
+            f"anchor search: none of {len(tried)} schedules of {budget} steps has a finite score; expected at least one: "
+            "raise the anchor budget"
+        )
     return AnchorResult(schedule=best, score=tried[best], trials=trials, evaluated=len(tried))
 
 

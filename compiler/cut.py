@@ -15,6 +15,7 @@ tables) is computed once, here, and stored in the stages that read it.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -168,9 +169,8 @@ def exported_program(
                 module, args, dynamic_shapes=(dynamic,) if bound else tuple(dynamic.values()), strict=False
             )
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "no message")
         raise ModelError(
-            f"{subject} has no graph: torch.export raised {type(error).__name__} ({reason}); expected a model without "
+            f"{subject} has no graph: torch.export raised {reason_of(error)}; expected a model without "
             "control flow that depends on values; register a replacement for the part that cannot be traced"
         ) from error
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
@@ -178,13 +178,20 @@ def exported_program(
     sizes = {
         name: placeholders[node].meta["val"].shape[0] for name, node in zip(inputs, names, strict=True) if dynamic[name]
     }
-    fixed = [f"{name} ({size})" for name, size in sizes.items() if isinstance(size, int)]
+    fixed = [f"{name} ({size})" for name, size in sizes.items() if not _is_batch(size)]
     if fixed:
         raise ModelError(
             f"{subject}: the model fixes the batch of {', '.join(fixed)}: expected every input to be dynamic in dimension 0; "
             "look for code that turns the batch size into a Python number"
         )
     return program
+
+
+def reason_of(error: BaseException) -> str:
+    """Class and first line of the error that started a chain of errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__} ({next(iter(str(error).strip().splitlines()), 'no message')})"
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -327,7 +334,7 @@ def _trunk(subject: str, module: nn.Module, graph: _Graph) -> dict[str, int]:
             f"{subject} has no trunk: found {len(blocks)} blocks that the latents flow through, in the lists "
             f"{sorted(outermost) or 'none'}; expected at least 2 entries of nn.ModuleList, one after the other"
         )
-    for earlier, later in zip(blocks, blocks[1:], strict=False):
+    for earlier, later in itertools.pairwise(blocks):
         if last[earlier] > first[later]:
             raise ModelError(
                 f"{subject}: blocks {earlier!r} and {later!r} overlap in time: expected blocks that run one after the other; "

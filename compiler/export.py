@@ -22,10 +22,11 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from otcache.schemas.errors import ModelError
 
-from .cut import Bound, Stages, exported_program
+from .cut import Bound, Stages, exported_program, reason_of
 
 Progress = Callable[[int, int], None]
 """Called with (stages done, stages in all)."""
@@ -241,8 +242,10 @@ def _export(
     outputs = tuple(_tensor_info(contract.name, name, trials) for name in contract.outputs)
     example = {name: trials[0][name].detach() for name in contract.inputs}
     static = [info.name for info in inputs if "batch" not in info.shape]
-    program = exported_program(f"stage {contract.name}", module, example, static=static)
-    model = _onnx_model(contract, program)
+    # The fused kernels lay their output out in memory as the decomposed attention does not: a view traced after one fails.
+    with sdpa_kernel(SDPBackend.MATH):
+        program = exported_program(f"stage {contract.name}", module, example, static=static)
+        model = _onnx_model(contract, program)
     _normalise(model, inputs, outputs)
     _save(model, contract.path)
 
@@ -287,19 +290,7 @@ def _tensor_info(stage: str, name: str, trials: Sequence[Mapping[str, Tensor]]) 
     return TensorInfo(name=name, dtype=dtype, shape=tuple(shape))
 
 
-def _without_views(program: torch.export.ExportedProgram) -> None:
-    """A view relies on the strides of the traced kernel; the decomposed attention lays its output out differently.
-
-    ONNX knows no strides, so that a reshape means the same there.
-    """
-    for node in program.graph.nodes:
-        if node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
-    program.graph_module.recompile()
-
-
 def _onnx_model(contract: _Contract, program: torch.export.ExportedProgram) -> onnx_ir.Model:
-    _without_views(program)
     try:
         with _quiet():
             exported = torch.onnx.export(
@@ -311,10 +302,9 @@ def _onnx_model(contract: _Contract, program: torch.export.ExportedProgram) -> o
                 verbose=False,
             )
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "no message")
         raise ModelError(
-            f"stage {contract.name} has no ONNX form: torch.onnx raised {type(error).__name__} ({reason}); expected operators "
-            "of opset 20 (complex numbers are none); replace the operator in the model, for example by real arithmetic"
+            f"stage {contract.name} has no ONNX form: torch.onnx raised {reason_of(error)}; expected operators "
+            f"of opset {OPSET} (complex numbers are none); replace the operator in the model, for example by real arithmetic"
         ) from error
     assert exported is not None
     return exported.model
@@ -388,9 +378,8 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "no message")
         raise ModelError(
-            f"stage {path.stem}: ONNX Runtime refuses the file ({reason}); expected operators that its CPU provider implements; "
+            f"stage {path.stem}: ONNX Runtime refuses the file: {reason_of(error)}; expected operators that its CPU provider implements; "
             "replace the operator in the model, or report it to otcache"
         ) from error
 

@@ -29,17 +29,17 @@ def ridge_step(
     min ‖target − a·x − Σ w_m v_m‖² + penalty · Σ_r G_rr (c_r − c_r⁰)², with c = (a, w) and G the regressors' Gram matrix.
 
     Args:
-        target, latents: float (n, …).
+        target, latents: float (n, …); arrays, or tensors of any dtype and device.
         outputs: float (n, …) each, newest last.
         prior: a⁰ and w⁰ (len(outputs),).
         penalty: relative to each regressor's size; 0 for least squares.
 
     Returns a and w (len(outputs),).
     """
-    regressors = np.stack([np.asarray(value, dtype=np.float64).ravel() for value in (latents, *outputs)])
+    regressors = np.stack([_float64(value).ravel() for value in (latents, *outputs)])
     centre = np.concatenate([[prior[0]], np.asarray(prior[1], dtype=np.float64)])
     gram = regressors @ regressors.T
-    remainder = np.asarray(target, dtype=np.float64).ravel() - centre @ regressors
+    remainder = _float64(target).ravel() - centre @ regressors
     weight = np.diag(np.maximum(penalty * np.diag(gram), 1e-300))
     change = np.linalg.lstsq(gram + weight, regressors @ remainder, rcond=1e-15)[0]
     found = centre + change
@@ -95,6 +95,13 @@ def fit_output_program(
         )
         latents = latent_coef * latents + sum(float(c) * v for c, v in zip(output_coefs, outputs, strict=True))
     return Program(payload="output", steps=tuple(steps)), latents
+
+
+def _float64(value: Any) -> FloatArray:
+    """An array or a torch tensor as float64; numpy itself reads no bfloat16, no gradients and no GPU."""
+    if hasattr(value, "detach"):
+        value = value.detach().double().cpu().numpy()
+    return np.asarray(value, dtype=np.float64)
 
 
 def _recent(coefs: ArrayLike, count: int) -> FloatArray:

@@ -15,7 +15,12 @@ REACH = 0.4
 
 
 def interpolation_weight(budget: int, reference_budget: int, anchor_budget: int, law: Law = "reciprocal") -> float:
-    """Position on the path: 0 at the reference's budget and above, 1 at the anchor's and below, affine in 1/B or in B."""
+    """Position on the path: 0 at the reference's budget and above, 1 at the anchor's and below, affine in 1/B or in B.
+
+    Raises ValueError for a budget below 1.
+    """
+    if budget < 1:
+        raise ValueError(f"budget is {budget}: expected 1 or more")
     if anchor_budget >= reference_budget:
         return 0.0 if budget >= reference_budget else 1.0
     if law == "linear":

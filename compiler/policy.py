@@ -80,7 +80,9 @@ def transport_plan(first: Sequence[int], second: Sequence[int], num_inference_st
 
 
 def schedule_from_policy(policy: Policy, budget: int, num_inference_steps: int) -> tuple[int, ...]:
-    """Exactly `budget` steps: Q(k/B)·T rounded, then moved as little as keeps them increasing, from 0 and below T.
+    """Exactly `budget` steps: Q(k/B)·T rounded, then repaired to increase strictly from 0 and stay below T.
+
+    Steps that fall together are moved up, each as little as it must; those that no longer fit below T are moved down.
 
     Raises ValueError unless 1 ≤ budget ≤ T.
     """

@@ -14,8 +14,9 @@ from typing import Any
 
 import tokenizers
 import torch
-from otcache.schemas.errors import ModelError
 from torch import Tensor, nn
+
+from otcache.schemas.errors import ModelError
 
 EXAMPLE_BATCH = 2
 PROBES = (

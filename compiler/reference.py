@@ -69,7 +69,8 @@ def end_to_end_edge_errors(replay: Callable[[int, int], float], num_inference_st
 def _residuals(gram: FloatArray, regressors: list[int], targets: range) -> FloatArray:
     """Squared distances of several rows' vectors from the span of the regressors."""
     block = gram[np.ix_(regressors, regressors)]
-    block = block + RIDGE * np.diag(np.maximum(np.diag(block), 1e-300))
+    sizes = np.diag(block)
+    block = block + np.diag(np.where(sizes > 0, RIDGE * sizes, 1.0))
     cross = gram[np.ix_(regressors, list(targets))]
     weights = np.linalg.solve(block, cross)
     squares = np.diag(gram)[list(targets)] - 2 * (weights * cross).sum(0)
@@ -83,7 +84,8 @@ def shortest_schedule(
     """The steps of the cheapest path 0 → T with exactly `budget` edges.
 
     With `pair_errors` the first edge costs `errors` and every later one depends on the step before as well; the path is
-    then exact over pairs. Raises ValueError unless 1 ≤ budget ≤ T.
+    then exact over pairs. Edges whose error is not finite are not taken. Raises ValueError unless 1 ≤ budget ≤ T, and where
+    no path is left.
     """
     total = errors.shape[0]
     if not 1 <= budget <= total:
@@ -99,8 +101,25 @@ def shortest_schedule(
             finite = np.isfinite(pair_errors)
             pair_costs = np.where(finite, np.sqrt(np.where(finite, pair_errors, 0)) ** objective.exponent, np.inf)
     if isinstance(objective, Minimax):
-        return _minimax_path(costs, budget, pair_costs)
-    return _power_path(costs, budget) if pair_costs is None else _power_pair_path(costs, pair_costs, budget)
+        path = _minimax_path(costs, budget, pair_costs)
+    else:
+        path = _power_path(costs, budget) if pair_costs is None else _power_pair_path(costs, pair_costs, budget)
+    if not _is_finite(path, costs, pair_costs):
+        raise ValueError(
+            f"edge errors: no path of {budget} edges from step 0 to {total} has finite errors; expected at least one: "
+            "check the recorded run for values that are not finite"
+        )
+    return path
+
+
+def _is_finite(path: Schedule, costs: FloatArray, pair_costs: FloatArray | None) -> bool:
+    nodes = [*path, costs.shape[0]]
+    if len(nodes) < 2 or not np.isfinite(costs[nodes[0], nodes[1]]):
+        return False
+    return all(
+        np.isfinite(costs[node, end] if pair_costs is None else pair_costs[before, node, end])
+        for before, node, end in zip(nodes, nodes[1:], nodes[2:], strict=False)
+    )
 
 
 def _power_path(costs: FloatArray, budget: int) -> Schedule:
@@ -175,7 +194,7 @@ def _minimax_path(costs: FloatArray, budget: int, pair_costs: FloatArray | None)
                 if key not in following or (extended, (*path, node)) < following[key]:
                     following[key] = (extended, (*path, node))
         states = following
-    return min(value for (_, end), value in states.items() if end == total)[1]
+    return min((value for (_, end), value in states.items() if end == total), default=((), ()))[1]
 
 
 def graph_schedules(statistics: TrajectoryStatistics, budget: int) -> dict[str, Schedule]:

@@ -19,7 +19,7 @@ import stat
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import ValidationError
 
@@ -193,7 +193,7 @@ def _kind(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a special file")
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> BinaryIO:
     """Opened for reading, bytes; a link or special file that took its place since it was looked at is refused."""
     descriptor = os.open(path, _READ_FLAGS)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

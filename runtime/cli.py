@@ -16,7 +16,7 @@ import click
 from otcache.schemas.errors import HostError, OTCacheError
 
 if TYPE_CHECKING:
-    from otcache.schemas.manifest import BudgetProgram, Manifest
+    from otcache.schemas.manifest import BudgetProgram, Manifest, TensorInfo
 
 GROUP = "otcache.commands"
 EXIT_CODES = """\b
@@ -61,7 +61,7 @@ def _one_line_error(message: str, exit_code: int) -> click.ClickException:
     from .messages import one_line
 
     error = click.ClickException(one_line(message, 2000))
-    error.exit_code = exit_code
+    error.exit_code = exit_code  # type: ignore[misc]
     return error
 
 
@@ -261,6 +261,8 @@ def _print_manifest(manifest: Manifest) -> None:
     console = Console(highlight=False)
     model, sampler, conditions, guidance = manifest.model, manifest.sampler, manifest.conditions, manifest.guidance
     facts = Table.grid(padding=(0, 2))
+    facts.add_column()
+    facts.add_column(overflow="fold")
     scale = f"{guidance.kind} {guidance.scale:g} (served {guidance.minimum:g} to {guidance.maximum:g})"
     for name, value in (
         ("model", f"{model.name} ({model.pipeline}, {model.transformer})"),
@@ -277,10 +279,7 @@ def _print_manifest(manifest: Manifest) -> None:
     for heading in ("stage", "kind", "reads", "writes", "size", "error"):
         stages.add_column(heading, justify="right" if heading in ("size", "error") else "left")
     for stage in manifest.stages:
-        reads, writes = (
-            "\n".join(safe(f"{t.name} {t.dtype}{list(t.shape)}".replace("'", "")) for t in side)
-            for side in (stage.inputs, stage.outputs)
-        )
+        reads, writes = ("\n".join(safe(_tensor(t)) for t in side) for side in (stage.inputs, stage.outputs))
         error = f"{stage.max_relative_error:.1e}"
         stages.add_row(safe(stage.name), stage.kind, reads, writes, _size(sizes[stage.onnx]), error)
     console.print(stages)
@@ -292,6 +291,12 @@ def _print_manifest(manifest: Manifest) -> None:
         if entry := manifest.program(name):
             budgets.add_row(*_budget_row(entry, sampler.num_inference_steps, width))
     console.print(budgets)
+
+
+def _tensor(tensor: TensorInfo) -> str:
+    """`hidden batch×64×128`; the type is named unless it is float32."""
+    dtype = "" if tensor.dtype == "float32" else f" {tensor.dtype}"
+    return f"{tensor.name}{dtype} {'×'.join(map(str, tensor.shape)) or 'scalar'}"
 
 
 def _budget_row(entry: BudgetProgram, total: int, width: int) -> tuple[str, ...]:

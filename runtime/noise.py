@@ -53,9 +53,9 @@ def noise(shape: Sequence[int], seed: int | Sequence[int], count: int) -> Float3
 
     This is what diffusers does with one generator and with a list of generators.
     """
-    if isinstance(seed, int):
-        return standard_normal((count, *shape), seed)
-    return np.stack([standard_normal((1, *shape), one)[0] for one in seed])
+    if isinstance(seed, list | tuple):
+        return np.stack([standard_normal((1, *shape), one)[0] for one in seed])
+    return standard_normal((count, *shape), int(seed))  # type: ignore[call-overload]
 
 
 def _normals(random: np.random.RandomState, count: int) -> Float32:

@@ -2,8 +2,9 @@
 
 On the CPU a tensor is a numpy array that ONNX Runtime reads and writes in place. A chain of sessions is as fast as one
 session only if idle thread pools do not spin: with spinning, a stage's workers burn the cores that the next one needs
-(measured on two busy cores, ten blocks: 88 ms as one session, 528 ms as ten that spin, 51 ms as ten that do not). All
-sessions share one arena, so that memory does not grow with their number.
+(ONNX Runtime 1.32, ten transformer blocks of width 128, two cores beside another job: ten sessions that spin took six
+times as long as one session; ten that do not took 0 to 5 % longer than one, runs interleaved). All sessions share one
+arena: it grew by 1 MB for ten sessions at batch 8, where an arena for each grew by 116 MB.
 """
 
 from __future__ import annotations

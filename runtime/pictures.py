@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from otcache.schemas.errors import UsageError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+SUFFIXES = tuple(_FORMATS)
 
 
 def numbered(path: Path, n: int) -> list[Path]:
@@ -50,10 +51,13 @@ def to_uint8(pictures: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def save(picture: NDArray[np.uint8], path: Path) -> None:
-    """Write uint8 (height, width, 3). Raises UsageError if it cannot be written."""
+    """Write uint8 (height, width, 3), whole or not at all. Raises UsageError if it cannot be written."""
     from PIL import Image
 
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        Image.fromarray(picture).save(path)
+        Image.fromarray(picture).save(partial, _FORMATS[path.suffix.lower()])
+        partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise UsageError(f"-o is {path}: it cannot be written: {error.strerror or error}: choose another") from None

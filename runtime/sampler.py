@@ -132,7 +132,10 @@ class Sampler:
         encoded = self._run(stage, self._tokenizers(unique))
         rows = [unique.index(text) for text in texts]
         shape = (len(branches), len(positive))
-        return {name: array[rows].reshape(*shape, *array.shape[1:]) for name, array in encoded.items()}
+        wanted = {tensor.name for tensor in self.manifest.conditioning}
+        return {
+            name: array[rows].reshape(*shape, *array.shape[1:]) for name, array in encoded.items() if name in wanted
+        }
 
     def sample(
         self,
@@ -185,6 +188,8 @@ class Sampler:
         Takes the median of this sampler's own single pictures, else the artifact's measurements. Raises RequestError
         if nothing was measured or nothing fits.
         """
+        if isinstance(latency_s, bool) or not isinstance(latency_s, int | float) or not latency_s > 0:
+            raise RequestError(f"latency_s is {one_line(repr(latency_s), 40)}: expected seconds above 0")
         measured = {budget: found for budget in self.budgets if (found := self._latency(budget)) is not None}
         if not measured:
             raise RequestError("no budget has a measured latency yet: make one picture with each budget first")
@@ -259,7 +264,7 @@ class Sampler:
             raise RequestError(f"conditioning holds {have}: expected exactly {sorted(wanted)}")
         branches = self.manifest.guidance.branches
         batched = [name for name, tensor in wanted.items() if tensor.shape[:1] == ("batch",)]
-        given = np.shape(conditioning[batched[0]])[1:2] if batched else np.shape(latents)[:1]
+        given = np.shape(conditioning[batched[0]])[1:2] if batched else () if latents is None else np.shape(latents)[:1]
         n = given[0] if given else len(seed) if isinstance(seed, Sequence) else 1
         for name, tensor in wanted.items():
             _check_conditioning(tensor, conditioning[name], branches, n)
@@ -292,7 +297,7 @@ class Sampler:
 
     def _latency(self, budget: str) -> float | None:
         if own := self._latencies.get(budget):
-            return statistics.median(own)
+            return statistics.median(tuple(own))
         stated = [m.value for m in self.manifest.measurements if m.name == LATENCY + budget]
         return stated[-1] if stated else None
 

@@ -55,11 +55,12 @@ def plan_buffers(manifest: Manifest) -> dict[str, int]:
 
 
 def check_trunk(manifest: Manifest) -> None:
-    """What a cached step needs, and the batch first. Raises ArtifactError."""
+    """Shapes that the runtime relies on, and what a cached step needs. Raises ArtifactError."""
     for stage in manifest.stages:
         for tensor in (*stage.inputs, *stage.outputs):
             if "batch" in tensor.shape[1:]:
                 raise ArtifactError(f"stage {stage.name}: {tensor.name} has its batch not first: compile it again")
+    _check_ends(manifest)
     made = {tensor.name for stage in manifest.trunk if stage.kind == "block" for tensor in stage.outputs}
     if odd := [feature.source for feature in manifest.features if feature.source in made]:
         raise ArtifactError(f"features: {odd[0]} is a source, but a block writes it: compile it again")
@@ -71,6 +72,28 @@ def check_trunk(manifest: Manifest) -> None:
             f"features: the head reads {missing[0]}, which blocks write but no feature holds: a cached step would "
             "have none: compile it again"
         )
+
+
+def _check_ends(manifest: Manifest) -> None:
+    """Latents in, output and decoder agree in shape; text encoder and decoder work on a batch."""
+    latents = ("batch", *manifest.latents.shape)
+    tensors = {t.name: t for stage in manifest.trunk for t in (*stage.inputs, *stage.outputs)}
+    expected = {tensors[name]: (latents,) for name in (manifest.latents_input, manifest.output)}
+    if decoder := manifest.stage("decoder"):
+        height, width = manifest.conditions.height, manifest.conditions.width
+        if len(decoder.inputs) != 1 or len(decoder.outputs) != 1:
+            raise ArtifactError(f"stage {decoder.name}: expected one input and one output: compile it again")
+        expected[decoder.inputs[0]] = (latents,)
+        expected[decoder.outputs[0]] = (("batch", height, width, 3), ("batch", 3, height, width))
+    if encoder := manifest.stage("text_encoder"):
+        expected |= {tensor: (("batch", *tensor.shape[1:]),) for tensor in encoder.outputs}
+        lengths = {tokenizer.input_name: tokenizer.length for tokenizer in manifest.tokenizers}
+        expected |= {tensor: (("batch", lengths[tensor.name]),) for tensor in encoder.inputs}
+    for tensor, shapes in expected.items():
+        if tensor.shape not in shapes:
+            raise ArtifactError(
+                f"{tensor.name} has shape {tensor.shape}: expected {' or '.join(map(str, shapes))}: compile it again"
+            )
 
 
 class Trunk:

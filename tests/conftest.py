@@ -41,3 +41,31 @@ def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "".join(f"a {c} {s} on black\n" for c in ("red", "blue", "green", "white") for s in ("ring", "star", "cross"))
     )
     return folder
+
+
+COMPILE = ("--budgets", "2,4", "--num-inference-steps", "8", "--calibration-prompts", "4", "--evaluation-prompts", "3", "--trials", "4")  # fmt: skip
+"""Options of a compile that is small enough for the tests."""
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One workspace for all compiles of a session, so that they share what does not differ."""
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture(scope="session")
+def compiled(tiny_flux_folder: Path, workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of the tiny pipeline, compiled through the command line."""
+    artifact = tmp_path_factory.mktemp("artifacts") / "tiny"
+    result = otc("compile", str(tiny_flux_folder), *COMPILE, "-o", str(artifact), workspace=workspace)
+    assert result.exit_code == 0, result.output
+    return artifact
+
+
+def otc(*arguments: str, workspace: Path | None = None):
+    """Run the command line in this process; `exit_code`, `stdout` and `stderr` are those of the command."""
+    from click.testing import CliRunner
+
+    from otcache.runtime.cli import main
+
+    return CliRunner(env={"OTC_CACHE": str(workspace)} if workspace else {}).invoke(main, list(arguments))

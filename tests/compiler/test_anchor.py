@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,13 +50,25 @@ def test_an_interrupted_search_goes_on_to_the_same_result(tmp_path):
 
     def failing(schedule):
         count[0] += 1
-        if count[0] == 9:
+        if count[0] == 6:
             raise KeyboardInterrupt
         return score(schedule)
 
     with pytest.raises(KeyboardInterrupt):
-        search(storage=storage, function=failing)
+        search(trials=14, storage=storage, function=failing)
     scored = []
-    resumed = search(storage=storage, scored=scored)
-    assert len(scored) < resumed.evaluated
-    assert resumed == search()
+    resumed = search(trials=14, storage=storage, scored=scored)
+    assert len(scored) == resumed.evaluated - 5
+    assert resumed == search(trials=14)
+
+
+def test_a_schedule_that_diverges_loses():
+    result = search(trials=12, function=lambda s: math.nan if s == (0, 12, 25, 38) else score(s))
+    assert result.schedule != (0, 12, 25, 38) and result.evaluated > 1
+
+
+def test_a_search_without_any_finite_score_is_refused():
+    with pytest.raises(ValueError, match="none of 2 schedules of 4 steps has a finite score"):
+        search(trials=2, function=lambda s: math.nan)
+    with pytest.raises(ValueError, match="trials is 0: expected 1 or more"):
+        search(trials=0)

@@ -34,6 +34,14 @@ def test_ridge_is_the_augmented_least_squares():
     assert np.allclose([latent_coef, *output_coefs], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tensors_of_any_dtype_are_read_with_and_without_gradients(dtype):
+    latents, output = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(3)).to(dtype)
+    target = 0.5 * latents.double() + 2 * output.double()
+    found = ridge_step(target, latents.requires_grad_(), [output], (1.0, [0.0]), 0.0)
+    assert np.allclose([found[0], *found[1]], [0.5, 2.0])
+
+
 def test_two_equal_outputs_do_not_break_the_fit():
     random = np.random.default_rng(2)
     latents, output = random.normal(size=(2, 4, 6))

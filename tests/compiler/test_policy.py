@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -71,7 +73,7 @@ def test_a_schedule_is_its_policy_at_its_own_budget(schedule):
 def test_every_budget_gets_exactly_its_steps(reference, anchor, budget, weight):
     schedule = interpolated_schedule(reference, anchor, budget, 40, weight=weight)
     assert len(schedule) == budget and schedule[0] == 0 and schedule[-1] < 40
-    assert all(before < after for before, after in zip(schedule, schedule[1:], strict=False))
+    assert all(before < after for before, after in itertools.pairwise(schedule))
 
 
 def test_the_ends_of_the_path_are_the_policies_themselves():

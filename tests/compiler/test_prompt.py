@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
 from otcache.artifacts.training.text import TEXT_LENGTH, make_encoders, make_tokenizers
 from otcache.compiler.export import export_module
 from otcache.compiler.prompt import PROBES, latent_decoder, text_encoders, tokenizer_spec

@@ -95,6 +95,41 @@ def test_graph_schedules_are_distinct_and_have_the_budget():
         assert len(set(found.values())) == len(found) >= 1
 
 
+def test_an_output_of_zeros_tells_nothing_and_breaks_nothing():
+    latents, outputs = trajectory()
+    outputs[3] = 0.0
+    statistics = statistics_from_trajectory(latents, outputs)
+    errors, pairs = edge_errors(statistics), pair_edge_errors(statistics)
+    assert errors[3, 5] == pytest.approx(least_squares(latents[5], [latents[3]]), rel=1e-5)
+    assert not np.isnan(errors).any() and not np.isnan(pairs).any()
+
+
+@pytest.mark.parametrize("objective", [Power(4.0), Minimax()])
+@pytest.mark.parametrize("with_pairs", [False, True])
+@pytest.mark.parametrize("missing", ["last", "first"])
+def test_errors_that_leave_no_path_are_refused(objective, with_pairs, missing):
+    statistics = statistics_from_trajectory(*trajectory())
+    errors, pairs = edge_errors(statistics), pair_edge_errors(statistics)
+    if missing == "last":
+        errors[:, -1], pairs[:, :, -1] = np.nan, np.nan
+    else:
+        errors[0] = np.nan
+    with pytest.raises(ValueError, match="no path of 3 edges from step 0 to 7 has finite errors"):
+        shortest_schedule(errors, 3, objective, pairs if with_pairs else None)
+
+
+@pytest.mark.parametrize("objective", [Power(4.0), Minimax()])
+def test_edges_that_are_not_finite_are_avoided(objective):
+    errors = edge_errors(statistics_from_trajectory(*trajectory()))
+    errors[0, 3] = np.nan
+    every = [(0, *rest) for rest in itertools.combinations(range(1, 7), 2) if rest[0] != 3]
+    if isinstance(objective, Minimax):
+        expected = min(every, key=lambda s: sorted(path_errors(s, errors, None), reverse=True))
+    else:
+        expected = min(every, key=lambda s: np.sum(path_errors(s, errors, None) ** 4))
+    assert shortest_schedule(errors, 3, objective) == expected
+
+
 def test_budget_outside_the_timeline_is_refused():
     errors = edge_errors(statistics_from_trajectory(*trajectory()))
     for budget in (0, 8):

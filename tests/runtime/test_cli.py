@@ -79,7 +79,7 @@ def test_requests_that_are_refused(artifact_folder, tmp_path, options, exit_code
 def test_inspect(artifact_folder):
     result = otc("inspect", artifact_folder)
     assert result.exit_code == 0
-    for word in ("small", "block_1", "h2 float32", "full", "30.0", "█·····"[:4]):
+    for word in ("small", "block_1", "h2 batch×4×12", "ids int64 batch×3", "full", "30.0", "█··█··"):
         assert word in result.stdout, result.stdout
     found = json.loads(otc("inspect", artifact_folder, "--json").stdout)
     assert [entry["budget"] for entry in found["budgets"]] == ["2", "3", "full"]

@@ -129,6 +129,11 @@ def test_cancelled_request_leaves_the_sampler_usable(sampler):
     assert sampler("a", budget=2).shape == (1, 4, 4, 3)
 
 
+def test_numpy_integers_are_numbers(sampler):
+    plain = sampler("a", budget=2, seed=3)
+    np.testing.assert_array_equal(plain, sampler("a", budget=np.int64(2), seed=np.int64(3)))
+
+
 def test_budget_for(artifact_folder):
     with Sampler.load(artifact_folder) as sampler:
         assert sampler.budgets == ("2", "3", "full")
@@ -170,6 +175,23 @@ def test_engines_that_are_not_what_the_manifest_says(damaged):
     (damaged / "tokenizers/words.json").write_bytes(b"{}")
     small.reseal_file(damaged, "tokenizers/words.json")
     with pytest.raises(ArtifactError, match="tokenizer"):
+        Sampler.load(damaged)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda v: v["stages"][5]["outputs"][0].update(shape=["batch", 4, 5, 3]), "pictures has shape"),
+        (lambda v: v["stages"][4]["outputs"][0].update(shape=[1, small.WIDTH]), "text has shape"),
+        (lambda v: v["stages"][4]["inputs"][0].update(shape=[3, "batch"]), "batch not first"),
+        (lambda v: v["latents"].update(shape=[small.WIDTH, small.TOKENS]), "latents has shape"),
+    ],
+)
+def test_shapes_that_do_not_fit(damaged, change, words):
+    value = small.read_manifest(damaged)
+    change(value)
+    small.write_manifest(damaged, value)
+    with pytest.raises(ArtifactError, match=words):
         Sampler.load(damaged)
 
 

@@ -14,7 +14,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 demo: $(VENV)/ready
 	$(BIN)/otc compile shapes --budgets 4,8,16 -o $(OUT) --force
-	$(BIN)/otc run $(OUT) --budget full,16,8,4 --prompts artifacts/models/shapes/demo.txt --seed 0 -o $(OUT).png --force
+	$(BIN)/otc run $(OUT) --budget full,16,8,4 --seed 0 -o $(OUT).png --force \
+		--prompt "a large red star on blue" --prompt "a striped yellow circle on purple" \
+		--prompt "a small white ring on black" --prompt "a large checkered green hexagon on orange" \
+		--prompt "a dotted cyan square on red"
 	@echo "report:  $(OUT)/report.html"
 	@echo "picture: $(OUT).png"
 

@@ -160,7 +160,9 @@ def _flux_text_encoders(
     pipeline: Any, max_sequence_length: int
 ) -> tuple[nn.Module, dict[str, Tensor], tuple[TokenizerSpec, ...]]:
     missing = [
-        part for part in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2") if getattr(pipeline, part, None) is None
+        part
+        for part in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+        if getattr(pipeline, part, None) is None
     ]
     if missing:
         raise ModelError(f"FluxPipeline has no {', '.join(missing)}: expected all of them; load the pipeline whole")

@@ -109,10 +109,12 @@ def main() -> None:
 Examples:
   otc run artifacts/shapes --budget 8 --prompt "a small red ring on blue"
   otc run artifacts/shapes --budget full --prompt "a green star" -n 4 --seed 7 -o stars.png
+  otc run artifacts/shapes --budget full,16,8,4 --prompt "a green star" --prompt "a red ring" -o compare.png
 """
 )
 @artifact_argument
-@click.option("--budget", required=True, metavar="N|full", help="Model evaluations to spend; `otc inspect` lists them.")
+@click.option("--budget", required=True, metavar="N|full[,…]",
+              help="Model evaluations to spend; `otc inspect` lists them. Several give a column each.")  # fmt: skip
 @click.option("--prompt", required=True, multiple=True, help="What to draw; may be given several times.")
 @click.option("--negative-prompt", default=None, help="What to steer away from; default: the artifact's.")
 @click.option("--seed", type=int, default=0, show_default=True, help="As a torch CPU generator's seed in diffusers.")
@@ -148,37 +150,46 @@ def run(
     from . import pictures
     from .sampler import Sampler
 
-    total = images * len(prompt)
+    budgets = [name.strip() for name in budget.split(",")]
+    total = images * len(prompt) * len(budgets)
     targets = pictures.numbered(output, total) if separate and total > 1 else [output]
     pictures.check_targets(targets, force=force)
     begin = time.perf_counter()
+    drawn, seconds = {}, {}
     with Sampler.load(artifact, backend, threads) as sampler:
         loaded = time.perf_counter()
-        with _progress_bar(f"budget {budget}") as progress:
-            drawn = sampler(
-                list(prompt),
-                budget=budget,
-                negative_prompt=negative_prompt,
-                seed=seed,
-                images_per_prompt=images,
-                guidance_scale=guidance_scale,
-                progress=progress,
-            )
-        done = time.perf_counter()
+        for name in budgets:
+            start = time.perf_counter()
+            with _progress_bar(f"budget {name}") as progress:
+                drawn[name] = sampler(
+                    list(prompt),
+                    budget=name,
+                    negative_prompt=negative_prompt,
+                    seed=seed,
+                    images_per_prompt=images,
+                    guidance_scale=guidance_scale,
+                    progress=progress,
+                )
+            seconds[name] = time.perf_counter() - start
         used = sampler.backend
-    shown = pictures.to_uint8(drawn) if len(targets) > 1 else [pictures.contact_sheet(drawn)]
+    if len(targets) > 1:
+        shown = [picture for part in drawn.values() for picture in pictures.to_uint8(part)]
+    else:
+        shown = [pictures.comparison(drawn) if len(drawn) > 1 else pictures.contact_sheet(drawn[budgets[0]])]
     for picture, target in zip(shown, targets, strict=True):
         pictures.save(picture, target)
     if as_json:
         _print_json(
             {
                 "outputs": [str(target) for target in targets], "images": total, "budget": budget, "seed": seed,
-                "backend": used, "load_s": round(loaded - begin, 4), "request_s": round(done - loaded, 4),
+                "backend": used, "load_s": round(loaded - begin, 4), "request_s": round(sum(seconds.values()), 4),
+                "budget_s": {name: round(value, 4) for name, value in seconds.items()},
             }
         )  # fmt: skip
     else:
         names = ", ".join(str(target) for target in targets)
-        click.echo(f"{names}: {total} picture{'s' * (total > 1)}, budget {budget}, {done - loaded:.2f} s ({used})")
+        times = ", ".join(f"budget {name} {value:.2f} s" for name, value in seconds.items())
+        click.echo(f"{names}: {total} picture{'s' * (total > 1)}, {times} ({used})")
 
 
 @main.command(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,11 +40,11 @@ _TWO_PI = np.float32(2.0 * math.pi)
 def standard_normal(shape: Sequence[int], seed: int) -> Float32:
     """float32 normals of `shape`, equal to `torch.randn(shape, generator=torch.Generator().manual_seed(seed))`.
 
-    seed: an integer in [−2⁶³, 2⁶⁴); as in torch its lower 32 bits count.
+    seed: an integer in [−2⁶³, 2⁶⁴), Python's or numpy's; as in torch its lower 32 bits count.
     """
     count = math.prod(shape)
     # A legacy RandomState is seeded by init_genrand, like torch's engine, and its stream is frozen for ever.
-    random = np.random.RandomState(seed & 0xFFFFFFFF)
+    random = np.random.RandomState(int(seed) & 0xFFFFFFFF)
     flat = _normals(random, count) if count >= _CHUNK else _few_normals(random, count)
     return flat.reshape(tuple(shape))
 
@@ -53,9 +54,9 @@ def noise(shape: Sequence[int], seed: int | Sequence[int], count: int) -> Float3
 
     This is what diffusers does with one generator and with a list of generators.
     """
-    if isinstance(seed, list | tuple):
+    if isinstance(seed, Sequence):
         return np.stack([standard_normal((1, *shape), one)[0] for one in seed])
-    return standard_normal((count, *shape), int(seed))  # type: ignore[call-overload]
+    return standard_normal((count, *shape), seed)
 
 
 def _normals(random: np.random.RandomState, count: int) -> Float32:
@@ -99,7 +100,7 @@ def _few_normals(random: np.random.RandomState, count: int) -> Float32:
     return np.array(values[:count], np.float32)
 
 
-def _fma(a: Float32, b: Float32 | np.float32, c: Float32 | np.float32) -> Float32:
+def _fma(a: NDArray[Any], b: NDArray[Any] | np.float32, c: NDArray[Any] | np.float32) -> Float32:
     """a·b + c, rounded once but for a rare halfway case: the product of two float32 is exact in float64."""
     return (a.astype(np.float64) * np.float64(b) + np.float64(c)).astype(np.float32)
 

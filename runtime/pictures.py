@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,28 @@ def contact_sheet(pictures: NDArray[np.float32], gap: int = 2) -> NDArray[np.uin
         y, x = index // columns * (height + gap), index % columns * (width + gap)
         sheet[y : y + height, x : x + width] = picture
     return sheet
+
+
+def comparison(columns: Mapping[str, NDArray[np.float32]], cell: int = 128, gap: int = 4) -> NDArray[np.uint8]:
+    """A labelled column per budget, a row per picture, on white; small pictures are enlarged to `cell` pixels.
+
+    columns: of each budget float32 (n, height, width, 3) in [0, 1], the same prompts and seeds. Returns uint8 (…, …, 3).
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    n, height, width, _ = next(iter(columns.values())).shape
+    scale = max(1.0, cell / width)
+    size = (round(width * scale), round(height * scale))
+    head = 24
+    sheet = Image.new("RGB", (len(columns) * (size[0] + gap) + gap, head + n * (size[1] + gap) + gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    for column, (name, drawn) in enumerate(columns.items()):
+        left = gap + column * (size[0] + gap)
+        draw.text((left + size[0] / 2, head / 2 + gap / 2), f"budget {name}", fill="#222222", font=font, anchor="mm")
+        for row, picture in enumerate(to_uint8(drawn)):
+            enlarged = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
+            sheet.paste(enlarged, (left, head + gap + row * (size[1] + gap)))
+    return np.asarray(sheet)
 
 
 def to_uint8(pictures: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -78,7 +78,8 @@ def _check_ends(manifest: Manifest) -> None:
     """Latents in, output and decoder agree in shape; text encoder and decoder work on a batch."""
     latents = ("batch", *manifest.latents.shape)
     tensors = {t.name: t for stage in manifest.trunk for t in (*stage.inputs, *stage.outputs)}
-    expected = {tensors[name]: (latents,) for name in (manifest.latents_input, manifest.output)}
+    expected: dict[TensorInfo, tuple[tuple[object, ...], ...]] = {}
+    expected |= {tensors[name]: (latents,) for name in (manifest.latents_input, manifest.output)}
     if decoder := manifest.stage("decoder"):
         height, width = manifest.conditions.height, manifest.conditions.width
         if len(decoder.inputs) != 1 or len(decoder.outputs) != 1:

@@ -38,7 +38,11 @@ def dit():
         num_embeds_ada_norm=10,
     )  # fmt: skip
     latents, labels = torch.randn(2, 4, 4, 4), torch.tensor([1, 2])
-    return model, {"hidden_states": latents, "timestep": torch.tensor([3, 500]), "class_labels": labels}, {"return_dict": False}
+    return (
+        model,
+        {"hidden_states": latents, "timestep": torch.tensor([3, 500]), "class_labels": labels},
+        {"return_dict": False},
+    )
 
 
 def sd3():

@@ -124,7 +124,16 @@ def test_files_hold_nothing_of_the_build_host(exported):
     *_, result = exported
     for stage in result:
         content = stage.path.read_bytes()
-        for trace in (b"/work", b"/root", b"/home", b"/tmp", b"site-packages", b".py", b"diffusers", os.getcwd().encode()):
+        for trace in (
+            b"/work",
+            b"/root",
+            b"/home",
+            b"/tmp",
+            b"site-packages",
+            b".py",
+            b"diffusers",
+            os.getcwd().encode(),
+        ):
             assert trace not in content, (stage.name, trace)
 
 
@@ -176,7 +185,11 @@ def test_whole_model_with_a_head_that_reads_a_block(tmp_path):
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=4,
         num_embeds_ada_norm=10,
     ).eval()  # fmt: skip
-    kwargs = {"hidden_states": torch.randn(2, 4, 4, 4), "timestep": torch.tensor([3, 500]), "class_labels": torch.tensor([1, 2])}
+    kwargs = {
+        "hidden_states": torch.randn(2, 4, 4, 4),
+        "timestep": torch.tensor([3, 500]),
+        "class_labels": torch.tensor([1, 2]),
+    }
     constants = {"return_dict": False}
     whole = export_whole(model, kwargs, tmp_path / "whole.onnx", constants=constants)
     chain = export_stages(cut(model, kwargs, constants=constants), kwargs, tmp_path)
@@ -211,7 +224,9 @@ def test_refusals(tmp_path):
     with pytest.raises(ModelError, match="returns 2 tensors: expected 1"):
         export_module(Two().eval(), inputs, ("a",), tmp_path / "two.onnx", kind="block")
     with pytest.raises(ModelError, match=r"batch sizes .* expected one size of 2 or more"):
-        export_module(Two().eval(), {k: v[:1] for k, v in inputs.items()}, ("a", "b"), tmp_path / "two.onnx", kind="block")
+        export_module(
+            Two().eval(), {k: v[:1] for k, v in inputs.items()}, ("a", "b"), tmp_path / "two.onnx", kind="block"
+        )
     with pytest.raises(ModelError, match=r"stage two: ONNX Runtime differs from torch by .*expected at most -1"):
         export_module(Two().eval(), inputs, ("a", "b"), tmp_path / "two.onnx", kind="block", tolerance=-1.0)
     with pytest.raises(ModelError, match=r"tensor 'x' is torch.bfloat16.*load the model in float32"):

@@ -84,7 +84,11 @@ def test_drift_is_corrected_at_the_next_step():
     assert [len(step.output_coefs) for step in program.steps] == [1, 2, 3]
 
 
-@given(st.lists(st.integers(0, 30), min_size=3, max_size=6, unique=True).map(sorted), st.integers(0, 2), st.integers(31, 40))
+@given(
+    st.lists(st.integers(0, 30), min_size=3, max_size=6, unique=True).map(sorted),
+    st.integers(0, 2),
+    st.integers(31, 40),
+)
 def test_forecasts_are_exact_on_polynomials(computed, order, step_index):
     coefs = forecast_coefs(computed, step_index, order)
     assert len(coefs) == order + 1

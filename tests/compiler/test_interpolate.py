@@ -27,7 +27,7 @@ def test_weights_are_affine_in_their_laws_variable(anchor, reference, data):
 
 @given(st.integers(1, 3), st.floats(0, 1), st.integers(0, 99))
 @settings(max_examples=100, deadline=None)
-def test_multiples_of_both_budgets_interpolate_step_by_step(factor, weight, seed):
+def test_schedules_of_equal_budgets_interpolate_step_by_step(factor, weight, seed):
     """With reference and anchor of the same budget B, step k of B lies between their steps k: no quantiles are needed."""
     random = np.random.default_rng(seed)
     budget = 4 * factor
@@ -36,7 +36,8 @@ def test_multiples_of_both_budgets_interpolate_step_by_step(factor, weight, seed
     )
     ideal = (1 - weight) * np.array(first) + weight * np.array(second)
     found = interpolated_schedule(first, second, budget, TOTAL, weight=weight)
-    # Two increasing sequences stay one apart at least, so rounding moves a step by a half and the repair by no more.
+    # The ideal steps are one apart at least, so rounding (by up to a half) keeps them apart; a collision can only come
+    # from floating-point noise at a half, and its repair moves a step by less than one more.
     assert np.abs(np.array(found) - ideal).max() <= 1.0 + 1e-9
 
 

@@ -51,7 +51,9 @@ def test_pot_agrees_with_numpy(first, second, order):
 def test_w2_is_additive_along_the_path(first, second, alpha, beta):
     start, end = policy_from_schedule(first, 40), policy_from_schedule(second, 40)
     here, there = displacement_interpolation(start, end, alpha), displacement_interpolation(start, end, beta)
-    assert wasserstein_distance(here, there) == pytest.approx(abs(alpha - beta) * wasserstein_distance(start, end), abs=1e-6)
+    assert wasserstein_distance(here, there) == pytest.approx(
+        abs(alpha - beta) * wasserstein_distance(start, end), abs=1e-6
+    )
 
 
 @given(schedules(), schedules(), st.floats(0, 1))
@@ -80,7 +82,9 @@ def test_the_ends_of_the_path_are_the_policies_themselves():
     reference, anchor = (0, 1, 3, 6, 10, 15, 21, 28), (0, 2, 20)
     assert interpolated_schedule(reference, anchor, 8, 40) == reference
     assert interpolated_schedule(reference, anchor, 3, 40) == anchor
-    assert interpolated_schedule(reference, anchor, 2, 40) == schedule_from_policy(policy_from_schedule(anchor, 40), 2, 40)
+    assert interpolated_schedule(reference, anchor, 2, 40) == schedule_from_policy(
+        policy_from_schedule(anchor, 40), 2, 40
+    )
     assert interpolated_schedule(reference, anchor, 40, 40) == tuple(range(40))
 
 

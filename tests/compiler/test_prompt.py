@@ -38,7 +38,10 @@ def pipeline():
 def test_text_encoders_reproduce_encode_prompt(pipeline):
     module, example, specs = text_encoders(pipeline, 12)
     assert [(spec.input_name, spec.length) for spec in specs] == [("input_ids", TEXT_LENGTH), ("input_ids_2", 12)]
-    assert {name: tuple(value.shape) for name, value in example.items()} == {"input_ids": (2, 16), "input_ids_2": (2, 12)}
+    assert {name: tuple(value.shape) for name, value in example.items()} == {
+        "input_ids": (2, 16),
+        "input_ids_2": (2, 12),
+    }
     for prompt in PROBES:
         ids = {spec.input_name: torch.tensor([spec.load().encode(prompt).ids]) for spec in specs}
         with torch.no_grad():

@@ -22,7 +22,9 @@ from otcache.compiler.statistics import statistics_from_trajectory
 def trajectory(total=7, samples=3, size=12, seed=0):
     random = np.random.default_rng(seed)
     outputs = random.normal(size=(total, samples, size))
-    latents = np.concatenate([random.normal(size=(1, samples, size)), outputs + 0.2 * random.normal(size=outputs.shape)])
+    latents = np.concatenate(
+        [random.normal(size=(1, samples, size)), outputs + 0.2 * random.normal(size=outputs.shape)]
+    )
     return np.cumsum(latents, axis=0), outputs
 
 

@@ -85,7 +85,13 @@ def test_manifest_records_what_was_tried(compiled):
         assert {"interpolated"} <= {candidate.name for candidate in entry.candidates}
         assert any(candidate.name.startswith("graph") for candidate in entry.candidates)
         assert {candidate.payload for candidate in entry.candidates} == {"output", "residual"}
-        assert {peer.name for peer in entry.baselines} == {"euler", "dpm++2m", "unipc", "uniform reuse", "uniform taylor-1"}
+        assert {peer.name for peer in entry.baselines} == {
+            "euler",
+            "dpm++2m",
+            "unipc",
+            "uniform reuse",
+            "uniform taylor-1",
+        }
         assert all(peer.nfe <= int(budget) for peer in entry.baselines)
     assert {cost.name for cost in manifest.costs} >= {"capture", "reference", "anchor", "interpolate and fit"}
     assert [stage.kind for stage in manifest.stages] == ["embed", *["block"] * 3, "head", "text_encoder", "decoder"]
@@ -119,7 +125,9 @@ def test_same_options_give_the_same_digest(compiled, tiny_flux_folder, workspace
 
 def test_residual_payload_is_served(compiled, tiny_flux_folder, workspace, tmp_path, model, options):
     target = tmp_path / "residual"
-    result = otc("compile", str(tiny_flux_folder), *COMPILE, "--payload", "residual", "-o", str(target), workspace=workspace)
+    result = otc(
+        "compile", str(tiny_flux_folder), *COMPILE, "--payload", "residual", "-o", str(target), workspace=workspace
+    )
     assert result.exit_code == 0, result.output
     with Sampler.load(target) as sampler:
         assert sampler.manifest.program("4").program.payload == "residual"

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= artifacts/shapes
 
-.PHONY: demo test lint readme clean
+.PHONY: demo test lint clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,7 +27,9 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p otcache.schemas -p otcache.runtime -p otcache.compiler
+	mkdir -p build/typed/otcache
+	ln -sfn $(CURDIR)/schemas $(CURDIR)/runtime $(CURDIR)/compiler $(CURDIR)/artifacts build/typed/otcache/
+	MYPYPATH=build/typed $(BIN)/mypy -p otcache.schemas -p otcache.runtime -p otcache.compiler
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -102,7 +102,8 @@ class Tape:
     timesteps: list[float] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
     guided: list[Tensor] = field(default_factory=list)
-    final: Tensor | None = None
+    final: list[Tensor] = field(default_factory=list)
+    """The latents after the last step."""
     noise_shapes: list[tuple[int, ...]] = field(default_factory=list)
 
 
@@ -125,7 +126,7 @@ def record(pipeline: Any, *, keep_calls: int = 2, progress: Progress | None = No
         tape.timesteps.append(float(timestep))
         tape.samples.append(sample.detach().float().clone())
         tape.guided.append(model_output.detach().float().clone())
-        tape.final = (result[0] if isinstance(result, tuple) else result.prev_sample).detach().float().clone()
+        tape.final = [(result[0] if isinstance(result, tuple) else result.prev_sample).detach().float().clone()]
         tape.calls.append([])
         tape.call_outputs.append([])
         if progress:
@@ -261,12 +262,17 @@ def capture(
         tape = _run(pipeline, options, scale, [prompts[i] for i in rows], [seeds[i] for i in rows], progress=report)
         parts.append((rows, tape))
     order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
-    latents = torch.cat([torch.stack([*tape.samples, tape.final]) for _, tape in parts], dim=1)[:, order]
+    latents = torch.cat([torch.stack([*tape.samples, *tape.final]) for _, tape in parts], dim=1)[:, order]
     outputs = torch.cat([torch.stack(tape.guided) for _, tape in parts], dim=1)[:, order]
     conditioning = {
         name: torch.cat([_branches(interface, tape, name) for _, tape in parts], dim=1)[:, order]
         for name in interface.conditioning
     }
+    if not (torch.isfinite(latents).all() and torch.isfinite(outputs).all()):
+        raise ModelError(
+            f"{type(pipeline).__name__}: a full run of {options.num_inference_steps} steps gave values that are not finite: "
+            "check that the pipeline itself draws pictures with these options"
+        )
     scales = torch.tensor([float(value) for value in guidance_scales])
     return Trajectory(
         latents=latents,
@@ -365,12 +371,12 @@ def _recorded_noise() -> Iterator[list[tuple[int, ...]]]:
         if n.startswith("diffusers") and getattr(m, "__dict__", {}).get("randn_tensor") is original
     ]
     for module in holders:
-        module.randn_tensor = randn_tensor
+        setattr(module, "randn_tensor", randn_tensor)  # noqa: B010
     try:
         yield shapes
     finally:
         for module in holders:
-            module.randn_tensor = original
+            setattr(module, "randn_tensor", original)  # noqa: B010
 
 
 def _branches(interface: Interface, tape: Tape, name: str) -> Tensor:

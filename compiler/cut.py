@@ -327,8 +327,8 @@ def _trunk(subject: str, module: nn.Module, graph: _Graph) -> dict[str, int]:
     weight = {name: sum(p.numel() for p in outermost[name].parameters()) for name in members}
     main = max(weight, key=weight.__getitem__, default=None)
     trunk = [name for name in members if main is not None and weight[name] >= MINOR_LIST * weight[main]]
-    trunk = _chained(graph, trunk, main, members, first, last)
-    blocks = [path for path in executed if path.rpartition(".")[0] in trunk]
+    chained = _chained(graph, trunk, main, members, first, last)
+    blocks = [path for path in executed if path.rpartition(".")[0] in chained]
     if len(blocks) < 2:
         raise ModelError(
             f"{subject} has no trunk: found {len(blocks)} blocks that the latents flow through, in the lists "

@@ -14,7 +14,7 @@ from torch import Tensor
 from otcache.schemas.program import Program
 
 from .calibrate import Calibration, Schedule, Trial
-from .reference import Minimax, Power, end_to_end_edge_errors, graph_schedules, shortest_schedule
+from .reference import Minimax, Objective, Power, end_to_end_edge_errors, graph_schedules, shortest_schedule
 from .residual import FORECASTS, Forecast, residual_edge_errors, residual_program
 from .rollout import roll_out
 from .statistics import statistics_from_trajectory
@@ -60,7 +60,11 @@ class ResidualFamily:
         self.tried: dict[tuple[Schedule, Forecast], Trial] = {}
 
     def graph_schedules(self, budget: int) -> dict[str, Schedule]:
-        objectives = {"graph power 4": Power(4.0), "graph minimax": Minimax(), "graph power 1": Power(1.0)}
+        objectives: dict[str, Objective] = {
+            "graph power 4": Power(4.0),
+            "graph minimax": Minimax(),
+            "graph power 1": Power(1.0),
+        }
         return {name: shortest_schedule(self.errors, budget, value) for name, value in objectives.items()}
 
     def attempts(self, schedule: Sequence[int], name: str, weight: float | None = None) -> list[Trial]:

@@ -34,15 +34,15 @@ from .capture import (
     prepare_scheduler,
     probe,
 )
-from .cut import Stages, cut
+from .cut import Stages, cut, run_stages
 from .emit import check_target, emit
 from .evaluate import Evaluation
-from .export import export_module, export_stages
+from .export import TensorInfo, end_to_end_error, export_module, export_stages
 from .lower import SolverTable, lower, program_from_table
 from .models import Model, load_model, read_prompts
 from .options import CompileOptions, split_prompts
 from .progress import Reporter
-from .prompt import latent_decoder, text_encoders
+from .prompt import TokenizerSpec, latent_decoder, text_encoders
 from .report import ATTACHMENTS, write_report
 from .search import Found, found_from_json, json_from_found, search
 from .workspace import Workspace, default_workspace
@@ -68,6 +68,8 @@ class Session:
     """Everything that calibration depends on, for the workspace."""
     decoder: torch.nn.Module
     decoder_example: dict[str, Tensor]
+    encoders: tuple[Any, dict[str, Tensor], tuple[TokenizerSpec, ...]]
+    """Text encoders with example inputs, and their tokenizers."""
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -131,6 +133,7 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
         max_sequence_length=options.max_sequence_length, negative_prompt=options.negative_prompt,
     )  # fmt: skip
     decoder, decoder_example = latent_decoder(model.pipeline, call.height, call.width)
+    encoders = text_encoders(model.pipeline, call.max_sequence_length or 0)
     interface = probe(model.pipeline, call, options.nominal_scale, prompts)
     if not interface.guided and options.guidance_scale[0] != options.guidance_scale[1]:
         raise UsageError(
@@ -144,7 +147,7 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
     workspace = Workspace((options.workspace or default_workspace()) / digest_of_value(key)[7:23])
     return Session(
         options=options, model=model, call=call, interface=interface, workspace=workspace, reporter=reporter, key=key,
-        decoder=decoder, decoder_example=decoder_example,
+        decoder=decoder, decoder_example=decoder_example, encoders=encoders,
     )  # fmt: skip
 
 
@@ -221,7 +224,7 @@ class Evaluated:
 
 def _evaluated(session: Session, found: Found, table: SolverTable, stages: Stages, prompts: Sequence[str]) -> Evaluated:
     """Run every budget's program, and its peers, on prompts and seeds that calibration has not seen."""
-    options, total = session.options, session.options.num_inference_steps
+    options = session.options
     trajectory = _captured(session, "evaluate", prompts, options.seed + EVALUATION_SEED)
     evaluation = Evaluation(
         denoiser=denoiser_of(session.model.transformer, session.interface, trajectory), trajectory=trajectory,
@@ -285,13 +288,15 @@ class Exported:
 
     folder: Path
     stages: list[schema.Stage]
+    max_relative_error: float
+    """Of embed, blocks and head one after the other, against torch."""
     tokenizers: list[schema.Tokenizer]
 
 
 def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Exported:
     """Export the trunk, text encoders and decoder to ONNX, each checked against torch."""
     options = session.options
-    encoders, encoder_example, specifications = text_encoders(session.model.pipeline, session.call.max_sequence_length)
+    encoders, encoder_example, specifications = session.encoders
 
     def compute(folder: Path) -> None:
         engines = folder / "engines" / "onnx"
@@ -302,7 +307,9 @@ def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Expor
                 specification.tokenizer_json, encoding="utf-8"
             )
         with session.reporter.on("export", f"{len(stages.stages) + 2} stages") as advance:
-            written = list(export_stages(stages, _example(session, trajectory), engines, progress=advance))
+            example = _example(session, trajectory)
+            written = list(export_stages(stages, example, engines, progress=advance))
+            chain = end_to_end_error(written, example, run_stages(stages, example))
         with session.reporter.on("export", "text encoders and decoder"):
             written.append(
                 export_module(
@@ -315,19 +322,22 @@ def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Expor
                 )
             )
         described = [
-            schema.Stage(
-                name=stage.name, kind=stage.kind, onnx=f"engines/onnx/{stage.path.name}",
-                max_relative_error=stage.max_relative_error,
-                inputs=_tensors(stage.inputs), outputs=_tensors(stage.outputs),
-            ).model_dump(mode="json")
+            {
+                "name": stage.name, "kind": stage.kind, "onnx": f"engines/onnx/{stage.path.name}",
+                "max_relative_error": stage.max_relative_error,
+                "inputs": _tensors(stage.inputs), "outputs": _tensors(stage.outputs),
+            }
             for stage in written
         ]  # fmt: skip
-        (folder / "stages.json").write_text(json.dumps(described))
+        (folder / "stages.json").write_text(json.dumps({"stages": described, "chain": chain}))
 
     key = [session.key, options.height, options.width]
     folder = session.workspace.tree("export", key, compute)
+    written = json.loads((folder / "stages.json").read_text())
     return Exported(
-        folder=folder, stages=[schema.Stage.model_validate(value) for value in json.loads((folder / "stages.json").read_text())],
+        folder=folder,
+        stages=[schema.Stage.model_validate(value) for value in written["stages"]],
+        max_relative_error=written["chain"],
         tokenizers=[
             schema.Tokenizer(
                 input_name=value.input_name, path=f"tokenizers/{value.input_name}.json", length=value.length, pad_id=value.pad_id
@@ -337,8 +347,8 @@ def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Expor
     )  # fmt: skip
 
 
-def _tensors(tensors: Sequence[Any]) -> tuple[schema.TensorInfo, ...]:
-    return tuple(schema.TensorInfo(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape) for tensor in tensors)
+def _tensors(tensors: Sequence[TensorInfo]) -> list[dict[str, Any]]:
+    return [{"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)} for tensor in tensors]
 
 
 def _manifest_fields(
@@ -365,7 +375,7 @@ def _manifest_fields(
                 quality=evaluated.quality[str(budget)],
                 baselines=tuple(evaluated.baselines[str(budget)]),
                 candidates=tuple(trial.candidate(chosen=position == 0) for position, trial in enumerate(trials)),
-            )  # fmt: skip
+            )
         )
     parts: dict[str, Any] = {
         "schema_version": schema.SCHEMA_VERSION,
@@ -395,6 +405,7 @@ def _manifest_fields(
             kind="cfg" if interface.guided else "none", scale=options.nominal_scale, minimum=low, maximum=high,
             negative_prompt=call.negative_prompt,
         ),
+        "max_relative_error": exported.max_relative_error,
         "stages": exported.stages,
         "features": [schema.Feature(source=source, result=result) for source, result in stages.features],
         "tokenizers": exported.tokenizers,

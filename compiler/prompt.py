@@ -83,6 +83,8 @@ class LatentDecoder(nn.Module):
         else:
             scale = torch.tensor([1.0 / config.scaling_factor], dtype=torch.float32)
             shift = torch.tensor([config.get("shift_factor") or 0.0], dtype=torch.float32)
+        self.scale: Tensor
+        self.shift: Tensor
         self.register_buffer("scale", scale.reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("shift", shift.reshape(1, -1, 1, 1), persistent=False)
 

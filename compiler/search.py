@@ -55,7 +55,7 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
         gram = _residual_statistics(calibration, options, reporter)
         charged("residuals")
     family: Family = OutputFamily(calibration)
-    if options.payload == "residual":
+    if options.payload == "residual" and gram is not None:
         family = ResidualFamily(calibration, gram, end_to_end=options.edge_costs == "end-to-end")
         charged("edges")
 

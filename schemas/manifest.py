@@ -248,6 +248,8 @@ class Manifest(Frozen):
     timestep_input: Name
     output: Name
     guidance: Guidance
+    max_relative_error: float = Field(default=0.0, ge=0)
+    """Largest difference of the exported trunk from the original model, end to end, relative to the largest output."""
     stages: tuple[Stage, ...] = Field(min_length=3, max_length=4096)
     features: tuple[Feature, ...] = Field(max_length=64)
     tokenizers: tuple[Tokenizer, ...] = Field(max_length=8)

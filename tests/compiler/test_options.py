@@ -29,7 +29,7 @@ def test_budgets_must_not_exceed_the_steps():
         ({"num_inference_steps": 0}, "--num-inference-steps is 0"),
         ({"trials": 0}, "--trials is 0"),
         ({"reference_budget": 60}, "--reference-budget is 60"),
-        ({"anchor_budget": 30}, "the anchor's to be the lower one"),
+        ({"anchor_budget": 30, "reference_budget": 20}, "the anchor's to be the lower one"),
         ({"guidance_scale": (6.0, 2.0)}, "--guidance-scale is 6.0:2.0"),
         ({"calibration_prompts": 0}, "--calibration-prompts is 0"),
         ({"height": 0}, "--height is 0"),

@@ -123,11 +123,11 @@ def test_same_options_give_the_same_digest(compiled, tiny_flux_folder, workspace
     assert Artifact.open(tmp_path / "resumed").verify().digest == expected
 
 
-def test_residual_payload_is_served(compiled, tiny_flux_folder, workspace, tmp_path, model, options):
+@pytest.mark.parametrize("edges", ["statistics", "end-to-end"])
+def test_residual_payload_is_served(edges, compiled, tiny_flux_folder, workspace, tmp_path, model, options):
     target = tmp_path / "residual"
-    result = otc(
-        "compile", str(tiny_flux_folder), *COMPILE, "--payload", "residual", "-o", str(target), workspace=workspace
-    )
+    choices = ("--payload", "residual", "--edge-costs", edges)
+    result = otc("compile", str(tiny_flux_folder), *COMPILE, *choices, "-o", str(target), workspace=workspace)
     assert result.exit_code == 0, result.output
     with Sampler.load(target) as sampler:
         assert sampler.manifest.program("4").program.payload == "residual"

@@ -1,0 +1,79 @@
+"""Write the README's results from a compiled artifact: `python -m otcache.artifacts.readme artifacts/shapes README.md`.
+
+Also copies the artifact's pictures beside this module, where the README shows them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from otcache.schemas.manifest import FULL, MANIFEST_NAME, BudgetProgram, Manifest
+
+BEGIN, END = "<!-- results: written by otcache.artifacts.readme -->", "<!-- end of results -->"
+PICTURES = Path(__file__).parent / "pictures"
+
+
+def results(manifest: Manifest, check: dict[str, float]) -> str:
+    """The results section in Markdown."""
+    entries = [entry for name in manifest.budgets if name != FULL and (entry := manifest.program(name)) is not None]
+    names = list(dict.fromkeys(peer.name for entry in entries for peer in entry.baselines))
+    conditions, total = manifest.conditions, manifest.sampler.num_inference_steps
+    lines = [
+        f"PSNR in dB to the full {total} steps of `{manifest.model.name}` at guidance {manifest.guidance.scale:g}, mean over "
+        f"{conditions.evaluation_prompts} held-out prompts and seeds ({conditions.calibration_prompts} others were calibrated on):",
+        "",
+        "| evaluations | **otcache** | " + " | ".join(names) + " | ahead by | SSIM (best peer) |",
+        "|---:|---:|" + "---:|" * len(names) + "---:|---:|",
+    ]
+    lines += [_row(entry, names) for entry in entries]
+    spent = sum(cost.full_runs for cost in manifest.costs)
+    followed = ", ".join(f"{name} {100 * share:.0f} %" for name, share in check.items())
+    lines += [
+        "",
+        f"Compiling took {spent:.1f} full runs per calibration prompt. The exported chain differs from torch by "
+        f"{manifest.max_relative_error:.0e} of the largest output. The model's pictures follow their captions (measured on the "
+        f"pixels of 64): {followed}.",
+    ]
+    return "\n".join(lines)
+
+
+def _row(entry: BudgetProgram, names: list[str]) -> str:
+    assert entry.quality is not None
+    peers = {peer.name: peer.quality for peer in entry.baselines}
+    best = max(quality.psnr_db.mean for quality in peers.values())
+    ssim = max(quality.ssim.mean for quality in peers.values())
+    own = entry.quality
+    cells = [entry.budget, f"**{own.psnr_db.mean:.1f}**"]
+    cells += [f"{peers[name].psnr_db.mean:.1f}" if name in peers else "–" for name in names]
+    cells += [f"{own.psnr_db.mean - best:+.1f}", f"{own.ssim.mean:.4f} ({ssim:.4f})"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def rewrite(readme: str, section: str) -> str:
+    """The README with its results section replaced. Raises ValueError when the marks are missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the README has no section between {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: python -m otcache.artifacts.readme ARTIFACT README")
+    artifact, readme = Path(sys.argv[1]), Path(sys.argv[2])
+    manifest = Manifest.model_validate_json((artifact / MANIFEST_NAME).read_bytes())
+    model = Path(__file__).parent / "models" / manifest.model.name
+    check = json.loads((model / "check.json").read_text())
+    readme.write_text(rewrite(readme.read_text(encoding="utf-8"), results(manifest, check)), encoding="utf-8")
+    PICTURES.mkdir(exist_ok=True)
+    for name in ("pictures.png", "quality.png", "schedules.png"):
+        shutil.copyfile(artifact / "report" / name, PICTURES / f"{manifest.model.name}-{name}")
+    shutil.copyfile(model / "samples.png", PICTURES / f"{manifest.model.name}-samples.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The README's commands exist with the options that it uses, its Python runs, and its results are those of a command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from otcache.artifacts.readme import BEGIN, END, rewrite
+from otcache.runtime.cli import main
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.strip().split("  ")[0] for line in README.splitlines() if line.startswith("    otc ")]
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_lines_parse(line):
+    _, name, *arguments = shlex.split(line)
+    context = click.Context(main)
+    command = main.get_command(context, name)
+    assert command is not None, f"otc {name} does not exist"
+    command.make_context(name, arguments, parent=context)
+
+
+def test_make_targets_exist():
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    for target in re.findall(r"^    make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_python_example_runs(compiled):
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = block.replace('"artifacts/shapes"', repr(str(compiled))).replace("budget=8", "budget=4")
+    scope: dict = {}
+    exec(code, scope)
+    assert scope["images"].shape == (1, 16, 16, 3) and scope["latents"].shape == (1, 16, 16)
+
+
+def test_results_are_replaced_between_the_marks():
+    text = f"a\n{BEGIN}\nold\n{END}\nb"
+    assert rewrite(text, "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
+    with pytest.raises(ValueError, match="no section"):
+        rewrite("nothing", "new")
+
+
+def test_pictures_are_there():
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (Path(__file__).parents[1] / path).is_file(), path
+
+
+def test_every_command_has_help_with_examples():
+    context = click.Context(main)
+    for name in main.list_commands(context):
+        command = main.get_command(context, name)
+        assert command is not None
+        assert command.help and "otc " + name in (command.help + (command.epilog or "")), name

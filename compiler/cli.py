@@ -114,12 +114,13 @@ def _print_table(manifest: Any) -> None:
     table.add_column("otcache", justify="right", style="bold")
     entries = [entry for entry in manifest.programs if entry.quality]
     names = list(dict.fromkeys(peer.name for entry in entries for peer in entry.baselines))
-    for name in (*names, "SSIM", "payload", "schedule"):
-        table.add_column(name, justify="left" if name in ("payload", "schedule") else "right")
+    for name in (*names, "SSIM", "payload"):
+        table.add_column(name, justify="left" if name == "payload" else "right")
     for entry in entries:
         peers = {peer.name: f"{peer.quality.psnr_db.mean:.1f}" for peer in entry.baselines}
         table.add_row(
             entry.budget, f"{entry.quality.psnr_db.mean:.1f}", *(peers.get(name, "–") for name in names),
-            f"{entry.quality.ssim.mean:.3f}", entry.program.payload, entry.candidates[0].name,
+            f"{entry.quality.ssim.mean:.3f}", entry.program.payload,
         )  # fmt: skip
-    Console().print(table)
+    console = Console()
+    Console(width=None if console.is_terminal else 120).print(table)

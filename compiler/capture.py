@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +23,6 @@ from otcache.schemas.errors import ModelError
 
 PROBE_SAMPLES = 3
 """Samples of a probe run: a number that no other axis of a model is likely to have."""
-SEED_STRIDE = 1
 Progress = Callable[[int, int], None]
 
 
@@ -451,15 +449,6 @@ def _find_layout(
         ):
             return split, permutation
     raise ModelError(f"the pipeline arranges noise {noise_shape} as latents {latents_shape} in a way that is not known")
-
-
-def initial_latents(trajectory: Trajectory) -> Tensor:
-    """X_0 (n, …)."""
-    return trajectory.latents[0]
-
-
-def as_numpy(value: Tensor) -> np.ndarray:
-    return value.detach().cpu().double().numpy()
 
 
 class _Prepared(Exception):

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from otcache.schemas.manifest import FULL
 
-from .policy import policy_from_schedule
+from .policy import policy_from_schedule, wasserstein_distance
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -128,6 +128,21 @@ def _draw_quality(fields: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def _distances(fields: dict[str, Any]) -> str:
+    """How far each policy is from the reference's, through POT."""
+    total = fields["sampler"]["num_inference_steps"]
+    reference = policy_from_schedule(fields["reference"]["schedule"], total)
+    schedules = {
+        f"budget {entry['budget']}": [step["step_index"] for step in entry["program"]["steps"] if step["compute"]]
+        for entry in sorted((e for e in fields["programs"] if e["budget"] != FULL), key=lambda e: -int(e["budget"]))
+    }
+    schedules["anchor"] = fields["anchor"]["schedule"]
+    return ", ".join(
+        f"{name} {wasserstein_distance(reference, policy_from_schedule(schedule, total)):.3f}"
+        for name, schedule in schedules.items()
+    )
+
+
 def _page(fields: dict[str, Any], folder: Path) -> str:
     def picture(name: str, text: str) -> str:
         data = base64.b64encode((folder / name).read_bytes()).decode()
@@ -184,6 +199,7 @@ th, td {{ padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd
 <div class="scroll"><table><tr>{head}</tr>{body}</table></div><p>PSNR in dB, mean over held-out prompts; <i>worst</i> is the worst prompt of otcache.</p>
 <h2>Schedules</h2>
 {picture("schedules.png", "schedules on the timeline and their quantile functions")}
+<p>W<sub>2</sub> from the reference policy, as a share of the timeline: {_distances(fields)}.</p>
 <h2>Candidates, on the calibration set</h2>
 <div class="scroll"><table><tr><th>budget</th><th></th><th class=l>candidate</th><th>payload</th><th>weight</th><th>PSNR</th><th>SSIM</th><th class=l>schedule</th></tr>{candidates}</table></div>
 <h2>What compiling cost</h2>

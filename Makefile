@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= artifacts/shapes
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-long lint clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,13 +16,17 @@ demo: $(VENV)/ready
 	$(BIN)/otc compile shapes --budgets 4,8,16 -o $(OUT) --force
 	$(BIN)/otc run $(OUT) --budget full,16,8,4 --seed 0 -o $(OUT).png --force \
 		--prompt "a large red star on blue" --prompt "a striped yellow circle on purple" \
-		--prompt "a small white ring on black" --prompt "a large checkered green hexagon on orange" \
+		--prompt "a small white ring on black" --prompt "a large dotted green hexagon on orange" \
 		--prompt "a dotted cyan square on red"
 	@echo "report:  $(OUT)/report.html"
 	@echo "picture: $(OUT).png"
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q
+
+# Everything that takes minutes to hours: fuzzing, soaks, compiles that are killed at random moments.
+test-long: $(VENV)/ready
+	$(BIN)/python -m pytest -q -m long
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -153,6 +153,8 @@ class Interface:
     """Arguments that are the same for every prompt, step and seed."""
     guided: bool
     """Two branches, negative and positive, combined as (1 − s) · negative + s · positive."""
+    keep_norm: bool = False
+    """The combination is then multiplied so that its vectors along the last axis are as long as the positive's."""
     stacked: bool
     """The branches come in one call along the batch axis, rather than in two calls."""
     positive_first: bool
@@ -165,6 +167,13 @@ class Interface:
     @property
     def branches(self) -> int:
         return 2 if self.guided else 1
+
+    @property
+    def guidance_kind(self) -> Literal["none", "cfg", "cfg_norm"]:
+        """As the manifest names it."""
+        if not self.guided:
+            return "none"
+        return "cfg_norm" if self.keep_norm else "cfg"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,11 +237,14 @@ def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: S
         else:
             constants[key] = value
     outputs = list(first.call_outputs[0][0].float().chunk(2)) if stacked else [o.float() for o in first.call_outputs[0]]
-    guided, positive_first = _find_guidance(outputs, first.guided[0], guidance_scale, name)
+    guided, positive_first, keep_norm = _find_guidance(
+        outputs, first.guided[0], guidance_scale, name, exact=first.call_outputs[0][0].dtype == torch.float32
+    )
     split, permutation = _find_layout(drawn[0][1:], tuple(sample.shape[1:]), first, drawn)
     return Interface(
         latents_input=latents_input, timestep_input=timestep_input, timestep_scale=scale, conditioning=tuple(conditioning),
-        constants=constants, guided=guided, stacked=stacked, positive_first=positive_first, noise_shape=drawn[0][1:],
+        constants=constants, guided=guided, stacked=stacked, positive_first=positive_first,
+        keep_norm=keep_norm, noise_shape=drawn[0][1:],
         noise_split=split, noise_permutation=permutation, latents_shape=tuple(sample.shape[1:]),
     )  # fmt: skip
 
@@ -311,7 +323,8 @@ class Denoiser:
             return output
         negative, positive = output.chunk(2)
         scale = self.guidance.view(-1, *[1] * (output.ndim - 1))
-        return negative + scale * (positive - negative)
+        combined = negative + scale * (positive - negative)
+        return _with_norm_of(positive, combined) if self.interface.keep_norm else combined
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, timestep: float, input_scale: float = 1.0) -> Tensor:
@@ -411,19 +424,34 @@ def _find_timestep(tape: Tape, name: str) -> tuple[str, float]:
     raise ModelError(f"{name} passes no argument that is proportional to the scheduler's timestep: not supported")
 
 
-def _find_guidance(outputs: list[Tensor], guided: Tensor, scale: float, name: str) -> tuple[bool, bool]:
-    """Whether two branches are combined as classifier-free guidance, and whether the positive one comes first."""
+def _with_norm_of(positive: Tensor, combined: Tensor) -> Tensor:
+    """`combined` with vectors along the last axis as long as those of `positive`."""
+    return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True).clamp(min=1e-30))
+
+
+def _find_guidance(
+    outputs: list[Tensor], guided: Tensor, scale: float, name: str, *, exact: bool
+) -> tuple[bool, bool, bool]:
+    """Whether two branches are guidance, whether the positive one comes first, and whether its norm is kept.
+
+    exact: the pipeline computed in float32.
+    """
     if len(outputs) == 1:
         if not torch.allclose(outputs[0], guided, rtol=1e-4, atol=1e-5):
             raise ModelError(f"{name} changes the transformer's output before the scheduler's step: not supported")
-        return False, False
+        return False, False, False
+    found: dict[tuple[bool, bool], float] = {}
+    for positive_first, (positive, negative) in ((True, outputs), (False, outputs[::-1])):
+        combined = negative + scale * (positive - negative)
+        for keep_norm, expected in ((False, combined), (True, _with_norm_of(positive, combined))):
+            found[positive_first, keep_norm] = float((expected - guided).norm() / guided.norm())
+    positive_first, keep_norm = min(found, key=lambda way: found[way])
+    if found[positive_first, keep_norm] < (1e-3 if exact else 3e-2):
+        return True, positive_first, keep_norm
     basis = torch.stack([output.flatten() for output in outputs], dim=1).double()
     weights = torch.linalg.lstsq(basis, guided.flatten().double()[:, None]).solution.flatten()
-    for positive_first, (positive, negative) in ((True, weights.tolist()), (False, weights.tolist()[::-1])):
-        if abs(positive - scale) < 1e-2 and abs(negative - (1 - scale)) < 1e-2:
-            return True, positive_first
-    found = ", ".join(f"{weight:.3f}" for weight in weights)
-    raise ModelError(f"{name} combines its branches with weights {found}: expected {scale} and {1 - scale}")
+    listed = ", ".join(f"{weight:.3f}" for weight in weights)
+    raise ModelError(f"{name} combines its branches with weights {listed}: expected {scale} and {1 - scale}")
 
 
 def _find_layout(

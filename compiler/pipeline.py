@@ -402,7 +402,7 @@ def _manifest_fields(
         "timestep_input": interface.timestep_input,
         "output": stages.output,
         "guidance": schema.Guidance(
-            kind="cfg" if interface.guided else "none", scale=options.nominal_scale, minimum=low, maximum=high,
+            kind=interface.guidance_kind, scale=options.nominal_scale, minimum=low, maximum=high,
             negative_prompt=call.negative_prompt,
         ),
         "max_relative_error": exported.max_relative_error,

@@ -278,7 +278,7 @@ def _print_manifest(manifest: Manifest) -> None:
     for name, value in (
         ("model", f"{model.name} ({model.pipeline}, {model.transformer})"),
         ("sampler", f"{sampler.scheduler}, {sampler.num_inference_steps} steps"),
-        ("guidance", scale if guidance.kind == "cfg" else "none"),
+        ("guidance", scale if guidance.kind != "none" else "none"),
         ("pictures", f"{conditions.width} × {conditions.height}, {conditions.dtype}"),
         ("calibrated", f"{conditions.calibration_prompts} prompts for {conditions.objective}, seed {conditions.seed}"),
         ("digest", manifest.digest),

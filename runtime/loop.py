@@ -47,6 +47,7 @@ def sample(
     latents: Float32,
     *,
     guidance_weights: Sequence[float],
+    keep_norm: bool = False,
     timestep_scale: float = 1.0,
     callback: Callback | None = None,
 ) -> Float32:
@@ -54,6 +55,8 @@ def sample(
 
     r = blocks(h) − h  if step.compute else  Σ c_m r_m          v = Σ_g weight_g · head(h + r)_g
     x ← latent_coef · x + Σ_m output_coefs_m · v_m              both histories newest last
+
+    keep_norm: v is multiplied so that its vectors along the last axis are as long as those of the last branch.
     """
     x = latents.astype(np.float32)
     outputs: list[Float32] = []
@@ -67,13 +70,22 @@ def sample(
         else:
             recent = newest(residuals, len(step.residual_coefs))
             model.apply(tuple(combination(step.residual_coefs, list(parts)) for parts in zip(*recent, strict=True)))
-        outputs = newest([*outputs, combination(guidance_weights, model.head())], program.output_memory)
+        outputs = newest([*outputs, guided(model.head(), guidance_weights, keep_norm)], program.output_memory)
         x = np.float32(step.latent_coef) * x
         if step.output_coefs:
             x += combination(step.output_coefs, newest(outputs, len(step.output_coefs)))
         if callback is not None:
             callback(index + 1, len(program.steps))
     return x
+
+
+def guided(branches: Float32, weights: Sequence[float], keep_norm: bool) -> Float32:
+    """The branches' outputs float32 (g, n, …) as one (n, …)."""
+    output = combination(weights, branches)
+    if keep_norm:
+        length = np.linalg.norm(output, axis=-1, keepdims=True)
+        output *= np.linalg.norm(branches[-1], axis=-1, keepdims=True) / np.maximum(length, np.float32(1e-30))
+    return output
 
 
 def combination(coefs: Sequence[float], arrays: Sequence[Float32] | Float32) -> Float32:

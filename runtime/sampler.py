@@ -167,6 +167,7 @@ class Sampler:
                     program,
                     start,
                     guidance_weights=weights,
+                    keep_norm=self.manifest.guidance.kind == "cfg_norm",
                     timestep_scale=self.manifest.timestep_scale,
                     callback=progress,
                 )

@@ -107,10 +107,11 @@ class Latents(Frozen):
 class Guidance(Frozen):
     """How the outputs of the branches become one: Σ weights · outputs.
 
-    `cfg`: branches are (negative, positive) with weights (1 − scale, scale).
+    `cfg`: branches are (negative, positive) with weights (1 − scale, scale). `cfg_norm`: the same, then multiplied so
+    that every vector along the last axis is as long as the positive branch's (Qwen-Image).
     """
 
-    kind: Literal["none", "cfg"]
+    kind: Literal["none", "cfg", "cfg_norm"]
     scale: float
     minimum: float
     maximum: float
@@ -119,11 +120,11 @@ class Guidance(Frozen):
 
     @property
     def branches(self) -> int:
-        return 2 if self.kind == "cfg" else 1
+        return 1 if self.kind == "none" else 2
 
     def weights(self, scale: float) -> tuple[float, ...]:
         """Weight of each branch's output at a guidance scale."""
-        return (1.0 - scale, scale) if self.kind == "cfg" else (1.0,)
+        return (1.0,) if self.kind == "none" else (1.0 - scale, scale)
 
 
 class Sampler(Frozen):

@@ -5,6 +5,7 @@ Everything is drawn from signed distances on a pixel grid, so a picture is a pur
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -23,9 +24,11 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 BACKGROUNDS = {**PALETTE, "black": (24, 24, 28)}
 SHAPES = ("circle", "square", "triangle", "ring", "star", "cross", "crescent", "hexagon")
-SIZES = {"small": 0.34, "medium": 0.50, "large": 0.70}
+SIZES = {"small": 0.42, "medium": 0.58, "large": 0.76}
 """Radius of the shape as a fraction of half the picture's side."""
-TEXTURES = ("plain", "striped", "dotted", "checkered")
+TEXTURES = ("plain", "striped", "dotted")
+TILT = 0.3
+"""Largest angle, in radians, by which a shape is turned."""
 TEXTURE_SHADE = 0.55
 """Brightness of the dark part of a texture relative to the shape's colour."""
 
@@ -71,12 +74,12 @@ def all_scenes() -> list[Scene]:
 
 
 def place(scene: Scene, random: np.random.Generator) -> Scene:
-    """The scene at a random place and angle, wholly inside the picture, with a random gradient of light."""
-    room = 0.92 - SIZES[scene.size]
+    """The scene at a random place and slight tilt, wholly inside the picture, with a random gradient of light."""
+    room = 0.6 * (0.92 - SIZES[scene.size])
     x, y = random.uniform(-room, room, size=2)
     return Scene(
         shape=scene.shape, colour=scene.colour, size=scene.size, texture=scene.texture, background=scene.background,
-        x=float(x), y=float(y), angle=float(random.uniform(0, 2 * math.pi)), shading=float(random.uniform(-0.12, 0.12)),
+        x=float(x), y=float(y), angle=float(random.uniform(-TILT, TILT)), shading=float(random.uniform(-0.12, 0.12)),
     )  # fmt: skip
 
 
@@ -111,11 +114,11 @@ def _shape_distance(shape: str, px: np.ndarray, py: np.ndarray) -> np.ndarray:
             arms = np.minimum(np.abs(px), np.abs(py)) - 0.28
             return np.maximum(arms, np.maximum(np.abs(px), np.abs(py)) - 0.95)
         case "triangle":
-            return _polygon_distance(px, py, 3)
+            return _polygon_distance(py, px, 3)
         case "hexagon":
             return _polygon_distance(px, py, 6)
         case "star":
-            return _star_distance(px, py)
+            return _star_distance(-py, px)
         case "crescent":
             return np.maximum(radius - 0.95, 0.72 - np.hypot(px - 0.45, py))
     raise ValueError(f"unknown shape {shape!r}: expected one of {', '.join(SHAPES)}")
@@ -128,8 +131,6 @@ def _texture_shade(texture: str, px: np.ndarray, py: np.ndarray) -> np.ndarray:
             dark = np.zeros_like(px)
         case "striped":
             dark = 0.5 + 6.0 * (np.abs(np.mod(px / 0.62, 1.0) - 0.5) - 0.25)
-        case "checkered":
-            dark = 0.5 + 6.0 * np.sin(math.pi * px / 0.55) * np.sin(math.pi * py / 0.55)
         case "dotted":
             qx, qy = np.mod(px / 0.62, 1.0) - 0.5, np.mod(py / 0.62, 1.0) - 0.5
             dark = 0.5 + 6.0 * (0.28 - np.hypot(qx, qy))
@@ -138,27 +139,33 @@ def _texture_shade(texture: str, px: np.ndarray, py: np.ndarray) -> np.ndarray:
     return 1.0 - (1.0 - TEXTURE_SHADE) * np.clip(dark, 0.0, 1.0)
 
 
-def render(scene: Scene, side: int = 64) -> np.ndarray:
-    """Draw a scene. Returns uint8 (side, side, 3)."""
+def _own_axes(scale: float, x: float, y: float, angle: float, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates of every pixel in a shape's own frame, where its radius is 1. Returns float64 (side, side) twice."""
     axis = (np.arange(side) + 0.5) * 2 / side - 1
     gx, gy = np.meshgrid(axis, axis)
-    scale = SIZES[scene.size]
-    cos, sin = math.cos(scene.angle), math.sin(scene.angle)
-    px = ((gx - scene.x) * cos + (gy - scene.y) * sin) / scale
-    py = (-(gx - scene.x) * sin + (gy - scene.y) * cos) / scale
+    cos, sin = math.cos(angle), math.sin(angle)
+    return ((gx - x) * cos + (gy - y) * sin) / scale, (-(gx - x) * sin + (gy - y) * cos) / scale
+
+
+def _cover(shape: str, scale: float, x: float, y: float, angle: float, side: int) -> np.ndarray:
+    """Share of every pixel that a shape covers, float64 (side, side) in [0, 1]."""
     pixel = 2 / side / scale
-    cover = np.clip(0.5 - _shape_distance(scene.shape, px, py) / pixel, 0.0, 1.0)[..., None]
+    return np.clip(0.5 - _shape_distance(shape, *_own_axes(scale, x, y, angle, side)) / pixel, 0.0, 1.0)
+
+
+def render(scene: Scene, side: int = 64) -> np.ndarray:
+    """Draw a scene. Returns uint8 (side, side, 3)."""
+    scale = SIZES[scene.size]
+    px, py = _own_axes(scale, scene.x, scene.y, scene.angle, side)
+    gy = ((np.arange(side) + 0.5) * 2 / side - 1)[:, None]
+    cover = _cover(scene.shape, scale, scene.x, scene.y, scene.angle, side)[..., None]
     shape = np.asarray(PALETTE[scene.colour]) * _texture_shade(scene.texture, px, py)[..., None]
     ground = np.asarray(BACKGROUNDS[scene.background]) * (1.0 + scene.shading * gy)[..., None]
     return np.clip(cover * shape + (1 - cover) * ground, 0, 255).round().astype(np.uint8)
 
 
-def read_colours(picture: np.ndarray) -> tuple[str, str]:
-    """The colour of the shape and of the ground, from the pixels alone.
-
-    picture: uint8 (height, width, 3). The ground is the commonest colour along the border, the shape the
-    commonest other colour; a texture's dark shade counts as the colour that it shades.
-    """
+def _name_pixels(picture: np.ndarray) -> np.ndarray:
+    """Name of the palette's colour nearest to each pixel. picture: uint8 (height, width, 3)."""
     names, references = [], []
     for name, colour in BACKGROUNDS.items():
         names.append(name)
@@ -167,9 +174,49 @@ def read_colours(picture: np.ndarray) -> tuple[str, str]:
             names.append(name)
             references.append(np.asarray(colour, dtype=np.float64) * TEXTURE_SHADE)
     distance = np.linalg.norm(picture[:, :, None, :].astype(np.float64) - np.stack(references), axis=-1)
-    labels = np.asarray(names)[distance.argmin(axis=-1)]
+    return np.asarray(names)[distance.argmin(axis=-1)]
+
+
+def read_colours(picture: np.ndarray) -> tuple[str, str]:
+    """The colour of the shape and of the ground, from the pixels alone.
+
+    picture: uint8 (height, width, 3). The ground is the commonest colour along the border, the shape the
+    commonest other colour; a texture's dark shade counts as the colour that it shades.
+    """
+    labels = _name_pixels(picture)
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
     found, counts = np.unique(border, return_counts=True)
     ground = str(found[counts.argmax()])
     found, counts = np.unique(labels[(labels != ground) & (labels != "black")], return_counts=True)
     return (str(found[counts.argmax()]) if found.size else ground), ground
+
+
+def _cropped(mask: np.ndarray, side: int = 24) -> np.ndarray:
+    """The bounding box of a mask, bool (height, width), stretched to (side, side)."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    row = np.linspace(rows[0], rows[-1], side).round().astype(int)
+    column = np.linspace(columns[0], columns[-1], side).round().astype(int)
+    return mask[np.ix_(row, column)]
+
+
+@functools.cache
+def _silhouettes() -> list[tuple[str, np.ndarray]]:
+    """Every shape at a few tilts, cropped."""
+    return [
+        (shape, _cropped(_cover(shape, 0.8, 0.0, 0.0, float(angle), 96) > 0.5))
+        for shape in SHAPES
+        for angle in np.linspace(-TILT, TILT, 7)
+    ]
+
+
+def read_shape(picture: np.ndarray) -> str:
+    """The shape's name, from the pixels alone: the silhouette with the best intersection over union, "" if none.
+
+    picture: uint8 (height, width, 3).
+    """
+    _, ground = read_colours(picture)
+    covered = _name_pixels(picture) != ground
+    if not covered.any():
+        return ""
+    found = _cropped(covered)
+    return max(_silhouettes(), key=lambda one: (one[1] & found).sum() / (one[1] | found).sum())[0]

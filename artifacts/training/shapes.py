@@ -1,6 +1,6 @@
 """Train the bundled model `shapes`: a small FLUX that draws one shape on a plain ground.
 
-    python -m otcache.artifacts.training.shapes [--minutes 45] [-o artifacts/models/shapes]
+    python -m otcache.artifacts.training.shapes [--steps 3000] [-o artifacts/models/shapes]
 
 Renders captioned pictures, trains text encoders, autoencoder and rectified-flow transformer, writes a standard
 diffusers folder and checks, on pixels, that the pictures follow their captions. An interrupted run goes on where it
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -59,13 +58,13 @@ def make_autoencoder() -> AutoencoderKL:
     return vae
 
 
-def train_autoencoder(pictures: torch.Tensor, *, minutes: float, seed: int = 0) -> AutoencoderKL:
+def train_autoencoder(pictures: torch.Tensor, *, steps: int, seed: int = 0) -> AutoencoderKL:
     """Train the autoencoder with a squared, later also an absolute, error and a small pull on the latents' size; sets its scale and shift."""
     torch.manual_seed(seed)
     vae = make_autoencoder()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2.5e-3, betas=(0.9, 0.95), weight_decay=1e-4)
-    start, step = time.monotonic(), 0
-    while (done := (time.monotonic() - start) / 60 / minutes) < 1:
+    for step in range(steps):
+        done = step / steps
         for group in optimizer.param_groups:
             group["lr"] = 2.5e-3 * min(1.0, (step + 1) / 50) * (1 - done) ** 0.7
         real = pixels(pictures[torch.randint(len(pictures), (8,))])
@@ -78,10 +77,9 @@ def train_autoencoder(pictures: torch.Tensor, *, minutes: float, seed: int = 0) 
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        step += 1
-        if step % 100 == 0:
+        if (step + 1) % 100 == 0:
             error = F.mse_loss((drawn + 1) / 2, (real + 1) / 2).item()
-            print(f"autoencoder: step {step}, {100 * done:.0f} %, PSNR {-10 * np.log10(error):.1f} dB", flush=True)
+            print(f"autoencoder: step {step + 1}/{steps}, PSNR {-10 * np.log10(error):.1f} dB", flush=True)
     vae = vae.eval().requires_grad_(False)
     latents = encode(vae, pictures[:1024])
     vae.register_to_config(
@@ -97,10 +95,10 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def make_transformer() -> FluxTransformer2DModel:
-    """Two double and six single blocks, width 128; gates and output start at zero (adaLN-zero)."""
+    """Two double and six single blocks, width 96; gates and output start at zero (adaLN-zero)."""
     model = FluxTransformer2DModel(
         patch_size=1, in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=6, attention_head_dim=32,
-        num_attention_heads=4, joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=False,
+        num_attention_heads=3, joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=False,
         axes_dims_rope=(8, 12, 12),
     )  # fmt: skip
     for name, module in model.named_modules():
@@ -143,7 +141,7 @@ def train_transformer(
     embeddings: tuple[torch.Tensor, torch.Tensor],
     captions: torch.Tensor,
     *,
-    minutes: float,
+    steps: int,
     checkpoint: Path,
     batch: int = 64,
     seed: int = 0,
@@ -162,19 +160,19 @@ def train_transformer(
     rows = torch.arange(side, dtype=torch.float32)
     image_ids = torch.cartesian_prod(torch.zeros(1), rows, rows)
     text_ids = torch.zeros(text.TEXT_LENGTH, 3)
-    spent, step, losses = 0.0, 0, []
+    start, losses = 0, []
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        spent, step = state["spent"], state["step"]
+        start = state["step"]
+        torch.set_rng_state(state["random"])
     else:
         average.load_state_dict(model.state_dict())
-    last = time.monotonic()
-    while spent / 60 < minutes:
-        done = spent / 60 / minutes
+    for step in range(start, steps):
+        done = step / steps
         for optimizer, rate in zip(optimizers, rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1.0, (step + 1) / 100) * min(1.0, max(0.02, 2.0 * (1 - done)))
@@ -201,18 +199,17 @@ def train_transformer(
         with torch.no_grad():
             for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
                 slow.lerp_(fast, 1 - decay)
-        step += 1
         losses.append(loss.item())
-        now = time.monotonic()
-        spent, last = spent + now - last, now
-        if step % 100 == 0:
-            mean = sum(losses[-100:]) / len(losses[-100:])
-            print(f"transformer: step {step}, {100 * done:.0f} %, loss {mean:.4f}", flush=True)
-        if step % 200 == 0:
+        if (step + 1) % 100 == 0:
+            print(
+                f"transformer: step {step + 1}/{steps}, loss {sum(losses[-100:]) / len(losses[-100:]):.4f}", flush=True
+            )
+        if (step + 1) % 250 == 0:
             part = checkpoint.with_suffix(".part")
             torch.save(
-                {"model": model.state_dict(), "average": average.state_dict(), "spent": spent, "step": step,
-                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, part,
+                {"model": model.state_dict(), "average": average.state_dict(), "step": step + 1,
+                 "random": torch.get_rng_state(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]},
+                part,
             )  # fmt: skip
             part.replace(checkpoint)
     return average.eval()
@@ -233,7 +230,7 @@ def make_pipeline(vae, clip, clip_encoder, t5, t5_encoder, transformer) -> FluxP
 
 
 def check(pipeline: FluxPipeline, *, count: int = 64, seed: int = 10_000) -> tuple[dict[str, float], np.ndarray]:
-    """How often pictures have the colour and ground of their caption. Returns shares in [0, 1] and the pictures."""
+    """How often pictures have the colour, ground and shape of their caption. Returns shares in [0, 1] and the pictures."""
     everything = scenes.all_scenes()
     random = np.random.default_rng(seed)
     chosen = [everything[int(i)] for i in random.choice(len(everything), size=count, replace=False)]
@@ -254,7 +251,12 @@ def check(pipeline: FluxPipeline, *, count: int = 64, seed: int = 10_000) -> tup
     ground = np.asarray(
         [found_ground == scene.background for (_, found_ground), scene in zip(found, chosen, strict=True)]
     )
-    shares = {"colour": colour.mean(), "background": ground.mean(), "both": (colour & ground).mean()}
+    shape = np.asarray(
+        [scenes.read_shape(picture) == scene.shape for picture, scene in zip(drawn, chosen, strict=True)]
+    )
+    shares = {
+        "colour": colour.mean(), "background": ground.mean(), "both": (colour & ground).mean(), "shape": shape.mean(),
+    }  # fmt: skip
     return {name: round(float(value), 4) for name, value in shares.items()}, drawn
 
 
@@ -270,7 +272,7 @@ def contact_sheet(pictures: np.ndarray, columns: int = 8, scale: int = 2) -> Ima
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
 
 
-def write_prompts(folder: Path, count: int = 64, seed: int = 1) -> None:
+def write_prompts(folder: Path, count: int = 128, seed: int = 1) -> None:
     """Default calibration and evaluation prompts of the model, one caption a line."""
     everything = scenes.all_scenes()
     random = np.random.default_rng(seed)
@@ -282,8 +284,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("artifacts/models/shapes"))
     parser.add_argument("--work", type=Path, default=Path("artifacts/work/shapes"), help="unfinished training state")
-    parser.add_argument("--minutes", type=float, default=45, help="time for the transformer")
-    parser.add_argument("--vae-minutes", type=float, default=8)
+    parser.add_argument("--steps", type=int, default=3000, help="of the transformer")
+    parser.add_argument("--vae-steps", type=int, default=2500)
     parser.add_argument("--pictures", type=int, default=24_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -296,7 +298,7 @@ def main() -> None:
     if (vae_folder / "config.json").exists():
         vae = AutoencoderKL.from_pretrained(vae_folder).eval()
     else:
-        vae = train_autoencoder(pictures, minutes=options.vae_minutes, seed=options.seed)
+        vae = train_autoencoder(pictures, steps=options.vae_steps, seed=options.seed)
         vae.save_pretrained(vae_folder)
     latents = pack((encode(vae, pictures) - vae.config.shift_factor) * vae.config.scaling_factor)
 
@@ -307,7 +309,7 @@ def main() -> None:
         pooled = clip_encoder(text.tokenize(clip, [*wordings, ""])).pooler_output
         tokens = t5_encoder(text.tokenize(t5, [*wordings, ""]))[0]
     transformer = train_transformer(
-        latents, (pooled, tokens), captions, minutes=options.minutes, checkpoint=options.work / "transformer.pt",
+        latents, (pooled, tokens), captions, steps=options.steps, checkpoint=options.work / "transformer.pt",
         seed=options.seed,
     )  # fmt: skip
 
@@ -320,7 +322,7 @@ def main() -> None:
     weights = sum(path.stat().st_size for path in options.output.rglob("*.safetensors"))
     print(f"follows its caption on {shares}; weights {weights / 1e6:.1f} MB; {options.output}")
     if shares["both"] < 0.9:
-        raise SystemExit("the model does not follow its captions well enough: train for longer with --minutes")
+        raise SystemExit("the model does not follow its captions well enough: train for longer with --steps")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 
 from . import scenes
 
-TEXT_LENGTH = 16
+TEXT_LENGTH = 12
+"""Tokens of T5, which knows every word: nine words and an end."""
+POOLED_LENGTH = 32
+"""Tokens of CLIP, which splits some words; only its pooled output is used."""
 ATTRIBUTES = {
     "shape": tuple(scenes.SHAPES),
     "colour": tuple(scenes.PALETTE),
@@ -38,7 +41,7 @@ def make_tokenizers() -> tuple[CLIPTokenizer, T5Tokenizer]:
             vocab.setdefault(prefix, len(vocab))
     for token in ("<|startoftext|>", "<|endoftext|>"):
         vocab[token] = len(vocab)
-    clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
+    clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=POOLED_LENGTH)
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     pieces += [("▁" + word, -2.0) for word in words]
@@ -52,7 +55,7 @@ def make_encoders(clip: CLIPTokenizer, t5: T5Tokenizer) -> tuple[CLIPTextModel, 
     clip_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(clip), hidden_size=64, intermediate_size=128, projection_dim=64, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=TEXT_LENGTH, bos_token_id=clip.bos_token_id,
+            num_attention_heads=2, max_position_embeddings=POOLED_LENGTH, bos_token_id=clip.bos_token_id,
             eos_token_id=clip.eos_token_id, pad_token_id=clip.pad_token_id,
         )
     )  # fmt: skip
@@ -66,8 +69,9 @@ def make_encoders(clip: CLIPTokenizer, t5: T5Tokenizer) -> tuple[CLIPTextModel, 
 
 
 def tokenize(tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str]) -> torch.Tensor:
-    """Token ids int64 (n, TEXT_LENGTH), padded and cut as the Flux pipeline does."""
-    encoded = tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
+    """Token ids int64 (n, the tokenizer's length), padded and cut as the Flux pipeline does."""
+    length = tokenizer.model_max_length
+    encoded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return encoded.input_ids
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from otcache.compiler.capture import calibration_scales, call_options, capture, denoiser_of, probe
+from otcache.compiler.capture import _find_guidance, calibration_scales, call_options, capture, denoiser_of, probe
 from otcache.compiler.models import load_model
+from otcache.schemas.errors import ModelError
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def captured(tiny_flux_folder):
 
 def test_interface_is_found(captured):
     _, options, interface, _ = captured
-    assert (options.height, options.max_sequence_length, options.guidance_argument) == (16, 16, "true_cfg_scale")
+    assert (options.height, options.max_sequence_length, options.guidance_argument) == (16, 12, "true_cfg_scale")
     assert interface.latents_input == "hidden_states"
     assert interface.timestep_input == "timestep"
     assert interface.timestep_scale == pytest.approx(1e-3)
@@ -62,3 +63,16 @@ def test_guidance_may_differ_between_samples(captured):
     denoiser = denoiser_of(model.transformer, interface, trajectory)
     found = denoiser(trajectory.latents[2], trajectory.timesteps[2])
     assert torch.allclose(found, trajectory.outputs[2], atol=2e-5)
+
+
+@pytest.mark.parametrize("positive_first", [True, False])
+@pytest.mark.parametrize("keep_norm", [True, False])
+def test_guidance_is_told_apart(positive_first, keep_norm):
+    positive, negative = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    guided = negative + 4.0 * (positive - negative)
+    if keep_norm:
+        guided = guided * torch.norm(positive, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True)
+    outputs = [positive, negative] if positive_first else [negative, positive]
+    assert _find_guidance(outputs, guided, 4.0, "Pipeline", exact=True) == (True, positive_first, keep_norm)
+    with pytest.raises(ModelError, match=r"Pipeline combines its branches with weights .*: expected 3\.0"):
+        _find_guidance(outputs, guided, 3.0, "Pipeline", exact=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-from otcache.artifacts.training.text import TEXT_LENGTH, make_encoders, make_tokenizers
+from otcache.artifacts.training.text import POOLED_LENGTH, TEXT_LENGTH, make_encoders, make_tokenizers
 from otcache.compiler.export import export_module
 from otcache.compiler.prompt import PROBES, latent_decoder, text_encoders, tokenizer_spec
 from otcache.schemas.errors import ModelError
@@ -36,17 +36,17 @@ def pipeline():
 
 
 def test_text_encoders_reproduce_encode_prompt(pipeline):
-    module, example, specs = text_encoders(pipeline, 12)
-    assert [(spec.input_name, spec.length) for spec in specs] == [("input_ids", TEXT_LENGTH), ("input_ids_2", 12)]
+    module, example, specs = text_encoders(pipeline, 10)
+    assert [(spec.input_name, spec.length) for spec in specs] == [("input_ids", POOLED_LENGTH), ("input_ids_2", 10)]
     assert {name: tuple(value.shape) for name, value in example.items()} == {
-        "input_ids": (2, 16),
-        "input_ids_2": (2, 12),
+        "input_ids": (2, POOLED_LENGTH),
+        "input_ids_2": (2, 10),
     }
     for prompt in PROBES:
         ids = {spec.input_name: torch.tensor([spec.load().encode(prompt).ids]) for spec in specs}
         with torch.no_grad():
             result = module(**ids)
-            hidden, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=12)
+            hidden, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=10)
         assert tuple(result) == module.output_names
         assert torch.equal(result["pooled_projections"], pooled)
         assert torch.equal(result["encoder_hidden_states"], hidden)
@@ -57,10 +57,10 @@ def test_text_encoders_export(pipeline, tmp_path):
     exported = export_module(module, example, module.output_names, tmp_path / "text_encoder.onnx", kind="text_encoder")
     assert exported.max_relative_error < 1e-5
     assert [(info.name, info.dtype, info.shape) for info in (*exported.inputs, *exported.outputs)] == [
-        ("input_ids", "int64", ("batch", 16)),
-        ("input_ids_2", "int64", ("batch", 16)),
+        ("input_ids", "int64", ("batch", POOLED_LENGTH)),
+        ("input_ids_2", "int64", ("batch", TEXT_LENGTH)),
         ("pooled_projections", "float32", ("batch", 64)),
-        ("encoder_hidden_states", "float32", ("batch", 16, 64)),
+        ("encoder_hidden_states", "float32", ("batch", TEXT_LENGTH, 64)),
     ]
 
 

@@ -104,6 +104,20 @@ def test_random_programs(program, scale):
     assert seen == [(index + 1, len(program.steps)) for index in range(len(program.steps))]
 
 
+def test_guidance_can_keep_the_positive_branchs_norm():
+    branches = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
+    plain = loop.guided(branches, (-3.0, 4.0), False)
+    np.testing.assert_allclose(plain, 4 * branches[1] - 3 * branches[0], rtol=1e-5)
+    kept = loop.guided(branches, (-3.0, 4.0), True)
+    np.testing.assert_allclose(np.linalg.norm(kept, axis=-1), np.linalg.norm(branches[1], axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(
+        kept / np.linalg.norm(kept, axis=-1, keepdims=True),
+        plain / np.linalg.norm(plain, axis=-1, keepdims=True),
+        rtol=1e-4,
+    )
+    assert not loop.guided(np.zeros((2, 1, 3), np.float32), (-3.0, 4.0), True).any()
+
+
 def test_callback_cancels():
     program = Program(payload="output", steps=[{"step_index": 0, "timestep": 0, "latent_coef": 1, "output_coefs": []}])
 

@@ -1,6 +1,6 @@
 """Write the README's results from a compiled artifact: `python -m otcache.artifacts.readme artifacts/shapes README.md`.
 
-Also copies the artifact's pictures beside this module, where the README shows them.
+Also puts the report's pictures beside this module, where the README shows them.
 """
 
 from __future__ import annotations
@@ -10,10 +10,18 @@ import shutil
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from otcache.schemas.manifest import FULL, MANIFEST_NAME, BudgetProgram, Manifest
 
 BEGIN, END = "<!-- results: written by otcache.artifacts.readme -->", "<!-- end of results -->"
 PICTURES = Path(__file__).parent / "pictures"
+FIGURES = {
+    "pictures.png": ("pictures.png",),
+    "quality.png": ("psnr.png", "ssim.png"),
+    "schedules.png": ("schedules.png", "quantiles.png"),
+}
+"""Pictures of the README, and those of the report that they are made of."""
 
 
 def results(manifest: Manifest, check: dict[str, float]) -> str:
@@ -69,10 +77,24 @@ def main() -> None:
     model = Path(__file__).parent / "models" / manifest.model.name
     check = json.loads((model / "check.json").read_text())
     readme.write_text(rewrite(readme.read_text(encoding="utf-8"), results(manifest, check)), encoding="utf-8")
-    PICTURES.mkdir(exist_ok=True)
-    for name in ("pictures.png", "quality.png", "schedules.png"):
-        shutil.copyfile(artifact / "report" / name, PICTURES / f"{manifest.model.name}-{name}")
+    copy_pictures(artifact / "report", manifest.model.name, PICTURES)
     shutil.copyfile(model / "samples.png", PICTURES / f"{manifest.model.name}-samples.png")
+
+
+def copy_pictures(report: Path, model: str, target: Path) -> None:
+    """From an artifact's report to `target`: figures that belong together beside each other."""
+    target.mkdir(exist_ok=True)
+    for name, parts in FIGURES.items():
+        if len(parts) == 1:
+            shutil.copyfile(report / parts[0], target / f"{model}-{name}")
+            continue
+        images = [Image.open(report / part).convert("RGB") for part in parts]
+        whole = Image.new("RGB", (sum(i.width for i in images), max(i.height for i in images)), "white")
+        left = 0
+        for image in images:
+            whole.paste(image, (left, 0))
+            left += image.width
+        whole.save(target / f"{model}-{name}")
 
 
 if __name__ == "__main__":

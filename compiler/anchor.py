@@ -17,12 +17,14 @@ Schedule = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class AnchorResult:
-    """The best schedule of a search, its score, and how many trials and distinct schedules it took."""
+    """The best schedule of a search and its score, and how many trials and distinct schedules it took."""
 
     schedule: Schedule
     score: float
     trials: int
     evaluated: int
+    schedules: tuple[Schedule, ...] = ()
+    """The distinct schedules, in the order in which they came up."""
 
 
 def schedule_from_gaps(gaps: Sequence[float], num_inference_steps: int) -> Schedule:
@@ -68,7 +70,8 @@ def search_anchor(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     record = optuna.create_study(direction="maximize", storage=storage, study_name="anchor", load_if_exists=True)
     known = {
-        tuple(trial.user_attrs["schedule"]): float(trial.value or 0.0) for trial in record.get_trials(deepcopy=False)
+        tuple(trial.user_attrs["schedule"]): float(trial.value or 0.0)
+        for trial in record.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
     }
     study = optuna.create_study(direction="maximize")
     space: dict[str, optuna.distributions.BaseDistribution] = {
@@ -103,7 +106,7 @@ def search_anchor(
             f"anchor search: none of {len(tried)} schedules of {budget} steps has a finite score; expected at least one: "
             "raise the anchor budget"
         )
-    return AnchorResult(schedule=best, score=tried[best], trials=trials, evaluated=len(tried))
+    return AnchorResult(schedule=best, score=tried[best], trials=trials, evaluated=len(tried), schedules=tuple(tried))
 
 
 def _sampler(seed: int, number: int) -> optuna.samplers.TPESampler:

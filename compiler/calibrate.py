@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from otcache.schemas.manifest import Candidate
 from otcache.schemas.program import Program
 
 from . import metrics
+from .attempts import Attempts
 from .capture import Denoiser, Trajectory
 from .cut import Stages
 from .fit import fit_output_program
@@ -65,17 +66,27 @@ class Calibration:
     memory: int = 4
     penalty: float = 1e-5
     fitted: dict[Schedule, Trial] = field(default_factory=dict)
+    attempts: Attempts = field(default_factory=Attempts)
 
     def fit(self, schedule: Sequence[int], name: str = "", weight: float | None = None) -> Trial:
         """The `output` program of a schedule; a schedule that was fitted before is not rolled out again."""
         schedule = tuple(int(index) for index in schedule)
-        if schedule not in self.fitted:
+
+        def fitted() -> Trial:
             program, latents = fit_output_program(
                 self._denoise, self.trajectory, schedule, self._prior, timesteps=self.table.timesteps,
                 input_scales=self.table.input_scales, memory=self.memory, penalty=self.penalty,
             )  # fmt: skip
-            self.fitted[schedule] = self._scored(name, program, schedule, torch.as_tensor(latents).float(), weight)
+            return self._scored(name, program, schedule, torch.as_tensor(latents).float(), weight)
+
+        if schedule not in self.fitted:
+            self.fitted[schedule] = self.attempt(["output", list(schedule)], fitted)
         return self.fitted[schedule].named(name, weight)
+
+    def attempt(self, key: Any, measure: Callable[[], Trial]) -> Trial:
+        """`measure()`, or what it came to in an earlier compile of the same model and calibration set."""
+        counter = self.denoiser.evaluations
+        return trial_from_json(self.attempts.get(key, counter, lambda: json_from_trial(measure())))
 
     def try_program(self, name: str, program: Program) -> Trial:
         """Roll out a program as it is."""
@@ -102,3 +113,15 @@ class Calibration:
         return Trial(
             name=name, program=program, schedule=schedule, psnr_db=psnr_db, ssim=ssim, score=score, weight=weight
         )
+
+
+def json_from_trial(trial: Trial) -> dict[str, Any]:
+    """A JSON value that `trial_from_json` reads back."""
+    return {**asdict(trial), "program": trial.program.model_dump(mode="json")}
+
+
+def trial_from_json(fields: dict[str, Any]) -> Trial:
+    """The inverse of `json_from_trial`."""
+    return Trial(
+        **{**fields, "program": Program.model_validate(fields["program"]), "schedule": tuple(fields["schedule"])}
+    )

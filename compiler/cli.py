@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-NEEDED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "ot", "optuna", "skimage", "matplotlib")
+NEEDED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "ot", "optuna", "skimage", "matplotlib", "jinja2")
+
+
+def _complete_models(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Bundled names and folders of pipelines, for the shell."""
+    from .models import complete_models
+
+    return [CompletionItem(name) for name in complete_models(incomplete)] or [CompletionItem(incomplete, type="dir")]
 
 
 @click.command("compile", short_help="Compile a diffusion pipeline into an artifact.")
-@click.argument("model")
+@click.argument("model", shell_complete=_complete_models)
 @click.option(
     "--budgets", default="4,8,16", show_default=True, help="Model evaluations to serve at, separated by commas."
 )
@@ -31,7 +39,8 @@ NEEDED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "ot", "opt
 @click.option("--reference-budget", type=int, help="Steps of the reference schedule.  [default: 2/5 of all]")
 @click.option("--anchor-budget", type=int, help="Steps of the anchor schedule.  [default: 1/12 of all]")
 @click.option("--trials", default=24, show_default=True, help="Trials of the anchor search.")
-@click.option("--objective", type=click.Choice(["ssim", "psnr", "lpips"]), default="ssim", show_default=True)
+@click.option("--objective", type=click.Choice(["ssim", "psnr", "lpips"]), default="ssim", show_default=True,
+              help="What decoded pictures are compared with; lpips needs `pip install 'otcache[lpips]'`.")  # fmt: skip
 @click.option(
     "--payload",
     type=click.Choice(["auto", "output", "residual"]),
@@ -48,11 +57,15 @@ NEEDED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "ot", "opt
 )
 @click.option("--calibration-prompts", default=24, show_default=True, help="Prompts to calibrate on, at most.")
 @click.option("--evaluation-prompts", default=32, show_default=True, help="Prompts to hold out, at most.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--revision", help="Revision of a hub model.")
+@click.option("--seed", default=0, show_default=True, help="Of the calibration's noise and the anchor search.")
+@click.option("--revision", help="Branch, tag or commit of a hub model.  [default: its main branch]")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python that comes with MODEL; refused without this.")
 @click.option("--force", is_flag=True, help="Replace an existing artifact.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
+@click.option("-v", "--verbose", is_flag=True, help="A line per pass on stderr; also with OTC_LOG=info.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, events on stderr.")
-def compile_command(as_json: bool, budgets: str, guidance_scale: str, **choices: Any) -> None:
+@click.pass_context
+def compile_command(ctx: click.Context, as_json: bool, dry_run: bool, verbose: bool, **choices: Any) -> None:
     """Compile MODEL (a bundled name, a diffusers folder or a hub id) into an artifact.
 
     \b
@@ -60,8 +73,23 @@ def compile_command(as_json: bool, budgets: str, guidance_scale: str, **choices:
       otc compile shapes --budgets 4,8,16
       otc compile ./my-pipeline --budgets 6,10 --prompts prompts.txt --guidance-scale 2:6 -o artifacts/mine
 
-    An interrupted compile goes on where it stopped when it is started again with the same options.
+      otc compile shapes --budgets 4,8,12,16 --force     # adds a budget to what the workspace knows
+      otc compile shapes --dry-run
+
+    An interrupted compile goes on where it stopped when it is started again with the same options: Ctrl-C ends it with exit
+    code 130, SIGTERM with 143, and neither leaves half an artifact. What it goes on from is kept in OTC_CACHE.
     """
+    from .interrupts import Interrupted, interruptible
+
+    try:
+        with interruptible():
+            _compile(as_json, dry_run, verbose, **choices)
+    except Interrupted as stop:
+        click.echo(f"otc compile was stopped by {stop}: run the same command again to go on where it stopped", err=True)
+        ctx.exit(stop.exit_code)
+
+
+def _compile(as_json: bool, dry_run: bool, verbose: bool, budgets: str, guidance_scale: str, **choices: Any) -> None:
     from otcache.schemas.errors import HostError
 
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -72,15 +100,22 @@ def compile_command(as_json: bool, budgets: str, guidance_scale: str, **choices:
     from .options import CompileOptions, parse_budgets, parse_guidance
 
     options = CompileOptions(budgets=parse_budgets(budgets), guidance_scale=parse_guidance(guidance_scale), **choices)
-    from .logs import quiet
+    from .logs import asks_for_lines, quiet
 
     quiet()
     from .pipeline import compile_model
-    from .progress import BarReporter, JsonReporter
+    from .progress import reporter_for
 
     start = time.monotonic()
-    reporter = JsonReporter() if as_json else BarReporter()
+    reporter = reporter_for(as_json=as_json, verbose=verbose or asks_for_lines())
     try:
+        if dry_run:
+            from .plan import plan_compile
+
+            plan = plan_compile(options, reporter)
+            reporter.close()
+            click.echo(json.dumps(plan.to_json()) if as_json else plan.text())
+            return
         folder, manifest = compile_model(options, reporter)
     finally:
         reporter.close()

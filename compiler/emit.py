@@ -1,15 +1,18 @@
 """Pass `emit`: everything so far → the artifact folder, whole or not at all.
 
 Files are gathered in a temporary folder beside the target, the manifest is written last, and one rename puts the
-folder in place. An existing target is replaced only with `force`, and only if it is an artifact or empty.
+folder in place. An existing target is replaced only with `force`, and only if it is an artifact or empty; where the system
+can exchange two folders (Linux), there is no moment without an artifact.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
-import shutil
-import tempfile
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from typing import Any
 from otcache.schemas.digest import digest_of_file
 from otcache.schemas.errors import ArtifactError
 from otcache.schemas.manifest import MANIFEST_NAME, FileEntry, Manifest, core_digest
+
+from .disk import full_disk_named, part_folder, remove_leftovers
 
 
 def check_target(target: Path, *, force: bool) -> None:
@@ -49,36 +54,48 @@ def emit(
         manifest: the manifest's fields without `files`, `attachments` and `digest`.
         attachments: first parts of the paths that are reports rather than parts of the artifact.
 
-    Returns the manifest as written. Raises ArtifactError, and leaves nothing behind, when something cannot be written.
+    Returns the manifest as written. Raises ArtifactError, or HostError when the disk is full, and leaves nothing behind,
+    when something cannot be written. What killed compiles to the same target left beside it is removed.
     """
-    check_target(target, force=force)
     target = target.absolute()
+    recover(target)
+    check_target(target, force=force)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-    except OSError as error:
-        raise ArtifactError(f"output folder {target} cannot be made: {error.strerror}") from error
-    try:
-        fill(work)
-        entries = _entries(work)
-        inside = [entry for entry in entries if entry["path"].split("/")[0] not in attachments]
-        outside = [entry for entry in entries if entry["path"].split("/")[0] in attachments]
-        fields = {**manifest, "files": inside, "attachments": outside, "digest": "sha256:" + "0" * 64}
-        value = Manifest.model_validate(fields).model_dump(mode="json")
-        value["digest"] = core_digest(value)
-        whole = Manifest.model_validate(value)
-        (work / MANIFEST_NAME).write_text(
-            json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        work.chmod(0o755)
-        _swap(work, target)
+        with full_disk_named(target.parent, "choose another folder with -o"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target.parent, re.escape(target.name))
+            with part_folder(target) as work:
+                fill(work)
+                whole = _finish(work, manifest, attachments)
+                check_target(target, force=force)  # another compile may have finished meanwhile
+                _swap(work, target)
     except OSError as error:
         raise ArtifactError(
             f"artifact {target} could not be written: {error.strerror or error}; nothing was left behind"
         ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return whole
+
+
+def _finish(work: Path, manifest: dict[str, Any], attachments: frozenset[str]) -> Manifest:
+    """Write the manifest of the files in `work`."""
+    entries = _entries(work)
+    inside = [entry for entry in entries if entry["path"].split("/")[0] not in attachments]
+    outside = [entry for entry in entries if entry["path"].split("/")[0] in attachments]
+    stages = [{**stage, "external_data": _external_data(work, stage["onnx"])} for stage in manifest["stages"]]
+    fields = {**manifest, "stages": stages, "files": inside, "attachments": outside, "digest": "sha256:" + "0" * 64}
+    value = Manifest.model_validate(fields).model_dump(mode="json")
+    value["digest"] = core_digest(value)
+    whole = Manifest.model_validate(value)
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    (work / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    work.chmod(0o755)
+    return whole
+
+
+def _external_data(work: Path, onnx: str) -> list[str]:
+    """The file beside an ONNX file that pass `export` puts large weights into, if it did."""
+    data = onnx + ".data"
+    return [data] if (work / data).is_file() else []
 
 
 def _entries(folder: Path) -> list[dict[str, Any]]:
@@ -92,16 +109,38 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
 
 
 def _swap(work: Path, target: Path) -> None:
-    """Put `work` in the place of `target`; the old folder goes only when the new one is there."""
-    if not target.exists():
-        os.rename(work, target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    os.rename(target, old / "old")
-    try:
-        os.rename(work, target)
-    except OSError:
-        os.rename(old / "old", target)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    """Put `work` in the place of `target`; the old folder is then where `work` was, and goes with it."""
+    if not target.exists() or not any(target.iterdir()):
+        os.rename(work, target)  # fails if something has appeared there since
+    elif not _exchange(work, target):
+        old = _old(target)
+        os.rename(target, old)
+        try:
+            os.rename(work, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+        os.rename(old, work)
+
+
+def _old(target: Path) -> Path:
+    """Where the old artifact stands between the two renames of a system that cannot exchange folders."""
+    return target.with_name(f".{target.name}.old")
+
+
+def recover(target: Path) -> None:
+    """Put an artifact back that a process killed between two renames left under another name."""
+    old = _old(target.absolute())
+    if (old / MANIFEST_NAME).is_file() and not target.exists():
+        os.rename(old, target)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step; False where the system or the file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    with contextlib.suppress(OSError, AttributeError):
+        # renameat2(AT_FDCWD, first, AT_FDCWD, second, RENAME_EXCHANGE)
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        return bool(rename(-100, os.fsencode(first), -100, os.fsencode(second), ctypes.c_uint(2)) == 0)
+    return False

@@ -6,6 +6,7 @@ A schedule that is good for one family is bad for the other, so edges are weighe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,11 @@ from .reference import Minimax, Objective, Power, end_to_end_edge_errors, graph_
 from .residual import FORECASTS, Forecast, residual_edge_errors, residual_program
 from .rollout import roll_out
 from .statistics import statistics_from_trajectory
+
+RESIDUAL_GRAPHS: dict[str, Objective] = {
+    "graph power 4": Power(4.0), "graph minimax": Minimax(), "graph power 1": Power(1.0),
+}  # fmt: skip
+"""What the residual payload's paths minimise."""
 
 
 class Family(Protocol):
@@ -54,18 +60,17 @@ class ResidualFamily:
         self.calibration, self.gram, self.forecasts = calibration, gram, forecasts
         table = calibration.table
         if end_to_end:
-            self.errors = end_to_end_edge_errors(self._replay, table.num_inference_steps)
+            attempts, counter = calibration.attempts, calibration.denoiser.evaluations
+            self.errors = end_to_end_edge_errors(
+                lambda i, j: float(attempts.get(["edge", i, j], counter, lambda: self._replay(i, j))),
+                table.num_inference_steps,
+            )
         else:
             self.errors = residual_edge_errors(table, gram)
         self.tried: dict[tuple[Schedule, Forecast], Trial] = {}
 
     def graph_schedules(self, budget: int) -> dict[str, Schedule]:
-        objectives: dict[str, Objective] = {
-            "graph power 4": Power(4.0),
-            "graph minimax": Minimax(),
-            "graph power 1": Power(1.0),
-        }
-        return {name: shortest_schedule(self.errors, budget, value) for name, value in objectives.items()}
+        return {name: shortest_schedule(self.errors, budget, value) for name, value in RESIDUAL_GRAPHS.items()}
 
     def attempts(self, schedule: Sequence[int], name: str, weight: float | None = None) -> list[Trial]:
         schedule = tuple(int(index) for index in schedule)
@@ -74,7 +79,9 @@ class ResidualFamily:
     def _attempt(self, schedule: Schedule, forecast: Forecast, name: str, weight: float | None) -> Trial:
         if (schedule, forecast) not in self.tried:
             program = residual_program(self.calibration.table, schedule, forecast, self.gram)
-            self.tried[schedule, forecast] = self.calibration.try_program(name, program)
+            self.tried[schedule, forecast] = self.calibration.attempt(
+                ["residual", forecast, list(schedule)], partial(self.calibration.try_program, name, program)
+            )
         return self.tried[schedule, forecast].named(f"{name}, {forecast}", weight)
 
     def _replay(self, start: int, end: int) -> float:

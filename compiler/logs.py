@@ -17,3 +17,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
     for name in ("transformers", "diffusers", "torch.onnx", "onnxscript", "onnx_ir", "optuna", "torch.export"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def asks_for_lines() -> bool:
+    """Whether OTC_LOG (info or debug) asks for a line per pass."""
+    return os.environ.get("OTC_LOG", "").lower() in ("info", "debug")

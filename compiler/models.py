@@ -1,8 +1,13 @@
-"""Find and load MODEL: a bundled name, a diffusers folder or a hub id. Nothing remote is executed."""
+"""Find and load MODEL: a bundled name, a diffusers folder or a hub id.
+
+Nothing that comes with a model is executed unless `trust_remote_code` says so: `foreign` refuses Python code, classes from
+elsewhere and pickled weights before diffusers sees the folder.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -13,6 +18,11 @@ from typing import Any
 from otcache.schemas.digest import digest_of_files, digest_of_value
 from otcache.schemas.errors import ModelError
 
+from .foreign import check_code, check_weights
+
+_log = logging.getLogger(__name__)
+SAFE_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+"""What is fetched from the hub; `*.py` only on request, pickled weights never."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+\Z")
 
 
@@ -48,11 +58,18 @@ def bundled_models() -> list[str]:
     return sorted(path.parent.name for path in bundled_folder().glob("*/model_index.json"))
 
 
-def find_model(name: str, *, revision: str | None = None) -> Path:
-    """Folder of a bundled model, the folder itself, or a hub snapshot's.
+def complete_models(incomplete: str) -> list[str]:
+    """Bundled names that begin so, for the shell's completion."""
+    return [name for name in bundled_models() if name.startswith(incomplete)]
+
+
+def find_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """Folder of a bundled model, the folder itself, or a hub snapshot's (at `revision`: a branch, tag or commit).
 
     Raises ModelError when `name` is none of these or the hub cannot be reached.
     """
+    if revision is not None and (name in bundled_models() or Path(name).exists()):
+        raise ModelError(f"--revision is {revision!r}, but MODEL {name!r} is no hub id: leave --revision out")
     if name in bundled_models():
         return bundled_folder() / name
     folder = Path(name)
@@ -64,22 +81,45 @@ def find_model(name: str, *, revision: str | None = None) -> Path:
         raise ModelError(f"MODEL {name!r} has no model_index.json: {expected}")
     if not HUB_ID.match(name):
         raise ModelError(f"MODEL {name!r} was not found: {expected}")
-    from huggingface_hub import snapshot_download
+    return _fetch(name, revision, trust_remote_code, expected)
 
+
+def _fetch(name: str, revision: str | None, trust_remote_code: bool, expected: str) -> Path:
+    from huggingface_hub import constants, snapshot_download
+
+    patterns = [*SAFE_FILES, *(["*.py"] if trust_remote_code else [])]
+    at = f" at revision {revision!r}" if revision else ""
+    _log.info("looks for %s%s on the hub%s", name, at, ", offline" if constants.HF_HUB_OFFLINE else "")
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if constants.HF_HUB_OFFLINE:
+            raise ModelError(
+                f"MODEL {name!r}{at} is not in the local hub cache, and HF_HUB_OFFLINE forbids fetching it: "
+                "unset HF_HUB_OFFLINE, or give a folder"
+            ) from error
         raise ModelError(
-            f"MODEL {name!r} is not here and could not be fetched from the hub ({reason}): {expected}"
+            f"MODEL {name!r}{at} is not here and could not be fetched from the hub ({_reason(error)}): {expected}"
         ) from error
 
 
-def load_model(name: str, *, revision: str | None = None, dtype: str = "float32") -> Model:
-    """Load a pipeline with its weights in `dtype` on the CPU. Raises ModelError with the reason."""
-    folder = find_model(name, revision=revision)
+def _reason(error: Exception) -> str:
+    """The first line of an error, or its name."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def load_model(
+    name: str, *, revision: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
+) -> Model:
+    """Load a pipeline with its weights in `dtype` on the CPU. Raises ModelError with the reason.
+
+    trust_remote_code: run Python that comes with the model. Without it such a model is refused unread.
+    """
+    folder = find_model(name, revision=revision, trust_remote_code=trust_remote_code)
+    if not trust_remote_code:
+        check_code(folder, name)
+    check_weights(folder, name)
+    _log.info("loads %s from %s", name, folder)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import diffusers
     import torch
@@ -91,11 +131,11 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "float32"
     transformers.utils.logging.set_verbosity_error()
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
-        )
+            folder, torch_dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"MODEL {name!r} could not be loaded by diffusers: {reason}") from error
+        raise ModelError(f"MODEL {name!r} could not be loaded by diffusers: {_reason(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):

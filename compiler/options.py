@@ -37,6 +37,8 @@ class CompileOptions:
     evaluation_prompts: int = 32
     seed: int = 0
     revision: str | None = None
+    trust_remote_code: bool = False
+    """Run Python that comes with the model."""
     workspace: Path | None = None
     force: bool = False
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from otcache.schemas.manifest import FULL
 from otcache.schemas.program import Program
 
 from . import metrics
+from .attempts import NAME as ATTEMPT
+from .attempts import Attempts
 from .baselines import baseline_programs
 from .calibrate import Calibration
 from .capture import (
@@ -35,13 +39,15 @@ from .capture import (
     probe,
 )
 from .cut import Stages, cut, run_stages
-from .emit import check_target, emit
-from .evaluate import Evaluation
-from .export import TensorInfo, end_to_end_error, export_module, export_stages
+from .emit import check_target, emit, recover
+from .evaluate import Evaluation, eight_bits, quality_of
+from .evidence import WORST, PassEvidence, Recorder, gather
+from .export import ExportedStage, TensorInfo, end_to_end_error, export_module, export_stages
+from .golden import golden_record, write_golden
 from .lower import SolverTable, lower, program_from_table
 from .models import Model, load_model, read_prompts
 from .options import CompileOptions, split_prompts
-from .progress import Reporter
+from .progress import Pass, Reporter
 from .prompt import TokenizerSpec, latent_decoder, text_encoders
 from .report import ATTACHMENTS, write_report
 from .search import Found, found_from_json, json_from_found, search
@@ -52,6 +58,13 @@ EVALUATION_SEED = 1_000_000
 SHOWN = 6
 """Held-out prompts whose pictures go into the report."""
 DECODE_BATCH = 16
+ENGINES = "engines/onnx"
+EXPORTS = ("export", "export-text", "export-decoder")
+"""What is exported and kept one by one: the transformer's stages, text encoders with tokenizers, decoder."""
+DESCRIPTION = "stages.json"
+"""Beside exported stages in the workspace."""
+CAPTURE_CHUNK = 8
+"""Full runs that are kept together: an interrupted capture redoes at most these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,24 +91,103 @@ class Session:
         return torch.cat([self.decoder(part.to(dtype)).float() for part in latents.split(DECODE_BATCH)]).numpy()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A model with its sampler lowered, its transformer cut and its calibration set run: what searches start from."""
+
+    session: Session
+    trajectory: Trajectory
+    """Of the calibration set."""
+    table: SolverTable
+    stages: Stages
+    calibration: Calibration
+    prompts: list[str]
+    held_out: list[str]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(self.session.options.seed + i for i in range(len(self.prompts)))
+
+    @property
+    def held_out_seeds(self) -> tuple[int, ...]:
+        return tuple(self.session.options.seed + EVALUATION_SEED + i for i in range(len(self.held_out)))
+
+    def set_timesteps(self, scheduler: Any, steps: int) -> None:
+        """Prepare a scheduler as the pipeline prepares its own."""
+        prepare_scheduler(self.session.model.pipeline, self.session.call, scheduler, steps)
+
+
 def compile_model(options: CompileOptions, reporter: Reporter | None = None) -> tuple[Path, schema.Manifest]:
     """Compile a model into an artifact. Returns its folder and manifest.
 
     Raises OTCacheError (UsageError, ModelError, ArtifactError, HostError) and then leaves no artifact behind; what was
     computed stays in the workspace, so that the same options go on where they stopped.
     """
-    reporter = reporter or Reporter()
-    target = options.output or Path("artifacts") / Path(options.model).name
+    recorder = Recorder(reporter or Reporter())
+    target = target_of(options)
+    recover(target)
     check_target(target, force=options.force)
+    with contextlib.ExitStack() as held:
+        return target, _compiled(prepare(options, recorder, held), target, recorder.passes)
+
+
+def target_of(options: CompileOptions) -> Path:
+    """Where the artifact goes."""
+    return options.output or Path("artifacts") / Path(options.model).name
+
+
+def _compiled(prepared: Prepared, target: Path, passes: Sequence[PassEvidence]) -> schema.Manifest:
+    """The passes after `prepare`; `passes` grows with them."""
+    session, trajectory, table, stages = prepared.session, prepared.trajectory, prepared.table, prepared.stages
+    options, reporter = session.options, session.reporter
+    found = searched(prepared)
+    evaluated = _evaluated(prepared, found)
+    exported = _exported(session, stages, trajectory)
+    fields = _manifest_fields(session, table, stages, found, evaluated, exported, prepared.prompts, prepared.held_out)
+
+    def fill(folder: Path) -> None:
+        for exported_folder in exported.folders:
+            shutil.copytree(exported_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(DESCRIPTION))
+        write_golden(folder, evaluated.golden)
+        evidence, shown = gather(
+            evaluated.outcomes, evaluated.references, prompts=prepared.held_out, seeds=prepared.held_out_seeds,
+            timesteps=table.timesteps.tolist(), sigmas=None if table.sigmas is None else table.sigmas.tolist(), passes=passes,
+        )  # fmt: skip
+        write_report(folder, fields, evidence, shown)
+
+    with reporter.on("emit", str(target)):
+        return emit(target, fill, fields, force=options.force, attachments=ATTACHMENTS)
+
+
+def begin(options: CompileOptions, reporter: Reporter) -> tuple[Session, list[str], list[str]]:
+    """The passes that are never kept: load and probe. Returns the prompts of calibration and held-out ones as well."""
     own = read_prompts(options.prompts) if options.prompts else None
-    lpips = metrics.lpips_metric() if options.objective == "lpips" else None
+    if options.objective == "lpips":
+        metrics.lpips_metric()  # where it is missing, say so before anything is loaded
     with reporter.on("load", options.model):
-        model = load_model(options.model, revision=options.revision)
+        model = load_model(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
     prompts, held_out = split_prompts(
         own or model.prompts or default_prompts(), options.calibration_prompts, options.evaluation_prompts
     )
     with reporter.on("probe", type(model.pipeline).__name__):
-        session = _session(options, model, prompts, reporter)
+        return _session(options, model, prompts, reporter), prompts, held_out
+
+
+def prepare(options: CompileOptions, reporter: Reporter, held: contextlib.ExitStack | None = None) -> Prepared:
+    """The passes up to the searches: load, probe, capture, lower, cut.
+
+    held: keeps other compiles out of the workspace until it is closed; without it they may work at the same time.
+    """
+    session, prompts, held_out = begin(options, reporter)
+    model = session.model
+    lpips = metrics.lpips_metric() if options.objective == "lpips" else None
+    if held:
+        folder = session.workspace.folder
+        held.enter_context(
+            session.workspace.held(
+                lambda: reporter.note(f"another compile of this model is at work in {folder}: waiting until it ends")
+            )
+        )
     trajectory = _captured(session, "capture", prompts, options.seed)
     with reporter.on("lower", type(model.pipeline.scheduler).__name__):
         prepare_scheduler(model.pipeline, session.call, model.pipeline.scheduler, options.num_inference_steps)
@@ -105,21 +197,12 @@ def compile_model(options: CompileOptions, reporter: Reporter | None = None) -> 
     calibration = Calibration(
         denoiser=denoiser_of(model.transformer, session.interface, trajectory), trajectory=trajectory, table=table,
         decode=session.decode, references=session.decode(trajectory.latents[-1]), objective=options.objective,
-        stages=stages, lpips=lpips,
+        stages=stages, lpips=lpips, attempts=Attempts(session.workspace, [session.key, options.objective]),
     )  # fmt: skip
-    found = _searched(session, calibration)
-    evaluated = _evaluated(session, found, table, stages, held_out)
-    exported = _exported(session, stages, trajectory)
-    fields = _manifest_fields(session, table, stages, found, evaluated, exported, prompts, held_out)
-
-    def fill(folder: Path) -> None:
-        for name in ("engines", "tokenizers"):
-            shutil.copytree(exported.folder / name, folder / name)
-        write_report(folder, fields, evaluated.pictures)
-
-    with reporter.on("emit", str(target)):
-        manifest = emit(target, fill, fields, force=options.force, attachments=ATTACHMENTS)
-    return target, manifest
+    return Prepared(
+        session=session, trajectory=trajectory, table=table, stages=stages, calibration=calibration, prompts=prompts,
+        held_out=held_out,
+    )  # fmt: skip
 
 
 def default_prompts() -> list[str]:
@@ -144,7 +227,10 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
         "steps": call.num_inference_steps, "size": [call.height, call.width], "length": call.max_sequence_length,
         "negative": call.negative_prompt, "guidance": list(options.guidance_scale), "seed": options.seed,
     }  # fmt: skip
-    workspace = Workspace((options.workspace or default_workspace()) / digest_of_value(key)[7:23])
+    workspace = Workspace(
+        (options.workspace or default_workspace()) / digest_of_value(key)[7:23],
+        on_reuse=lambda name: None if name in (ATTEMPT, "capture", "evaluate") else reporter.reused(name),
+    )
     return Session(
         options=options, model=model, call=call, interface=interface, workspace=workspace, reporter=reporter, key=key,
         decoder=decoder, decoder_example=decoder_example, encoders=encoders,
@@ -157,22 +243,53 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
+def capture_key(session: Session, prompts: Sequence[str], seed: int, scales: Sequence[float]) -> Any:
+    """What a chunk of full runs depends on, for the workspace."""
+    return [session.key, list(prompts), seed, list(scales)]
+
+
+def capture_chunks(count: int) -> list[slice]:
+    """How full runs are cut into chunks that are kept one by one."""
+    return [slice(start, min(start + CAPTURE_CHUNK, count)) for start in range(0, count, CAPTURE_CHUNK)]
+
+
 def _captured(session: Session, name: str, prompts: Sequence[str], seed: int) -> Trajectory:
     """Full runs of `prompts` at consecutive seeds, from the workspace where they were made before."""
     scales = calibration_scales(*session.options.guidance_scale, len(prompts))
+    steps = session.call.num_inference_steps
 
-    def compute() -> dict[str, np.ndarray]:
-        seeds = [seed + i for i in range(len(prompts))]
-        found = capture(
-            session.model.pipeline, session.interface, session.call, prompts, seeds, scales, progress=advance
-        )
-        arrays = {f"conditioning.{key}": value.float().numpy() for key, value in found.conditioning.items()}
-        return arrays | {
-            "latents": found.latents.numpy(), "outputs": found.outputs.numpy(), "timesteps": np.asarray(found.timesteps)
-        }  # fmt: skip
+    def chunk(rows: slice, advance: Pass) -> dict[str, np.ndarray]:
+        own, seeds = prompts[rows], [seed + i for i in range(rows.start, rows.stop)]
+
+        def progress(done: int, total: int) -> None:
+            advance(steps * rows.start + steps * len(own) * done // total, steps * len(prompts))
+
+        def compute() -> dict[str, np.ndarray]:
+            advance.facts["evaluations"] += steps * len(own)
+            model = session.model
+            found = capture(
+                model.pipeline, session.interface, session.call, own, seeds, scales[rows], progress=progress
+            )
+            arrays = {f"conditioning.{key}": value.float().numpy() for key, value in found.conditioning.items()}
+            return arrays | {
+                "latents": found.latents.numpy(), "outputs": found.outputs.numpy(),
+                "timesteps": np.asarray(found.timesteps),
+            }  # fmt: skip
+
+        return session.workspace.arrays(name, capture_key(session, own, seeds[0], scales[rows]), compute)
 
     with session.reporter.on(name, f"{len(prompts)} full runs") as advance:
-        arrays = session.workspace.arrays(name, [session.key, list(prompts), seed], compute)
+        advance.facts["evaluations"] = 0
+        parts = [chunk(rows, advance) for rows in capture_chunks(len(prompts))]
+        names = [key for key in parts[0] if key != "timesteps"]
+        if len({tuple(part[key].shape[2:] for key in names) for part in parts}) > 1:
+            # A pipeline that pads prompts to the longest one of a call: they have to be in one call.
+            parts = [chunk(slice(0, len(prompts)), advance)]
+        advance.facts["evaluations_reused"] = steps * len(prompts) - min(
+            advance.facts["evaluations"], steps * len(prompts)
+        )
+    arrays = {key: np.concatenate([part[key] for part in parts], axis=1) for key in names}
+    arrays["timesteps"] = parts[0]["timesteps"]
     dtype = next(session.model.transformer.parameters()).dtype
     conditioning = {
         name: torch.from_numpy(arrays[f"conditioning.{name}"]).to(dtype) for name in session.interface.conditioning
@@ -195,37 +312,59 @@ def _example(session: Session, trajectory: Trajectory) -> dict[str, Tensor]:
     return denoiser.inputs(part.latents[middle], trajectory.timesteps[middle], 1.0)
 
 
-def _searched(session: Session, calibration: Calibration) -> Found:
+def searched(prepared: Prepared) -> Found:
+    """The searches' result, from the workspace where it is known."""
+    session, calibration, options = prepared.session, prepared.calibration, prepared.session.options
+    storage = anchor_storage(session)
+
+    def compute() -> dict[str, Any]:
+        return json_from_found(search(calibration, options, session.reporter, storage))
+
+    return found_from_json(session.workspace.json("search", search_key(session), compute))
+
+
+def search_key(session: Session) -> Any:
+    """What all searches together depend on, for the workspace; what they try is kept one by one as well."""
     options = session.options
-    key = [
+    return [
         session.key, list(options.budgets), options.reference, options.anchor, options.trials, options.objective,
         options.payload, options.edge_costs,
     ]  # fmt: skip
-    anchor = [session.key, options.reference, options.anchor, options.objective, options.payload, options.edge_costs]
-    storage = session.workspace.path("anchor", anchor, ".db")
-    return found_from_json(
-        session.workspace.json(
-            "search", key, lambda: json_from_found(search(calibration, options, session.reporter, storage))
-        )
-    )
+
+
+def anchor_storage(session: Session) -> Path:
+    """Optuna's database of the anchor search."""
+    options = session.options
+    key = [session.key, options.reference, options.anchor, options.objective, options.payload, options.edge_costs]
+    return session.workspace.path("anchor", key, ".db")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """Fidelity on held-out prompts, and pictures of the first few."""
+    """Fidelity on held-out prompts."""
 
     full: Program
     quality: dict[str, schema.Quality]
     """Of each budget."""
     baselines: dict[str, list[schema.Baseline]]
-    pictures: dict[str, np.ndarray]
-    """Of each budget and `full`: uint8 (SHOWN, height, width, 3)."""
+    outcomes: dict[int, dict[str, np.ndarray]]
+    """Of each budget, for the report (`evaluate.Outcome.arrays`)."""
+    references: np.ndarray
+    """Pictures of the full runs, uint8 (n, height, width, 3)."""
+    golden: np.ndarray
+    """Final latents of the first held-out prompt at the smallest budget, float32."""
 
 
-def _evaluated(session: Session, found: Found, table: SolverTable, stages: Stages, prompts: Sequence[str]) -> Evaluated:
+def held_out_trajectory(prepared: Prepared) -> Trajectory:
+    """Full runs of the prompts and seeds that calibration has not seen."""
+    session = prepared.session
+    return _captured(session, "evaluate", prepared.held_out, session.options.seed + EVALUATION_SEED)
+
+
+def _evaluated(prepared: Prepared, found: Found) -> Evaluated:
     """Run every budget's program, and its peers, on prompts and seeds that calibration has not seen."""
-    options = session.options
-    trajectory = _captured(session, "evaluate", prompts, options.seed + EVALUATION_SEED)
+    session, table, stages, prompts = prepared.session, prepared.table, prepared.stages, prepared.held_out
+    trajectory = held_out_trajectory(prepared)
     evaluation = Evaluation(
         denoiser=denoiser_of(session.model.transformer, session.interface, trajectory), trajectory=trajectory,
         decode=session.decode, references=session.decode(trajectory.latents[-1]), stages=stages,
@@ -233,60 +372,49 @@ def _evaluated(session: Session, found: Found, table: SolverTable, stages: Stage
     programs = {budget: trials[0].program for budget, trials in found.trials.items()}
     pipeline = session.model.pipeline
 
-    def set_timesteps(scheduler: Any, steps: int) -> None:
-        prepare_scheduler(pipeline, session.call, scheduler, steps)
+    def roll(program: Program) -> dict[str, np.ndarray]:
+        return evaluation.outcome(program).arrays(SHOWN, WORST)
 
-    def measure() -> dict[str, Any]:
-        measured: dict[str, Any] = {}
-        with session.reporter.on("evaluate", f"budgets {', '.join(map(str, programs))} and peers") as advance:
-            for position, (budget, program) in enumerate(programs.items()):
-                peers = baseline_programs(pipeline.scheduler, table, budget, set_timesteps)
-                measured[str(budget)] = {
-                    "quality": evaluation.quality(program).model_dump(),
-                    "baselines": [
-                        schema.Baseline(name=name, nfe=peer.nfe, quality=evaluation.quality(peer)).model_dump()
-                        for name, peer in peers.items()
-                    ],
-                }
-                advance(position + 1, len(programs))
-        return measured
+    def measure(budget: int, kept: dict[str, np.ndarray]) -> dict[str, Any]:
+        peers = baseline_programs(pipeline.scheduler, table, budget, prepared.set_timesteps)
+        return {
+            "quality": quality_of(kept["psnr_db"], kept["ssim"], kept["errors"][-1]).model_dump(),
+            "baselines": [
+                schema.Baseline(name=name, nfe=peer.nfe, quality=evaluation.quality(peer)).model_dump()
+                for name, peer in peers.items()
+            ],
+        }
 
-    shown = Evaluation(
-        denoiser=denoiser_of(session.model.transformer, session.interface, first := _first(trajectory, SHOWN)),
-        trajectory=first, decode=session.decode, references=evaluation.references[:SHOWN], stages=stages,
-    )  # fmt: skip
-    key = [
-        session.key,
-        list(prompts),
-        {str(budget): program.model_dump(mode="json") for budget, program in programs.items()},
-    ]
-    measured = session.workspace.json("measured", key, measure)
-    pictures = {
-        FULL: shown.references,
-        **{str(budget): shown.pictures(program)[0] for budget, program in programs.items()},
-    }
+    measured: dict[str, Any] = {}
+    outcomes: dict[int, dict[str, np.ndarray]] = {}
+    with session.reporter.on("evaluate", f"budgets {', '.join(map(str, programs))} and peers") as advance:
+        for position, (budget, program) in enumerate(programs.items()):
+            key = evaluation_key(session, prompts, budget, program)
+            outcomes[budget] = session.workspace.arrays("pictures", key, partial(roll, program))
+            measured[str(budget)] = session.workspace.json("measured", key, partial(measure, budget, outcomes[budget]))
+            advance(position + 1, len(programs))
+        advance.facts["evaluations"] = evaluation.denoiser.evaluations[0]
     return Evaluated(
         full=program_from_table(table),
         quality={budget: schema.Quality.model_validate(value["quality"]) for budget, value in measured.items()},
         baselines={b: [schema.Baseline.model_validate(peer) for peer in v["baselines"]] for b, v in measured.items()},
-        pictures={name: (255 * value).round().astype(np.uint8) for name, value in pictures.items()},
+        outcomes=outcomes,
+        references=eight_bits(evaluation.references),
+        golden=outcomes[min(outcomes)]["latents"],
     )
 
 
-def _first(trajectory: Trajectory, count: int) -> Trajectory:
-    """The first samples of a trajectory."""
-    return Trajectory(
-        latents=trajectory.latents[:, :count], outputs=trajectory.outputs[:, :count], timesteps=trajectory.timesteps,
-        conditioning={name: value[:, :count] for name, value in trajectory.conditioning.items()},
-        guidance=trajectory.guidance[:count],
-    )  # fmt: skip
+def evaluation_key(session: Session, prompts: Sequence[str], budget: int, program: Program) -> Any:
+    """What the evaluation of one budget depends on, for the workspace."""
+    return [session.key, list(prompts), budget, program.model_dump(mode="json"), "one roll-out"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """Files of the artifact's stages in a folder of the workspace, and what the manifest says of them."""
+    """Files of the artifact's stages in folders of the workspace, and what the manifest says of them."""
 
-    folder: Path
+    folders: list[Path]
+    """Each beside its files with a `DESCRIPTION`, which is no part of the artifact."""
     stages: list[schema.Stage]
     max_relative_error: float
     """Of embed, blocks and head one after the other, against torch."""
@@ -295,49 +423,38 @@ class Exported:
 
 def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Exported:
     """Export the trunk, text encoders and decoder to ONNX, each checked against torch."""
-    options = session.options
     encoders, encoder_example, specifications = session.encoders
 
-    def compute(folder: Path) -> None:
-        engines = folder / "engines" / "onnx"
-        engines.mkdir(parents=True)
+    def trunk(folder: Path) -> None:
+        with session.reporter.on("export", f"{len(stages.stages)} stages of the transformer") as advance:
+            example = _example(session, trajectory)
+            written = list(export_stages(stages, example, folder / ENGINES, progress=advance))
+            _describe(folder, written, end_to_end_error(written, example, run_stages(stages, example)))
+
+    def text(folder: Path) -> None:
         (folder / "tokenizers").mkdir()
         for specification in specifications:
-            (folder / "tokenizers" / f"{specification.input_name}.json").write_text(
-                specification.tokenizer_json, encoding="utf-8"
-            )
-        with session.reporter.on("export", f"{len(stages.stages) + 2} stages") as advance:
-            example = _example(session, trajectory)
-            written = list(export_stages(stages, example, engines, progress=advance))
-            chain = end_to_end_error(written, example, run_stages(stages, example))
-        with session.reporter.on("export", "text encoders and decoder"):
-            written.append(
-                export_module(
-                    encoders, encoder_example, encoders.output_names, engines / "text_encoder.onnx", kind="text_encoder"
-                )
-            )
-            written.append(
-                export_module(
-                    session.decoder, session.decoder_example, ("images",), engines / "vae_decoder.onnx", kind="decoder"
-                )
-            )
-        described = [
-            {
-                "name": stage.name, "kind": stage.kind, "onnx": f"engines/onnx/{stage.path.name}",
-                "max_relative_error": stage.max_relative_error,
-                "inputs": _tensors(stage.inputs), "outputs": _tensors(stage.outputs),
-            }
-            for stage in written
-        ]  # fmt: skip
-        (folder / "stages.json").write_text(json.dumps({"stages": described, "chain": chain}))
+            path = folder / "tokenizers" / f"{specification.input_name}.json"
+            path.write_text(specification.tokenizer_json, encoding="utf-8")
+        path = folder / ENGINES / "text_encoder.onnx"
+        with session.reporter.on("export", "text encoders"):
+            names = encoders.output_names
+            _describe(folder, [export_module(encoders, encoder_example, names, path, kind="text_encoder")])
 
-    key = [session.key, options.height, options.width]
-    folder = session.workspace.tree("export", key, compute)
-    written = json.loads((folder / "stages.json").read_text())
+    def pictures(folder: Path) -> None:
+        path = folder / ENGINES / "vae_decoder.onnx"
+        with session.reporter.on("export", "decoder"):
+            decoder, example = session.decoder, session.decoder_example
+            _describe(folder, [export_module(decoder, example, ("images",), path, kind="decoder")])
+
+    key = export_key(session)
+    parts = zip(EXPORTS, (trunk, text, pictures), strict=True)
+    folders = [session.workspace.tree(name, key, compute) for name, compute in parts]
+    written = [json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")) for folder in folders]
     return Exported(
-        folder=folder,
-        stages=[schema.Stage.model_validate(value) for value in written["stages"]],
-        max_relative_error=written["chain"],
+        folders=folders,
+        stages=[schema.Stage.model_validate(value) for part in written for value in part["stages"]],
+        max_relative_error=written[0]["chain"],
         tokenizers=[
             schema.Tokenizer(
                 input_name=value.input_name, path=f"tokenizers/{value.input_name}.json", length=value.length, pad_id=value.pad_id
@@ -345,6 +462,24 @@ def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Expor
             for value in specifications
         ],
     )  # fmt: skip
+
+
+def export_key(session: Session) -> Any:
+    """What the exported stages depend on, for the workspace."""
+    return [session.key, session.options.height, session.options.width]
+
+
+def _describe(folder: Path, written: Sequence[ExportedStage], chain: float | None = None) -> None:
+    """Write what the manifest says of exported stages; `chain` is the error of all of them one after the other."""
+    stages = [
+        {
+            "name": stage.name, "kind": stage.kind, "onnx": f"{ENGINES}/{stage.path.name}",
+            "max_relative_error": stage.max_relative_error,
+            "inputs": _tensors(stage.inputs), "outputs": _tensors(stage.outputs),
+        }
+        for stage in written
+    ]  # fmt: skip
+    (folder / DESCRIPTION).write_text(json.dumps({"stages": stages, "chain": chain}), encoding="utf-8")
 
 
 def _tensors(tensors: Sequence[TensorInfo]) -> list[dict[str, Any]]:
@@ -412,6 +547,11 @@ def _manifest_fields(
         "reference": schema.Policy(schedule=found.reference.schedule, num_inference_steps=total, source=found.reference.name),
         "anchor": schema.Policy(schedule=found.anchor.schedule, num_inference_steps=total, source=found.anchor.name),
         "programs": programs,
+        "golden": golden_record(
+            prompt=held_out[0], budget=min(found.trials), seed=options.seed + EVALUATION_SEED,
+            guidance_scale=None if interface.guidance_kind == "none" else calibration_scales(low, high, 1)[0],
+            max_relative_error=exported.max_relative_error,
+        ),
         "costs": [schema.Cost(name="capture", full_runs=1.0)] + [
             schema.Cost(name=name, full_runs=round(value, 4)) for name, value in found.costs.items()
         ],

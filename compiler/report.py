@@ -1,208 +1,220 @@
-"""What people look at: the same prompts at every budget, schedules on the timeline, fidelity against peers.
+"""What people look at: pictures at every budget, schedules, fidelity, cost, errors along the way, the worst prompts.
 
-Consumes the manifest's fields and pictures; writes PNG files and one HTML page that needs nothing else.
+Consumes the manifest's fields, `evidence` and pictures; writes `report/` (PNG files and `evidence.json`) and one page,
+`report.html`, that needs nothing else: no network, no script. The same input gives the same bytes.
 """
 
 from __future__ import annotations
 
 import base64
-import html
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import jinja2
+from PIL import Image
 
-from otcache.schemas.manifest import FULL
+from . import figures
+from .evidence import Evidence, Shown, read_evidence, write_evidence
+from .pictures import AMPLIFICATION, Sheet, colour_bar, difference_map
+from .report_data import BudgetReport, Report, report_from
 
-from .policy import policy_from_schedule, wasserstein_distance
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-ATTACHMENTS = frozenset({"report", "report.html"})
+FOLDER, PAGE = "report", "report.html"
+ATTACHMENTS = frozenset({FOLDER, PAGE})
 """First parts of the paths that this module writes."""
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart."""
-MARKERS = "osD^vP*X"
+PICTURES, WORST = "pictures.png", "worst.png"
+TEMPLATE = "report_template.html"
+SAME_DB = 99.995
+"""From here on, PSNR says that pictures are the same (`metrics.PSNR_CAP`)."""
 
 
-def write_report(folder: Path, fields: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
-    """Write `report.html` and `report/*.png` into an artifact's folder.
+def write_report(folder: Path, fields: dict[str, Any], evidence: Evidence, shown: Shown) -> None:
+    """Write `report.html` and `report/` into an artifact's folder.
 
-    pictures: of each budget and `full`, uint8 (n, height, width, 3), the same prompts and seeds.
+    fields: the manifest's JSON value; files, attachments and digest may be missing.
     """
-    target = folder / "report"
+    target = folder / FOLDER
     target.mkdir(exist_ok=True)
-    budgets = sorted((name for name in pictures if name != FULL), key=int)
-    picture_grid({name: pictures[name] for name in [FULL, *reversed(budgets)]}).save(target / "pictures.png")
-    _draw_schedules(fields, target / "schedules.png")
-    _draw_quality(fields, target / "quality.png")
-    (folder / "report.html").write_text(_page(fields, target), encoding="utf-8")
+    write_evidence(target, evidence)
+    _pictures_drawn(evidence, shown).save(target / PICTURES)
+    _worst_drawn(evidence, shown).save(target / WORST)
+    draw_report(folder, fields)
 
 
-def picture_grid(columns: dict[str, np.ndarray], *, cell: int = 144, gap: int = 6, head: int = 26) -> Image.Image:
-    """One labelled column per entry, one row per picture, enlarged to `cell` pixels where they are smaller."""
-    rows = len(next(iter(columns.values())))
-    width = gap + len(columns) * (cell + gap)
-    sheet = Image.new("RGB", (width, head + gap + rows * (cell + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=15)
-    for position, (name, pictures) in enumerate(columns.items()):
-        left = gap + position * (cell + gap)
-        label = "all steps" if name == FULL else f"{name} evaluations"
-        draw.text((left + cell / 2, head / 2 + 3), label, fill="#222222", font=font, anchor="mm")
-        for row, picture in enumerate(pictures):
-            image = Image.fromarray(picture).resize((cell, cell), Image.Resampling.BICUBIC)
-            sheet.paste(image, (left, head + gap + row * (cell + gap)))
-    return sheet
+def draw_report(folder: Path, fields: dict[str, Any]) -> None:
+    """Draw figures and page from the evidence and the sheets that are in the artifact's folder. Raises ArtifactError."""
+    target = folder / FOLDER
+    report = report_from(fields, read_evidence(target))
+    figures.draw(report, target)
+    (folder / PAGE).write_text(page(report, target), encoding="utf-8")
 
 
-def _draw_schedules(fields: dict[str, Any], path: Path) -> None:
-    total = fields["sampler"]["num_inference_steps"]
-    entries = [entry for entry in fields["programs"] if entry["budget"] != FULL]
-    rows: list[tuple[str, list[int]]] = [("reference", fields["reference"]["schedule"])]
-    rows += [
-        (f"budget {e['budget']}", [s["step_index"] for s in e["program"]["steps"] if s["compute"]])
-        for e in sorted(entries, key=lambda entry: -int(entry["budget"]))
+def pictures_sheet(evidence: Evidence) -> Sheet:
+    """The full run and every budget, the highest first, then the difference maps of those; a row for each prompt."""
+    count = len(evidence.budgets)
+    return Sheet(cell=evidence.cell, groups=(1 + count, count), rows=evidence.shown)
+
+
+def worst_sheet(evidence: Evidence) -> Sheet:
+    """Full run, budget and difference; rows are the worst prompts of each budget, the lowest first."""
+    return Sheet(cell=evidence.cell, groups=(3,), rows=sum(len(entry.worst) for entry in evidence.budgets), margin=150)
+
+
+def _pictures_drawn(evidence: Evidence, shown: Shown) -> Image.Image:
+    budgets = sorted(shown.budgets, reverse=True)
+    maps = [
+        [difference_map(picture, full) for picture, full in zip(shown.budgets[b], shown.full, strict=True)]
+        for b in budgets
     ]
-    rows.append(("anchor", fields["anchor"]["schedule"]))
-    figure, (line, curve) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(1.7, 1), layout="constrained")
-    for row, (name, schedule) in enumerate(rows):
-        colour = COLOURS[row % len(COLOURS)]
-        line.axhline(-row, color="#dddddd", lw=1, zorder=0)
-        line.plot(schedule, [-row] * len(schedule), MARKERS[row % len(MARKERS)], color=colour, ms=7)
-        policy = policy_from_schedule(schedule, total)
-        levels = np.linspace(0, 1, 201)
-        curve.plot(levels, policy.quantile(levels), color=colour, lw=1.8, label=name, ls="-" if row % 2 == 0 else "--")
-    line.set_yticks([-row for row in range(len(rows))], [name for name, _ in rows])
-    line.set_xlim(-1, total)
-    line.set_xlabel("step of the full sampler")
-    line.set_title("steps at which the blocks are computed")
-    curve.set_xlabel("share of the budget")
-    curve.set_ylabel("position on the timeline")
-    curve.set_title("policies as quantile functions")
-    curve.legend(fontsize=8, frameon=False)
-    for axis in (line, curve):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    labels = ["all steps", *(f"{budget} evaluations" for budget in budgets)]
+    return pictures_sheet(evidence).draw(
+        [shown.full, *(shown.budgets[budget] for budget in budgets), *maps], [*labels, *labels[1:]],
+        ["the same prompts and seeds", f"difference ×{AMPLIFICATION}"],
+    )  # fmt: skip
 
 
-def _draw_quality(fields: dict[str, Any], path: Path) -> None:
-    entries = sorted((e for e in fields["programs"] if e.get("quality")), key=lambda entry: int(entry["budget"]))
-    budgets = [int(entry["budget"]) for entry in entries]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    for axis, metric, label in (
-        (axes[0], "psnr_db", "PSNR to the full run (dB)"),
-        (axes[1], "ssim", "SSIM to the full run"),
-    ):
-        mean = np.array([entry["quality"][metric]["mean"] for entry in entries])
-        std = np.array([entry["quality"][metric]["std"] for entry in entries])
-        axis.fill_between(budgets, mean - std, mean + std, color=COLOURS[0], alpha=0.15, lw=0)
-        axis.plot(budgets, mean, "o-", color=COLOURS[0], lw=2.5, label="otcache", zorder=5)
-        names = list(dict.fromkeys(peer["name"] for entry in entries for peer in entry["baselines"]))
-        for index, name in enumerate(names, start=1):
-            found = [
-                (int(e["budget"]), p["quality"][metric]["mean"])
-                for e in entries
-                for p in e["baselines"]
-                if p["name"] == name
-            ]
-            axis.plot(
-                *zip(*found, strict=True),
-                MARKERS[index % len(MARKERS)] + "--",
-                color=COLOURS[index % len(COLOURS)],
-                lw=1.2,
-                ms=5,
-                label=name,
-            )
-        axis.set_xlabel("model evaluations")
-        axis.set_ylabel(label)
-        axis.set_xticks(budgets)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#eeeeee")
-    axes[0].legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def _worst_drawn(evidence: Evidence, shown: Shown) -> Image.Image:
+    columns: list[list[Any]] = [[], [], []]
+    rows = []
+    for entry in sorted(evidence.budgets, key=lambda entry: entry.budget):
+        for index, full, own in zip(entry.worst, *shown.worst[entry.budget], strict=True):
+            for column, picture in zip(columns, (full, own, difference_map(own, full)), strict=True):
+                column.append(picture)
+            rows.append(f"{entry.budget} evaluations\n{_decibels(entry.psnr_db[index])}")
+    return worst_sheet(evidence).draw(
+        columns, ["all steps", "budget", f"difference ×{AMPLIFICATION}"], ["held-out prompts of the lowest PSNR"], rows
+    )
 
 
-def _distances(fields: dict[str, Any]) -> str:
-    """How far each policy is from the reference's, through POT."""
-    total = fields["sampler"]["num_inference_steps"]
-    reference = policy_from_schedule(fields["reference"]["schedule"], total)
-    schedules = {
-        f"budget {entry['budget']}": [step["step_index"] for step in entry["program"]["steps"] if step["compute"]]
-        for entry in sorted((e for e in fields["programs"] if e["budget"] != FULL), key=lambda e: -int(e["budget"]))
+def page(report: Report, folder: Path) -> str:
+    """The page, with the pictures of `folder` inside."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters.update(decibels=_decibels, sigma=lambda value: f"{value:.3g}")
+    with Image.open(folder / PICTURES) as sheet, Image.open(folder / WORST) as worst:
+        return environment.get_template(TEMPLATE).render(
+            report=report,
+            alternatives=alternatives(report),
+            figure={name: _inline((folder / name).read_bytes()) for name in figures.FIGURES},
+            bar=_inline(_png(colour_bar())),
+            amplification=AMPLIFICATION,
+            prompts=_prompts(report, sheet),
+            worst=_worst(report, worst),
+            size=report.evidence.cell,
+            steps=_steps,
+            label=figures.label_of,
+            peer=lambda entry, name: next((peer for peer in entry.peers if peer.name == name), None),
+            spent=sum(each.full_runs for each in report.costs),
+            evaluations=sum(each.evaluations for each in report.costs),
+        )
+
+
+def _inline(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _prompts(report: Report, image: Image.Image) -> list[dict[str, Any]]:
+    """Of each shown prompt: its text, and its pictures as data URIs."""
+    sheet = pictures_sheet(report.evidence)
+    columns = list(reversed(report.budgets))
+    return [
+        {
+            "prompt": report.evidence.prompts[row], "seed": report.evidence.seeds[row],
+            "full": _inline(_png(sheet.cut(image, row, 0))),
+            "budgets": [
+                {
+                    "entry": entry, "psnr_db": float(entry.psnr_db[row]),
+                    "picture": _inline(_png(sheet.cut(image, row, 1 + column))),
+                    "difference": _inline(_png(sheet.cut(image, row, 1 + len(columns) + column))),
+                }
+                for column, entry in enumerate(columns)
+            ],
+        }
+        for row in range(report.evidence.shown)
+    ]  # fmt: skip
+
+
+def _worst(report: Report, image: Image.Image) -> list[dict[str, Any]]:
+    """Of each budget, the highest first: its worst prompts with pictures as data URIs."""
+    sheet = worst_sheet(report.evidence)
+    found = []
+    row = 0
+    for entry in report.budgets:
+        prompts = []
+        for each in entry.worst:
+            cells = [_inline(_png(sheet.cut(image, row, column))) for column in range(3)]
+            prompts.append({"prompt": each, "full": cells[0], "picture": cells[1], "difference": cells[2]})
+            row += 1
+        found.append({"entry": entry, "prompts": prompts})
+    return found[::-1]
+
+
+def _decibels(value: float) -> str:
+    return "the same" if value >= SAME_DB else f"{value:.1f} dB"
+
+
+def _steps(report: Report, schedule: Sequence[int]) -> list[tuple[int, float]]:
+    """Step indices with their values on the timeline."""
+    return list(zip(schedule, report.timeline.values[list(schedule)].tolist(), strict=True))
+
+
+def alternatives(report: Report) -> dict[str, str]:
+    """What each figure shows, in words, for those who do not see it."""
+    budgets = report.budgets
+
+    def fidelity(metric: str, unit: str, digits: int) -> str:
+        parts = [_at(entry, metric, digits) for entry in budgets]
+        text = f"otcache: {', '.join(parts)}{unit}."
+        peers = [entry for entry in budgets if entry.best_peer]
+        if peers:
+            text += " Best peer: " + ", ".join(
+                f"{peer.name} {getattr(peer.quality, metric).mean:.{digits}f} at {entry.budget}"
+                for entry in peers if (peer := entry.best_peer)
+            ) + unit + "."  # fmt: skip
+        return text
+
+    def placed(schedule: Sequence[int]) -> str:
+        return ", ".join(f"{value:.3g}" for _, value in _steps(report, schedule))
+
+    rows = [("reference", report.reference.schedule), *((f"budget {e.budget}", e.schedule) for e in reversed(budgets)),
+            ("anchor", report.anchor.schedule)]  # fmt: skip
+    name = report.timeline.name
+    if report.has_latency:
+        cost = "Measured seconds a picture: " + ", ".join(
+            f"{entry.latency_s:.3g} at {entry.budget}" for entry in budgets if entry.latency_s is not None
+        )
+        cost += f", {report.full_latency_s:.3g} in the full run." if report.full_latency_s is not None else "."
+    else:
+        counts = (f"{entry.program.nfe} of {report.total} at budget {entry.budget}" for entry in budgets)
+        cost = f"Model evaluations: {', '.join(counts)}."
+    ends = ", ".join(f"{entry.errors[-1].mean():.2g} at {entry.budget}" for entry in budgets)
+    placed_rows = "; ".join(f"{row}: {placed(steps)}" for row, steps in rows)
+    spent = ", ".join(f"{each.name} {each.full_runs:.2f}" for each in report.costs)
+    return {
+        "psnr.png": "PSNR to the full run against model evaluations. " + fidelity("psnr_db", " dB", 1),
+        "ssim.png": "SSIM to the full run against model evaluations. " + fidelity("ssim", "", 3),
+        "cost.png": cost,
+        "schedules.png": f"Computed steps by {name}. {placed_rows}.",
+        "quantiles.png": f"Quantile functions from share of the budget to {name}: reference, anchor, the path between them, "
+        f"and the schedules of budgets {', '.join(str(entry.budget) for entry in budgets)}. Half of the budget is spent at "
+        f"{name} {_half(report, 0.0)} by the reference and at {_half(report, 1.0)} by the anchor.",
+        "trajectory.png": f"Relative error of the latents along the run, mean over prompts; at the end: {ends}.",
+        "calibration.png": f"Full runs per calibration prompt by pass: {spent}.",
     }
-    schedules["anchor"] = fields["anchor"]["schedule"]
-    return ", ".join(
-        f"{name} {wasserstein_distance(reference, policy_from_schedule(schedule, total)):.3f}"
-        for name, schedule in schedules.items()
-    )
 
 
-def _page(fields: dict[str, Any], folder: Path) -> str:
-    def picture(name: str, text: str) -> str:
-        data = base64.b64encode((folder / name).read_bytes()).decode()
-        return f'<img src="data:image/png;base64,{data}" alt="{html.escape(text)}">'
+def _at(entry: BudgetReport, metric: str, digits: int) -> str:
+    return f"{getattr(entry.quality, metric).mean:.{digits}f} at {entry.budget}"
 
-    total = fields["sampler"]["num_inference_steps"]
-    entries = sorted((e for e in fields["programs"] if e.get("quality")), key=lambda entry: int(entry["budget"]))
-    names = list(dict.fromkeys(peer["name"] for entry in entries for peer in entry["baselines"]))
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("budget", "otcache", "worst", "SSIM", *names))
-    body = ""
-    for entry in entries:
-        peers = {peer["name"]: peer["quality"]["psnr_db"]["mean"] for peer in entry["baselines"]}
-        quality = entry["quality"]
-        cells = [
-            entry["budget"],
-            f"<b>{quality['psnr_db']['mean']:.1f}</b>",
-            f"{quality['psnr_db']['worst']:.1f}",
-            f"{quality['ssim']['mean']:.3f}",
-        ]
-        cells += [f"{peers[name]:.1f}" if name in peers else "–" for name in names]
-        body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    candidates = ""
-    for entry in entries:
-        for candidate in entry["candidates"]:
-            weight = "" if candidate["weight"] is None else f"{candidate['weight']:.2f}"
-            mark = "✓" if candidate["chosen"] else ""
-            candidates += (
-                f"<tr><td>{entry['budget']}</td><td>{mark}</td><td class=l>{html.escape(candidate['name'])}</td><td>{candidate['payload']}</td>"
-                f"<td>{weight}</td><td>{candidate['psnr_db']:.2f}</td><td>{candidate['ssim']:.4f}</td>"
-                f"<td class=l>{' '.join(map(str, candidate['schedule']))}</td></tr>"
-            )
-    costs = "".join(
-        f"<tr><td class=l>{html.escape(c['name'])}</td><td>{c['full_runs']:.2f}</td></tr>" for c in fields["costs"]
-    )
-    spent = sum(cost["full_runs"] for cost in fields["costs"])
-    model, conditions = fields["model"], fields["conditions"]
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>otcache: {html.escape(model["name"])}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 62rem; padding: 1rem; color: #222; background: #fff }}
-img {{ max-width: 100%; height: auto }} h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2rem }}
-.scroll {{ overflow-x: auto }} table {{ border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }} .l {{ text-align: left }}
-@media print {{ h2 {{ break-after: avoid }} .scroll {{ overflow: visible }} }}
-</style></head><body>
-<h1>{html.escape(model["name"])}: {total} steps in {", ".join(entry["budget"] for entry in entries)}</h1>
-<p>{html.escape(model["pipeline"])}, {html.escape(fields["sampler"]["scheduler"])}, guidance {fields["guidance"]["minimum"]:g}{"" if fields["guidance"]["minimum"] == fields["guidance"]["maximum"] else f" to {fields['guidance']['maximum']:g}"},
-{conditions["width"]} × {conditions["height"]} pixels. Calibrated on {conditions["calibration_prompts"]} prompts, measured on {conditions["evaluation_prompts"]} others with other seeds.</p>
-<h2>The same prompts and seeds at every budget</h2>
-{picture("pictures.png", "held-out prompts: all steps beside every budget")}
-<h2>Fidelity to the full run, against peers at the same number of evaluations</h2>
-{picture("quality.png", "PSNR and SSIM against budget")}
-<div class="scroll"><table><tr>{head}</tr>{body}</table></div><p>PSNR in dB, mean over held-out prompts; <i>worst</i> is the worst prompt of otcache.</p>
-<h2>Schedules</h2>
-{picture("schedules.png", "schedules on the timeline and their quantile functions")}
-<p>W<sub>2</sub> from the reference policy, as a share of the timeline: {_distances(fields)}.</p>
-<h2>Candidates, on the calibration set</h2>
-<div class="scroll"><table><tr><th>budget</th><th></th><th class=l>candidate</th><th>payload</th><th>weight</th><th>PSNR</th><th>SSIM</th><th class=l>schedule</th></tr>{candidates}</table></div>
-<h2>What compiling cost</h2>
-<div class="scroll"><table><tr><th class=l>pass</th><th>full runs per prompt</th></tr>{costs}<tr><td class=l><b>all</b></td><td><b>{spent:.2f}</b></td></tr></table></div>
-</body></html>
-"""
+
+def _half(report: Report, weight: float) -> str:
+    return f"{float(report.timeline.at(report.path(weight).quantile(0.5) * report.total)):.3g}"

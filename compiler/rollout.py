@@ -14,6 +14,7 @@ from .capture import Denoiser
 from .cut import Stages
 
 Observe = Callable[[int, Tensor], None]
+"""Called with the index of a step that is about to be computed, and the latents (n, …) before it."""
 
 
 def combine(step: Step, latents: Tensor, outputs: list[Tensor]) -> Tensor:
@@ -26,11 +27,25 @@ def combine(step: Step, latents: Tensor, outputs: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def roll_out(program: Program, denoiser: Denoiser, latents: Tensor, stages: Stages | None = None) -> Tensor:
-    """Final latents (n, …) float32 from initial ones. A residual program needs the `stages` of the cut."""
+def roll_out(
+    program: Program,
+    denoiser: Denoiser,
+    latents: Tensor,
+    stages: Stages | None = None,
+    staged: StagedModel | None = None,
+    observe: Observe | None = None,
+) -> Tensor:
+    """Final latents (n, …) float32 from initial ones.
+
+    A residual program needs the `stages` of the cut, or the `staged` model that is to run them.
+    """
     outputs: list[Tensor] = []
-    memory = StagedModel(stages, denoiser) if program.payload == "residual" and stages else None
+    memory = staged
+    if memory is None and program.payload == "residual" and stages:
+        memory = StagedModel(stages, denoiser)
     for step in program.steps:
+        if observe is not None and step.compute:
+            observe(step.step_index, latents)
         if memory is None:
             outputs.append(denoiser(latents, step.timestep, step.input_scale))
         else:

@@ -7,28 +7,33 @@ schedule at each budget costs nothing more, so it is rolled out as well and the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from otcache.schemas.errors import ModelError
-from otcache.schemas.program import Program
 
 from .anchor import search_anchor
 from .baselines import uniform_schedule
-from .calibrate import Calibration, Trial
-from .families import Family, OutputFamily, ResidualFamily
+from .calibrate import Calibration, Trial, json_from_trial, trial_from_json
+from .families import RESIDUAL_GRAPHS, Family, OutputFamily, ResidualFamily
 from .interpolate import candidate_weights, interpolated_schedule, interpolation_weight
 from .lower import program_from_table
 from .options import CompileOptions
-from .progress import Reporter
+from .progress import Pass, Reporter
+from .residual import FORECASTS, Forecast
 from .rollout import residual_gram
 
 INTERPOLATION_WEIGHTS = 5
 """Positions on the path between the two policies that are tried for each budget."""
+OUTPUT_GRAPHS = 6
+"""Schedules that the graph of the `output` payload gives at most (`reference.graph_schedules`)."""
+AUTO_FORECASTS: tuple[Forecast, ...] = ("reuse", "fitted")
+"""Of the residual payload where `--payload auto` compares it with the output payload."""
 REFERENCE_GRAPHS = 2
 """Graph schedules that are rolled out at the reference budget, where each costs the most."""
 
@@ -52,12 +57,12 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
 
     gram = None
     if options.payload != "output":
-        gram = _residual_statistics(calibration, options, reporter)
-        charged("residuals")
+        gram = _residual_statistics(calibration, options, reporter, charged)
     family: Family = OutputFamily(calibration)
     if options.payload == "residual" and gram is not None:
-        family = ResidualFamily(calibration, gram, end_to_end=options.edge_costs == "end-to-end")
-        charged("edges")
+        with reporter.on("edges", options.edge_costs) as current:
+            family = ResidualFamily(calibration, gram, end_to_end=options.edge_costs == "end-to-end")
+            charged("edges", current)
 
     with reporter.on("reference", f"graph at budget {options.reference}") as advance:
         graphs = list(family.graph_schedules(options.reference).items())[:REFERENCE_GRAPHS]
@@ -66,7 +71,7 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
             attempts += family.attempts(schedule, name)
             advance(position + 1, len(graphs))
         reference = max(attempts, key=lambda trial: trial.score)
-        charged("reference")
+        charged("reference", advance)
 
     with reporter.on("anchor", f"{options.trials} trials at budget {options.anchor}") as advance:
         starts = dict.fromkeys(
@@ -80,12 +85,14 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
             score, budget=options.anchor, num_inference_steps=total, starts=list(starts), trials=options.trials,
             seed=options.seed, storage=f"sqlite:///{storage}" if storage else None, progress=advance,
         )  # fmt: skip
+        for schedule in found.schedules:  # those that Optuna's storage knew are charged as well
+            score(schedule)
         anchor = max(family.attempts(found.schedule, "anchor"), key=lambda trial: trial.score)
-        charged("anchor")
+        charged("anchor", advance)
 
     families = [family]
     if options.payload == "auto" and gram is not None:
-        families.append(ResidualFamily(calibration, gram, end_to_end=False, forecasts=("reuse", "fitted")))
+        families.append(ResidualFamily(calibration, gram, end_to_end=False, forecasts=AUTO_FORECASTS))
     trials: dict[int, list[Trial]] = {}
     with reporter.on("interpolate, fit", f"budgets {', '.join(map(str, options.budgets))}") as advance:
         for position, budget in enumerate(options.budgets):
@@ -96,8 +103,37 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
                     attempts += each.attempts(schedule, name)
             trials[budget] = sorted(attempts, key=lambda trial: -trial.score)
             advance(position + 1, len(options.budgets))
-        charged("interpolate and fit")
+        charged("interpolate and fit", advance)
     return Found(reference=reference, anchor=anchor, trials=trials, costs=costs)
+
+
+def highest_costs(options: CompileOptions) -> dict[str, float]:
+    """What `search` charges at most, in full runs per calibration prompt, before anything is computed.
+
+    It is less where ways lead to the same schedule: a schedule is charged once.
+    """
+    total, residual = options.num_inference_steps, options.payload == "residual"
+    per_schedule = len(FORECASTS) if residual else 1
+    graphs = len(RESIDUAL_GRAPHS) if residual else OUTPUT_GRAPHS
+
+    def runs(schedules: int, budget: int, each: int) -> float:
+        distinct = math.comb(total - 1, budget - 1)  # the first step is always computed
+        return min(schedules, distinct) * each * budget / total
+
+    costs: dict[str, float] = {}
+    if options.payload != "output":
+        costs["residuals"] = 1.0
+    if residual:
+        replayed = [1 + total - end for start in range(total) for end in range(start + 2, total + 1)]
+        costs["edges"] = sum(replayed) / total if options.edge_costs == "end-to-end" else 0.0
+    costs["reference"] = runs(REFERENCE_GRAPHS, options.reference, per_schedule)
+    costs["anchor"] = runs(options.trials, options.anchor, per_schedule)
+    costs["interpolate and fit"] = sum(
+        runs(INTERPOLATION_WEIGHTS + graphs, budget, per_schedule)
+        + (runs(1, budget, len(AUTO_FORECASTS)) if options.payload == "auto" else 0.0)
+        for budget in options.budgets
+    )
+    return costs
 
 
 def _interpolated(family: Family, reference: Trial, anchor: Trial, budget: int, options: CompileOptions) -> list[Trial]:
@@ -112,54 +148,61 @@ def _interpolated(family: Family, reference: Trial, anchor: Trial, budget: int, 
     return [trial for schedule, weight in found.items() for trial in family.attempts(schedule, "interpolated", weight)]
 
 
-def _residual_statistics(calibration: Calibration, options: CompileOptions, reporter: Reporter) -> np.ndarray | None:
+def _residual_statistics(
+    calibration: Calibration, options: CompileOptions, reporter: Reporter, charged: Callable[[str, Pass | None], None]
+) -> np.ndarray | None:
     """Gram matrix of the blocks' residuals, or None where the model has none to cache."""
     if calibration.stages is None or not calibration.stages.features:
         if options.payload == "residual":
             raise ModelError(
                 "--payload residual: this model's blocks turn no tensor into one of its shape: use --payload output"
             )
+        charged("residuals", None)
         return None
+    stages = calibration.stages
     with reporter.on("residuals", "inner products along a full run") as advance:
         program = program_from_table(calibration.table, payload="residual")
-        return residual_gram(
-            program, calibration.denoiser, calibration.trajectory.latents[0], calibration.stages, advance
-        )
+
+        def gram() -> list[list[float]]:
+            latents = calibration.trajectory.latents[0]
+            values: list[list[float]] = residual_gram(program, calibration.denoiser, latents, stages, advance).tolist()
+            return values
+
+        found = np.array(calibration.attempts.get(["residuals"], calibration.denoiser.evaluations, gram))
+        charged("residuals", advance)
+    return found
 
 
-def _meter(calibration: Calibration, costs: dict[str, float], total: int) -> Callable[[str], None]:
-    """Charges the evaluations since the last call to a name, in full runs per calibration prompt."""
-    spent, per_run = calibration.denoiser.evaluations, total * calibration.trajectory.count
-    mark = [spent[0]]
+def _meter(calibration: Calibration, costs: dict[str, float], total: int) -> Callable[[str, Pass | None], None]:
+    """Charges the attempts since the last call to a name, in full runs per calibration prompt.
 
-    def charge(name: str) -> None:
-        costs[name] = (spent[0] - mark[0]) / per_run
-        mark[0] = spent[0]
+    The pass is told how many sample evaluations were computed, and how many were found in the workspace.
+    """
+    per_run = total * calibration.trajectory.count
+    mark = [calibration.attempts.charged, calibration.denoiser.evaluations[0]]
+
+    def charge(name: str, current: Pass | None) -> None:
+        charged, computed = calibration.attempts.charged, calibration.denoiser.evaluations[0]
+        costs[name] = (charged - mark[0]) / per_run
+        if current is not None:
+            current.facts["evaluations"] = computed - mark[1]
+            current.facts["evaluations_reused"] = charged - mark[0] - (computed - mark[1])
+        mark[:] = charged, computed
 
     return charge
 
 
 def json_from_found(found: Found) -> dict[str, Any]:
     """A JSON value that `found_from_json` reads back."""
-
-    def trial(value: Trial) -> dict[str, Any]:
-        return {**asdict(value), "program": value.program.model_dump(mode="json")}
-
     return {
-        "reference": trial(found.reference), "anchor": trial(found.anchor), "costs": found.costs,
-        "trials": {str(budget): [trial(value) for value in values] for budget, values in found.trials.items()},
+        "reference": json_from_trial(found.reference), "anchor": json_from_trial(found.anchor), "costs": found.costs,
+        "trials": {str(budget): [json_from_trial(value) for value in values] for budget, values in found.trials.items()},
     }  # fmt: skip
 
 
 def found_from_json(value: dict[str, Any]) -> Found:
     """The inverse of `json_from_found`."""
-
-    def trial(fields: dict[str, Any]) -> Trial:
-        return Trial(
-            **{**fields, "program": Program.model_validate(fields["program"]), "schedule": tuple(fields["schedule"])}
-        )
-
     return Found(
-        reference=trial(value["reference"]), anchor=trial(value["anchor"]), costs=value["costs"],
-        trials={int(budget): [trial(fields) for fields in values] for budget, values in value["trials"].items()},
+        reference=trial_from_json(value["reference"]), anchor=trial_from_json(value["anchor"]), costs=value["costs"],
+        trials={int(budget): [trial_from_json(fields) for fields in values] for budget, values in value["trials"].items()},
     )  # fmt: skip

@@ -1,21 +1,30 @@
 """Where an interrupted compile goes on: the result of each pass, kept under a digest of what it was made from.
 
 Values are JSON or arrays in `.npz` files (no pickle), written to a temporary name and renamed, so that a file that
-exists is whole. Deleting the folder loses time and nothing else.
+exists is whole. One compile at a time works in a folder. Deleting the folder loses time and nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from otcache.schemas.digest import digest_of_value
+from otcache.schemas.errors import HostError
+
+from .disk import full_disk_named, is_full_disk, locked, part_folder, remove_leftovers, write_whole
+
+RESULT = r"[a-z-]+-[0-9a-f]{24}(?:\.\w+)?"
+"""Names of results, as a regular expression."""
+
+LOCK = ".lock"
 
 
 def default_workspace() -> Path:
@@ -28,63 +37,108 @@ def default_workspace() -> Path:
 class Workspace:
     """Results of passes in one folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, on_reuse: Callable[[str], None] | None = None) -> None:
         self.folder = folder
+        self.on_reuse = on_reuse
         self.reused: list[str] = []
         """Names of the passes whose result was found here."""
+        self.computed: list[str] = []
+        """Names of those whose was not."""
+
+    @contextlib.contextmanager
+    def held(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Keep other compiles out of the folder, and remove what killed ones left. Waits while another one is at work."""
+        with self.full_disk_named():
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / LOCK).touch()
+            except OSError as error:
+                if is_full_disk(error):
+                    raise
+                raise HostError(
+                    f"workspace {self.folder} cannot be written to ({error.strerror}): name another folder in OTC_CACHE"
+                ) from error
+            with locked(self.folder / LOCK, on_wait):
+                remove_leftovers(self.folder, RESULT)
+                yield
+
+    def full_disk_named(self) -> contextlib.AbstractContextManager[None]:
+        """See `disk`."""
+        return full_disk_named(self.folder, "name another folder in OTC_CACHE")
+
+    def has(self, name: str, key: Any, suffix: str) -> bool:
+        """Whether the result of a pass is kept here."""
+        return self.path(name, key, suffix).exists()
 
     def path(self, name: str, key: Any, suffix: str) -> Path:
         """Where the result of pass `name` with inputs `key` (a JSON value) is kept."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"{name}-{digest_of_value(key)[7:31]}{suffix}"
 
     def json(self, name: str, key: Any, compute: Callable[[], Any]) -> Any:
         """The JSON value kept for this pass and key, or `compute()`."""
-        path = self.path(name, key, ".json")
-        if path.exists():
-            self.reused.append(name)
-            return json.loads(path.read_text())
-        value = compute()
-        self._write(path, lambda part: part.write_text(json.dumps(value)))
-        return value
+
+        def read(path: Path) -> Any:
+            return json.loads(path.read_text(encoding="utf-8"))
+
+        def write(path: Path, value: Any) -> None:
+            path.write_text(json.dumps(value), encoding="utf-8")
+
+        return self._kept(name, self.path(name, key, ".json"), compute, read, write)
 
     def arrays(self, name: str, key: Any, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """The named arrays kept for this pass and key, or `compute()`."""
-        path = self.path(name, key, ".npz")
-        if path.exists():
-            self.reused.append(name)
+
+        def read(path: Path) -> dict[str, np.ndarray]:
             with np.load(path, allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
-        values = compute()
 
-        def save(part: Path) -> None:
-            with open(part, "wb") as file:
+        def write(path: Path, values: dict[str, np.ndarray]) -> None:
+            with open(path, "wb") as file:
                 np.savez(file, **values)  # type: ignore[arg-type]
 
-        self._write(path, save)
-        return values
-
-    @staticmethod
-    def _write(path: Path, write: Callable[[Path], Any]) -> None:
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            write(part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        found: dict[str, np.ndarray] = self._kept(name, self.path(name, key, ".npz"), compute, read, write)
+        return found
 
     def tree(self, name: str, key: Any, compute: Callable[[Path], None]) -> Path:
         """A folder of files kept for this pass and key, filled by `compute(folder)`."""
         path = self.path(name, key, "")
         if path.is_dir():
-            self.reused.append(name)
+            self._reuse(name)
             return path
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        try:
-            compute(part)
-            os.replace(part, path)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        self.computed.append(name)
+        with self.full_disk_named():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with part_folder(path) as part:
+                compute(part)
+                try:
+                    os.rename(part, path)
+                except OSError:
+                    if not path.is_dir():  # else another compile was faster, where the file system has no locks
+                        raise
         return path
+
+    def _kept(
+        self,
+        name: str,
+        path: Path,
+        compute: Callable[[], Any],
+        read: Callable[[Path], Any],
+        write: Callable[[Path, Any], None],
+    ) -> Any:
+        if path.exists():
+            # A power cut can leave a file that was renamed before its content was on the disk: it is made again.
+            with contextlib.suppress(ValueError, EOFError, KeyError, zipfile.BadZipFile):
+                value = read(path)
+                self._reuse(name)
+                return value
+        self.computed.append(name)
+        with self.full_disk_named():
+            value = compute()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda part: write(part, value))
+        return value
+
+    def _reuse(self, name: str) -> None:
+        self.reused.append(name)
+        if self.on_reuse:
+            self.on_reuse(name)

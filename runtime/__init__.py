@@ -9,36 +9,32 @@ Importing this package costs next to nothing: what it offers is loaded when it i
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from otcache.schemas.errors import ArtifactError, HostError, ModelError, OTCacheError, RequestError, UsageError
 
 if TYPE_CHECKING:
     from .artifact import Artifact
+    from .degrade import Governor
     from .sampler import Sampler
+    from .service import BusyError, ClosedError, DeadlineError, Service, http_status
+    from .timing import Timer
 
 __all__ = [
-    "Artifact",
-    "ArtifactError",
-    "HostError",
-    "ModelError",
-    "OTCacheError",
-    "RequestError",
-    "Sampler",
-    "UsageError",
-]
+    "Artifact", "ArtifactError", "BusyError", "ClosedError", "DeadlineError", "Governor", "HostError", "ModelError",
+    "OTCacheError", "RequestError", "Sampler", "Service", "Timer", "UsageError", "http_status",
+]  # fmt: skip
+_MODULES = {
+    "Artifact": "artifact", "BusyError": "service", "ClosedError": "service", "DeadlineError": "service",
+    "Governor": "degrade", "Sampler": "sampler", "Service": "service", "Timer": "timing", "http_status": "service",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Sampler":
-        from .sampler import Sampler
-
-        return Sampler
-    if name == "Artifact":
-        from .artifact import Artifact
-
-        return Artifact
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

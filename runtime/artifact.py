@@ -1,9 +1,9 @@
 """Opens an artifact: every byte of it is hostile until its digest has been checked.
 
 Consumes a folder as `schemas/README.md` specifies it. The manifest is checked in this order: a regular file, its size,
-UTF-8, depth, JSON without duplicate keys or numbers that are not finite, major version, digest, structure. A file is
-checked in this order: listed, no symbolic link on the way, a regular file, size, digest. Nothing is deserialised
-before that, and whatever is wrong ends in one `ArtifactError`.
+strict JSON, major version, digest, structure and consistency. A file is checked in this order: listed, no symbolic link on
+the way, a regular file, size, digest; an ONNX file then for the files that it refers to. Nothing is deserialised before that,
+and whatever is wrong ends in one `ArtifactError`.
 
 The path of the folder itself is the caller's and trusted: it may be or contain a symbolic link.
 """
@@ -11,8 +11,6 @@ The path of the folder itself is the caller's and trusted: it may be or contain 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 import re
 import stat
@@ -23,26 +21,27 @@ from typing import Any, BinaryIO
 
 from pydantic import ValidationError
 
+from otcache.schemas.digest import canonical_json
 from otcache.schemas.errors import ArtifactError
 from otcache.schemas.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     SCHEMA_MAJOR,
+    SCHEMA_MINOR,
     SCHEMA_VERSION,
+    SIGNATURE_NAME,
     FileEntry,
     Manifest,
     core_digest,
 )
+from otcache.schemas.migrations import migrate
 
-from .messages import one_line
+from .messages import damaged, one_line
+from .onnx_files import external_locations
+from .strict_json import parse_object
 
-MAX_DEPTH = 32
-"""Deepest nesting of the manifest's JSON; written ones have 8."""
-
-_VERSION = re.compile(r"(\d{1,4})\.\d{1,4}\Z")
-_STRUCTURE = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
+_VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})\Z")
 _READ_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
-_AGAIN = "restore it from where the artifact came from, or compile it again"
 
 _verified: set[tuple[Any, ...]] = set()
 """Identities of the files whose digest this process has checked."""
@@ -77,10 +76,10 @@ class Artifact:
         root = Path(folder)
         try:
             _check_folder(root)
-            data = _read_manifest(root)
-            manifest = _parse_manifest(data)
+            data = read_small(root, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+            manifest = parse_manifest(data)
         except (MemoryError, RecursionError, OSError, ValueError) as error:
-            raise ArtifactError(_message(MANIFEST_NAME, one_line(error), "a readable manifest")) from None
+            raise damaged(MANIFEST_NAME, error, "a readable manifest") from None
         entries = {entry.path: entry for entry in (*manifest.files, *manifest.attachments)}
         return cls(root, manifest, len(data), entries)
 
@@ -88,7 +87,7 @@ class Artifact:
         """Path of a listed file whose size and digest are right; checked once in a process. Raises ArtifactError."""
         entry = self._entry(name)
         path, status = self._locate(entry)
-        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, entry.digest)
+        identity = _identity(status, entry)
         with _verified_lock:
             known = identity in _verified
         if not known:
@@ -98,12 +97,11 @@ class Artifact:
         return path
 
     def engine_path(self, name: str) -> Path:
-        """As `path`, for a file that a library opens: listed files beside it, such as its weights, are checked too."""
-        parent = name.rpartition("/")[0]
-        for entry in self.manifest.files:
-            if entry.path.rpartition("/")[0] == parent:
-                self.path(entry.path)
-        return self.path(name)
+        """As `path`, for a file that a library opens: files that it refers to are the manifest's, and checked too."""
+        path = self.path(name)
+        if name.endswith(".onnx"):
+            self._check_references(name, path)
+        return path
 
     def read(self, name: str) -> bytes:
         """Content of a listed file, the very bytes whose digest was checked. Raises ArtifactError."""
@@ -113,48 +111,83 @@ class Artifact:
             with _open(path) as file:
                 data = file.read(entry.size_bytes + 1)
         except (OSError, MemoryError) as error:
-            raise ArtifactError(_message(name, one_line(error), "a readable file")) from None
+            raise damaged(name, error, "a readable file") from None
         _compare_digest(entry, hashlib.sha256(data).hexdigest())
         return data
 
-    def check_structure(self) -> int:
-        """Every listed file is there with its size (attachments may be absent). Returns how many; no content is read."""
-        return len([self._locate(entry) for entry in self._present()])
+    def open_file(self, name: str) -> tuple[FileEntry, BinaryIO]:
+        """A listed file with its stated size, open for reading; its content is not checked. Raises ArtifactError."""
+        entry = self._entry(name)
+        path, _ = self._locate(entry)
+        try:
+            return entry, _open(path)
+        except OSError as error:
+            raise damaged(name, error, "a readable file") from None
 
-    def verify(self) -> Verification:
-        """Structure, then the digest of every listed file, always read anew. Raises ArtifactError at the first fault."""
-        self.check_structure()
-        present = self._present()
+    def check_structure(self) -> Verification:
+        """Every listed file is there with its size (attachments may be absent); no content is read."""
+        present = self.present()
         for entry in present:
-            _check_digest(entry, self._locate(entry)[0])
+            self._locate(entry)
         size = self.manifest_bytes + sum(entry.size_bytes for entry in present)
         return Verification(len(present) + 1, size, self.manifest.digest, self._unlisted())
 
+    def verify(self) -> Verification:
+        """Structure, then the digest of every listed file, always read anew, then what ONNX files refer to.
+
+        Raises ArtifactError at the first fault.
+        """
+        result = self.check_structure()
+        for entry in self.present():
+            path, status = self._locate(entry)
+            _check_digest(entry, path)
+            with _verified_lock:
+                _verified.add(_identity(status, entry))
+        for name in sorted({stage.onnx for stage in self.manifest.stages}):
+            self.engine_path(name)
+        return result
+
+    def present(self) -> list[FileEntry]:
+        """Files, then the attachments that are there, each sorted by path."""
+        attached = [entry for entry in self.manifest.attachments if os.path.lexists(self.folder / entry.path)]
+        return [*sorted(self.manifest.files, key=_by_path), *sorted(attached, key=_by_path)]
+
+    def _check_references(self, name: str, path: Path) -> None:
+        allowed = {file for stage in self.manifest.stages if stage.onnx == name for file in stage.external_data}
+        folder = name.rpartition("/")[0]
+        for location in external_locations(path, name):
+            if (f"{folder}/{location}" if folder else location) not in allowed:
+                expected = f"one of {', '.join(sorted(allowed))}" if allowed else "no other file, as the manifest says"
+                raise damaged(name, f"weights that are read from {location!r}", expected, "compile it again")
+        for other in sorted(allowed):
+            self.path(other)
+
     def _entry(self, name: str) -> FileEntry:
         if name not in self._entries:
-            raise ArtifactError(_message(one_line(name), "not listed in the manifest", "a listed file"))
+            raise damaged(name, "not listed in the manifest", "a listed file")
         return self._entries[name]
-
-    def _present(self) -> list[FileEntry]:
-        attached = [entry for entry in self.manifest.attachments if os.path.lexists(self.folder / entry.path)]
-        return [*self.manifest.files, *attached]
 
     def _locate(self, entry: FileEntry) -> tuple[Path, os.stat_result]:
         path, status = _locate(self.folder, entry.path)
         if status.st_size != entry.size_bytes:
-            raise ArtifactError(_message(entry.path, f"{status.st_size} bytes", f"{entry.size_bytes} bytes"))
+            raise damaged(entry.path, f"{status.st_size} bytes", f"{entry.size_bytes} bytes")
         return path, status
 
     def _unlisted(self) -> tuple[str, ...]:
         found: list[str] = []
+        known = {MANIFEST_NAME, SIGNATURE_NAME, *self._entries}
         for parent, folders, files in os.walk(self.folder):
             links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
             found += [Path(parent, name).relative_to(self.folder).as_posix() for name in (*files, *links)]
-        return tuple(sorted({one_line(name) for name in found if name != MANIFEST_NAME and name not in self._entries}))
+        return tuple(sorted({one_line(name) for name in found if name not in known}))
 
 
-def _message(name: str, found: str, expected: str, fix: str = _AGAIN) -> str:
-    return f"artifact is damaged: {name}: found {found}: expected {expected}: {fix}"
+def _by_path(entry: FileEntry) -> str:
+    return entry.path
+
+
+def _identity(status: os.stat_result, entry: FileEntry) -> tuple[Any, ...]:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, entry.digest)
 
 
 def _check_folder(root: Path) -> None:
@@ -179,12 +212,12 @@ def _locate(root: Path, name: str) -> tuple[Path, os.stat_result]:
         try:
             status = os.lstat(path)
         except FileNotFoundError:
-            raise ArtifactError(_message(name, "nothing there", "a file")) from None
+            raise damaged(name, "nothing there", "a file") from None
         except (OSError, ValueError) as error:
-            raise ArtifactError(_message(name, one_line(error), "a file")) from None
+            raise damaged(name, error, "a file") from None
         if not (stat.S_ISREG if is_last else stat.S_ISDIR)(status.st_mode):
             expected = "a regular file" if is_last else f"{part} to be a folder"
-            raise ArtifactError(_message(name, f"{_kind(status.st_mode)} at {part}", expected))
+            raise damaged(name, f"{_kind(status.st_mode)} at {part}", expected)
     return path, status
 
 
@@ -203,108 +236,60 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _check_digest(entry: FileEntry, path: Path) -> None:
-    running = hashlib.sha256()
+    running, left = hashlib.sha256(), entry.size_bytes + 1  # a file that grows meanwhile has another digest
     try:
         with _open(path) as file:
-            while piece := file.read(1 << 20):
+            while piece := file.read(min(1 << 20, left)):
                 running.update(piece)
+                left -= len(piece)
     except OSError as error:
-        raise ArtifactError(_message(entry.path, one_line(error), "a readable file")) from None
+        raise damaged(entry.path, error, "a readable file") from None
     _compare_digest(entry, running.hexdigest())
 
 
 def _compare_digest(entry: FileEntry, found: str) -> None:
     if f"sha256:{found}" != entry.digest:
-        raise ArtifactError(_message(entry.path, f"digest sha256:{found}", entry.digest))
+        raise damaged(entry.path, f"digest sha256:{found}", entry.digest)
 
 
-def _read_manifest(root: Path) -> bytes:
-    path, status = _locate(root, MANIFEST_NAME)
-    if status.st_size > MAX_MANIFEST_BYTES:
-        found, expected = f"{status.st_size} bytes", f"at most {MAX_MANIFEST_BYTES} bytes"
-        raise ArtifactError(_message(MANIFEST_NAME, found, expected))
+def read_small(root: Path, name: str, limit: int) -> bytes:
+    """Content of a file that is not listed, of at most `limit` bytes. Raises ArtifactError and OSError."""
+    path, status = _locate(root, name)
+    if status.st_size > limit:
+        raise damaged(name, f"{status.st_size} bytes", f"at most {limit} bytes")
     with _open(path) as file:
-        data: bytes = file.read(MAX_MANIFEST_BYTES + 1)
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise ArtifactError(_message(MANIFEST_NAME, "a growing file", f"at most {MAX_MANIFEST_BYTES} bytes"))
+        data: bytes = file.read(limit + 1)
+    if len(data) > limit:
+        raise damaged(name, "a growing file", f"at most {limit} bytes")
     return data
 
 
-def _parse_manifest(data: bytes) -> Manifest:
-    value = _parse_json(data)
-    _check_version(value.get("schema_version"))
+def parse_manifest(data: bytes) -> Manifest:
+    """The manifest in the bytes of `manifest.json`, as of the newest minor version. Raises ArtifactError, ValueError."""
+    value = parse_object(data, MANIFEST_NAME)
+    minor = _check_version(value.get("schema_version"))
     found, stated = core_digest(value), value.get("digest")
     if found != stated:
-        raise ArtifactError(_message(MANIFEST_NAME, f"digest {found}", f"digest {one_line(stated)} as it states"))
+        raise damaged(MANIFEST_NAME, f"digest {found}", f"digest {one_line(stated, 80)} as it states")
     try:
-        return Manifest.model_validate_json(data, strict=True)
+        return Manifest.model_validate_json(canonical_json(migrate(value, minor, SCHEMA_MINOR)), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "structure"
         problem = one_line(first["msg"].removeprefix("Value error, "))
-        raise ArtifactError(_message(MANIFEST_NAME, f"{one_line(place)}: {problem}", "a valid manifest")) from None
+        raise damaged(MANIFEST_NAME, f"{one_line(place)}: {problem}", "a valid manifest") from None
 
 
-def _parse_json(data: bytes) -> dict[str, Any]:
-    """JSON object of at most MAX_DEPTH levels; refuses duplicate keys and numbers that are not finite."""
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        found = f"byte 0x{data[error.start]:02x} at {error.start}"
-        raise ArtifactError(_message(MANIFEST_NAME, found, "UTF-8")) from None
-    _check_depth(text)
-    try:
-        value = json.loads(
-            text, object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant, parse_float=_finite_float
-        )
-    except ValueError as error:
-        raise ArtifactError(_message(MANIFEST_NAME, one_line(error), "valid JSON")) from None
-    if not isinstance(value, dict):
-        raise ArtifactError(_message(MANIFEST_NAME, f"a JSON {type(value).__name__}", "a JSON object"))
-    return value
-
-
-def _check_depth(text: str) -> None:
-    """One pass over brackets and quotes, before a recursive parser sees the text."""
-    depth, in_string = 0, False
-    for match in _STRUCTURE.finditer(text):
-        mark = match.group()
-        if mark == '"':
-            in_string = not in_string
-        elif not in_string and len(mark) == 1:
-            depth += 1 if mark in "[{" else -1
-            if depth > MAX_DEPTH:
-                found = f"more than {MAX_DEPTH} levels at character {match.start()}"
-                raise ArtifactError(_message(MANIFEST_NAME, found, f"at most {MAX_DEPTH} levels"))
-
-
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"key {key!r} twice")
-        result[key] = value
-    return result
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"number {name}")
-
-
-def _finite_float(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"number {text[:32]}, which is out of range")
-    return number
-
-
-def _check_version(version: object) -> None:
+def _check_version(version: object) -> int:
+    """The minor version, of a major one that this reader knows."""
     match = _VERSION.match(version) if isinstance(version, str) else None
     if match is None:
-        found = f"schema_version {one_line(repr(version), 40)}"
-        raise ArtifactError(_message(MANIFEST_NAME, found, f"a version such as {SCHEMA_VERSION}"))
+        raise damaged(
+            MANIFEST_NAME, f"schema_version {one_line(repr(version), 40)}", f"a version such as {SCHEMA_VERSION}"
+        )
     if int(match.group(1)) != SCHEMA_MAJOR:
         fix = "pip install --upgrade otcache" if int(match.group(1)) > SCHEMA_MAJOR else "compile it again"
         raise ArtifactError(
             f"artifact cannot be read: {MANIFEST_NAME}: found schema {version}: expected {SCHEMA_MAJOR}.x: {fix}"
         )
+    return int(match.group(2))

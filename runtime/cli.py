@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -15,8 +15,15 @@ import click
 
 from otcache.schemas.errors import HostError, OTCacheError
 
+from .cli_options import artifact_argument, json_option
+from .cli_options import print_json as _print_json
+from .completion import complete_backends, complete_budgets, completion
+from .trust_cli import pack, sign, unpack, verify
+
 if TYPE_CHECKING:
     from otcache.schemas.manifest import BudgetProgram, Manifest, TensorInfo
+
+    from .timing import Timing
 
 GROUP = "otcache.commands"
 EXIT_CODES = """\b
@@ -28,8 +35,18 @@ Exit codes:
   4  artifact: damaged, incomplete or of an unknown version
   5  request: a budget, prompt or size that is not served
   6  host: a package, backend or device is missing
+  130, 143  stopped by Ctrl-C or SIGTERM
+
+\b
+Environment:
+  OTC_LOG          debug, info, warning (default) or error: what is logged to stderr
+  OTC_CACHE        where compiles keep their results; default ~/.cache/otcache
+  HF_HUB_OFFLINE   1: hub ids are taken from the local cache only
 """
-_DEBUG = "debug"
+KINDS = {1: "other", 2: "usage", 3: "model", 4: "artifact", 5: "request", 6: "host"}
+"""Exit codes by name, as `--json` reports errors."""
+_JSON = "--json"
+_log = logging.getLogger(__name__)
 
 
 class Commands(click.Group):
@@ -43,18 +60,58 @@ class Commands(click.Group):
         point = _entry_points().get(cmd_name)
         return own if own is not None or point is None else _load_command(cmd_name, point)
 
+    def main(  # type: ignore[override]  # click overloads it by standalone_mode
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        *,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """As click's, but with `--json` on the line an error is a JSON object on stderr."""
+        args = list(sys.argv[1:] if args is None else args)
+        if not standalone_mode or not _asks_for_json(args):
+            return super().main(args, prog_name, standalone_mode=standalone_mode, **extra)
+        try:
+            code = super().main(args, prog_name, standalone_mode=False, **extra)
+        except click.ClickException as error:
+            _print_json_error(error.format_message(), error.exit_code)
+            sys.exit(error.exit_code)
+        except click.Abort:
+            _print_json_error("interrupted: start it again", 1)
+            sys.exit(1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_JSON] = _asks_for_json(args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except OTCacheError as error:
+            _log.debug("%s was raised here", type(error).__name__, exc_info=True)
             raise _one_line_error(str(error), error.exit_code) from None
         except (click.exceptions.Exit, click.ClickException, click.Abort, KeyboardInterrupt, BrokenPipeError):
             raise
         except Exception as error:
-            if os.environ.get("OTC_LOG") == _DEBUG:
-                raise
-            what = f"unexpected {type(error).__name__}: {error}: set OTC_LOG={_DEBUG} to see where"
+            _log.debug("unexpected %s was raised here", type(error).__name__, exc_info=True)
+            what = f"unexpected {type(error).__name__}: {error}: set OTC_LOG=debug to see where"
             raise _one_line_error(what, 1) from None
+
+
+def _asks_for_json(args: Sequence[str]) -> bool:
+    """Whether `--json` is among the options of a command line, also of one that does not parse."""
+    return _JSON in (args[: args.index("--")] if "--" in args else args)
+
+
+def _print_json_error(message: str, exit_code: int) -> None:
+    """The last line of stderr: `{"event": "error", "exit_code": 4, "kind": "artifact", "message": …}`."""
+    from .messages import one_line
+
+    event = {"event": "error", "exit_code": exit_code, "kind": KINDS.get(exit_code, "other"),
+             "message": one_line(message, 2000)}  # fmt: skip
+    click.echo(json.dumps(event, ensure_ascii=False), err=True)
 
 
 def _one_line_error(message: str, exit_code: int) -> click.ClickException:
@@ -87,21 +144,31 @@ def _load_command(name: str, point: metadata.EntryPoint) -> click.Command:
     )
 
 
-def artifact_argument(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.argument("artifact", type=click.Path(path_type=Path))(function)
+@click.group(
+    cls=Commands,
+    epilog=f"""\b
+Examples:
+  otc run artifacts/shapes --budget 8 --prompt "a small red ring on blue" -o ring.png
+  otc inspect artifacts/shapes --json
+  otc completion bash
 
-
-def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(function)
-
-
-@click.group(cls=Commands, epilog=EXIT_CODES)
+{EXIT_CODES}""",
+)
 @click.version_option(package_name="otcache", prog_name="otc")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Ahead-of-time compiled sampling for diffusion models.
 
-    Results go to stdout, progress and errors to stderr. OTC_LOG=debug shows where an unexpected error came from.
+    Results go to stdout, progress, logs and errors to stderr. With --json stdout holds one JSON value, and every line on
+    stderr is a JSON object too: the last one of a command that fails is its error.
     """
+    from .logs import configure
+
+    configure(as_json=ctx.meta[_JSON])
+
+
+for _command in (completion, pack, sign, unpack, verify):
+    main.add_command(_command)
 
 
 @main.command(
@@ -113,7 +180,7 @@ Examples:
 """
 )
 @artifact_argument
-@click.option("--budget", required=True, metavar="N|full[,…]",
+@click.option("--budget", required=True, metavar="N|full[,…]", shell_complete=complete_budgets,
               help="Model evaluations to spend; `otc inspect` lists them. Several give a column each.")  # fmt: skip
 @click.option("--prompt", required=True, multiple=True, help="What to draw; may be given several times.")
 @click.option("--negative-prompt", default=None, help="What to steer away from; default: the artifact's.")
@@ -125,9 +192,11 @@ Examples:
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out.png"), show_default=True,
               help="PNG, JPEG or WebP; several pictures make one contact sheet.")  # fmt: skip
 @click.option("--separate", is_flag=True, help="Write numbered files instead of a contact sheet.")
-@click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt or tensorrt-rtx.")
+@click.option("--backend", default="auto", show_default=True, shell_complete=complete_backends,
+              help="auto, onnxruntime, tensorrt or tensorrt-rtx.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads; default: one for each core.")
 @click.option("--force", is_flag=True, help="Overwrite an existing output file.")
+@click.option("--profile", is_flag=True, help="Say on stderr where the time goes; with --json, by step.")
 @json_option
 def run(
     artifact: Path,
@@ -142,6 +211,7 @@ def run(
     backend: str,
     threads: int | None,
     force: bool,
+    profile: bool,
     as_json: bool,
 ) -> None:
     """Draw pictures from ARTIFACT, without torch."""
@@ -149,17 +219,21 @@ def run(
 
     from . import pictures
     from .sampler import Sampler
+    from .timing import Timer
 
     budgets = [name.strip() for name in budget.split(",")]
     total = images * len(prompt) * len(budgets)
     targets = pictures.numbered(output, total) if separate and total > 1 else [output]
     pictures.check_targets(targets, force=force)
     begin = time.perf_counter()
-    drawn, seconds = {}, {}
+    drawn, seconds, timings = {}, {}, {}
     with Sampler.load(artifact, backend, threads) as sampler:
         loaded = time.perf_counter()
+        _log.info("serves %s on %s, loaded in %.2f s", artifact, sampler.backend, loaded - begin)
+        for passed_over, reason in sampler.passed_over.items():
+            _log.debug("%s was passed over: %s", passed_over, reason)
         for name in budgets:
-            start = time.perf_counter()
+            start, timer = time.perf_counter(), Timer()
             with _progress_bar(f"budget {name}") as progress:
                 drawn[name] = sampler(
                     list(prompt),
@@ -169,9 +243,11 @@ def run(
                     images_per_prompt=images,
                     guidance_scale=guidance_scale,
                     progress=progress,
+                    timer=timer,
                 )
+                timings[name] = timer.timing()
             seconds[name] = time.perf_counter() - start
-        used = sampler.backend
+        used, load_stages_s = sampler.backend, sampler.load_s
     if len(targets) > 1:
         shown = [picture for part in drawn.values() for picture in pictures.to_uint8(part)]
     else:
@@ -184,9 +260,12 @@ def run(
                 "outputs": [str(target) for target in targets], "images": total, "budget": budget, "seed": seed,
                 "backend": used, "load_s": round(loaded - begin, 4), "request_s": round(sum(seconds.values()), 4),
                 "budget_s": {name: round(value, 4) for name, value in seconds.items()},
+                **({"profile": _profile(loaded - begin, load_stages_s, timings)} if profile else {}),
             }
         )  # fmt: skip
     else:
+        if profile:
+            _print_profile(loaded - begin, timings)
         names = ", ".join(str(target) for target in targets)
         times = ", ".join(f"budget {name} {value:.2f} s" for name, value in seconds.items())
         click.echo(f"{names}: {total} picture{'s' * (total > 1)}, {times} ({used})")
@@ -208,22 +287,20 @@ def inspect(artifact: Path, as_json: bool) -> None:
         _print_manifest(manifest)
 
 
-@main.command(epilog="\b\nExamples:\n  otc verify artifacts/shapes\n  otc verify artifacts/shapes --json\n")
-@artifact_argument
-@json_option
-def verify(artifact: Path, as_json: bool) -> None:
-    """Check ARTIFACT: manifest and structure first, then the digest of every file. Exits with 4 at the first fault."""
-    from dataclasses import asdict
+def _profile(load_s: float, stages_s: dict[str, float], timings: dict[str, Timing]) -> dict[str, Any]:
+    """What `otc run --profile --json` says of the time, in seconds."""
+    load = {"total_s": round(load_s, 6), "stages": {name: round(value, 6) for name, value in stages_s.items()}}
+    return {"load": load, "budgets": {name: timing.as_json() for name, timing in timings.items()}}
 
-    from .artifact import Artifact
 
-    result = Artifact.open(artifact).verify()
-    if as_json:
-        _print_json({"ok": True, "artifact": str(artifact), **asdict(result)})
-        return
-    click.echo(f"ok: {result.files} files, {_size(result.size_bytes)}, {result.digest}")
-    if result.unlisted:
-        click.echo(f"note: {len(result.unlisted)} files are not part of it: {', '.join(result.unlisted[:5])}", err=True)
+def _print_profile(load_s: float, timings: dict[str, Timing]) -> None:
+    from rich.console import Console
+
+    from .timing_table import parts_table, steps_table
+
+    console = Console(stderr=True, highlight=False)
+    console.print(parts_table(timings, load_s))
+    console.print(steps_table(timings))
 
 
 def timeline(schedule: tuple[int, ...], total: int, width: int = 64) -> str:
@@ -322,10 +399,6 @@ def _size(size_bytes: int) -> str:
         if size_bytes >= scale:
             return f"{size_bytes / scale:.1f} {unit}"
     return f"{size_bytes} B"
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 @contextmanager

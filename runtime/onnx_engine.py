@@ -1,20 +1,26 @@
 """Stages on ONNX Runtime, bound to buffers that stay where they are: CPU, or CUDA where its provider is present.
 
 On the CPU a tensor is a numpy array that ONNX Runtime reads and writes in place. A chain of sessions is as fast as one
-session only if idle thread pools do not spin: with spinning, a stage's workers burn the cores that the next one needs
-(ONNX Runtime 1.32, ten transformer blocks of width 128, two cores beside another job: ten sessions that spin took six
-times as long as one session; ten that do not took 0 to 5 % longer than one, runs interleaved). All sessions share one
-arena: it grew by 1 MB for ten sessions at batch 8, where an arena for each grew by 116 MB.
+session only if idle thread pools do not spin: with spinning, a stage's workers burn the cores that the next one needs.
+All sessions share one arena, so that memory does not grow with their number. `python tests/benchmarks/sessions.py ARTIFACT`
+measures both choices, `tests/benchmarks/serving.py` the chain against one session.
+
+ONNX Runtime's own builds record what they run: in a database in the home folder, which they send to their maker, and
+which stays open. It is switched off here unless ORT_DISABLE_TELEMETRY says otherwise; it looks at that once, when it is
+imported, so a process that has imported it before is left as it is.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from otcache.schemas.errors import ArtifactError, HostError

@@ -39,7 +39,8 @@ class Tokenizers:
     def __call__(self, texts: Texts) -> Mapping[str, Array]:
         """Token ids int64 (n, length) of every tokenizer: cut to its length, special tokens kept, padded on the right."""
         return {
-            entry.input_name: np.array([encoding.ids for encoding in tokenizer.encode_batch(list(texts))], np.int64)
+            # One by one: a batch would wake a pool of threads for what takes microseconds, and keep it for ever.
+            entry.input_name: np.array([tokenizer.encode(text).ids for text in texts], np.int64)
             for entry, tokenizer in self._tokenizers
         }
 

@@ -10,9 +10,9 @@ import math
 import os
 import statistics
 import threading
-import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +29,7 @@ from .loop import Callback, Float32
 from .messages import one_line
 from .noise import SEED_MAXIMUM, SEED_MINIMUM, noise
 from .prompt import Tokenizers, check_prompts
+from .timing import Timer
 from .trunk import Trunk, check_trunk, run_stage
 
 LATENCY = "latency_s/"
@@ -52,14 +53,21 @@ class Sampler:
         self._backend = selection.backend
         self._lock = threading.Lock()
         self._latencies: dict[str, deque[float]] = {}
-        self._tokenizers = Tokenizers(artifact)
+        self._latencies_lock = threading.Lock()
+        self.load_s: dict[str, float] = {}
+        """Seconds that loading took: of `tokenizers` and of every stage, its file's digest included."""
         self._engines: dict[str, Engine] = {}
+        timer = Timer()
         try:
+            with timer.part("encode", "tokenizers"):
+                self._tokenizers: Tokenizers | None = Tokenizers(artifact)
             for stage in self.manifest.stages:
-                self._engines[stage.name] = self._backend.load(stage, artifact.engine_path(stage.onnx))
+                with timer.part("overhead", stage.name):
+                    self._engines[stage.name] = self._backend.load(stage, artifact.engine_path(stage.onnx))
         except BaseException:
             self.close()
             raise
+        self.load_s = timer.timing().stages
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], backend: str = "auto", threads: int | None = None) -> Sampler:
@@ -91,45 +99,83 @@ class Sampler:
         images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         progress: Callback | None = None,
+        timer: Timer | None = None,
     ) -> Float32:
         """Pictures, float32 (n, height, width, 3) in [0, 1], n = prompts · images_per_prompt, a prompt's side by side.
 
         seed: one draws the noise of all n pictures in one go, a list of n draws each picture's on its own: as one
         generator and a list of generators do in diffusers. progress: called with (finished, all) steps after each
-        step; what it raises ends the request. Raises RequestError for what the artifact does not serve.
+        step; what it raises ends the request. timer: `timer.timing()` says afterwards where the time went. Raises
+        RequestError for what the artifact does not serve.
         """
+        n = self.check(
+            prompt,
+            budget=budget,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            images_per_prompt=images_per_prompt,
+            guidance_scale=guidance_scale,
+        )
+        timer = timer or Timer()
+        prompts = [text for text in check_prompts(prompt) for _ in range(images_per_prompt)]
+        negative = negative_prompt
+        if isinstance(negative, list | tuple):
+            negative = [text for text in negative for _ in range(images_per_prompt)]
+        conditioning = self.encode(prompts, negative_prompt=negative, timer=timer)
+        latents = self.sample(
+            conditioning, budget=budget, seed=seed, guidance_scale=guidance_scale, progress=progress, timer=timer
+        )
+        pictures = self.decode(latents, timer=timer)
+        if n == 1:
+            with self._latencies_lock:
+                self._latencies.setdefault(str(budget), deque(maxlen=_HISTORY)).append(timer.timing().latency_s)
+        return pictures
+
+    def check(
+        self,
+        prompt: str | list[str],
+        *,
+        budget: int | str,
+        negative_prompt: str | list[str] | None = None,
+        seed: int | Sequence[int] = 0,
+        images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+    ) -> int:
+        """How many pictures a request with these arguments makes; costs next to nothing. Raises RequestError."""
         if not _is_int(images_per_prompt) or images_per_prompt < 1:
             raise RequestError(f"images_per_prompt is {images_per_prompt!r}: expected a whole number of at least 1")
         self._program(budget)
         self._guidance_weights(guidance_scale)
-        prompts = [text for text in check_prompts(prompt) for _ in range(images_per_prompt)]
-        negative = negative_prompt
-        if isinstance(negative, list | tuple):
-            negative = [text for text in check_prompts(negative, "negative_prompt") for _ in range(images_per_prompt)]
-        _check_seed(seed, len(prompts))
-        start = time.perf_counter()
-        conditioning = self.encode(prompts, negative_prompt=negative)
-        latents = self.sample(conditioning, budget=budget, seed=seed, guidance_scale=guidance_scale, progress=progress)
-        pictures = self.decode(latents)
-        if len(prompts) == 1:
-            self._latencies.setdefault(str(budget), deque(maxlen=_HISTORY)).append(time.perf_counter() - start)
-        return pictures
+        prompts = check_prompts(prompt)
+        self._check_negative(negative_prompt, len(prompts))
+        _check_seed(seed, len(prompts) * images_per_prompt)
+        return len(prompts) * images_per_prompt
 
-    def encode(self, prompt: str | list[str], *, negative_prompt: str | list[str] | None = None) -> dict[str, Array]:
+    def encode(
+        self,
+        prompt: str | list[str],
+        *,
+        negative_prompt: str | list[str] | None = None,
+        timer: Timer | None = None,
+    ) -> dict[str, Array]:
         """Conditioning of n prompts: each of the text encoder's outputs as (g, n, …), the negative branch first.
 
         negative_prompt: one for all or n of them; None takes the artifact's. Raises RequestError.
         """
         stage = self._stage("text_encoder", "give `sample` its conditioning instead")
+        timer = timer or Timer()
         positive = check_prompts(prompt)
+        self._check_negative(negative_prompt, len(positive))
         branches = [positive]
         if self.manifest.guidance.branches == 2:
             branches.insert(0, self._negative(negative_prompt, len(positive)))
-        elif negative_prompt is not None:
-            raise RequestError("negative_prompt is given, but this artifact has no guidance to use it: leave it out")
         texts = [text for branch in branches for text in branch]
         unique = list(dict.fromkeys(texts))
-        encoded = self._run(stage, self._tokenizers(unique))
+        tokenizers = self._tokenizers
+        if tokenizers is None:
+            raise _closed()
+        with timer.part("encode"):
+            encoded = self._run(stage, tokenizers(unique), timer)
         rows = [unique.index(text) for text in texts]
         shape = (len(branches), len(positive))
         wanted = {tensor.name for tensor in self.manifest.conditioning}
@@ -146,6 +192,7 @@ class Sampler:
         latents: Array | None = None,
         guidance_scale: float | None = None,
         progress: Callback | None = None,
+        timer: Timer | None = None,
     ) -> Float32:
         """Final latents, float32 (n, *latents.shape), from conditioning tensors.
 
@@ -153,15 +200,23 @@ class Sampler:
         others in the manifest's shape. latents: noise (n, *latents.shape) to use instead of the seed's, before it is
         scaled for the sampler. Raises RequestError.
         """
+        timer = timer or Timer()
         program = self._program(budget).program
         weights = self._guidance_weights(guidance_scale)
         n = self._count(conditioning, seed, latents)
         try:
             start = self._initial_latents(seed, latents, n)
-            with self._lock:
-                self._check_open()
-                trunk = Trunk(self.manifest, self._engines, self._backend, n)
+            with self._device(timer):
+                trunk = Trunk(self.manifest, self._engines, self._backend, n, timer)
                 trunk.condition(conditioning)
+                timer.begin_steps()
+
+                def step_done(done: int, total: int) -> None:
+                    step = program.steps[done - 1]
+                    timer.end_step(step.step_index, step.compute)
+                    if progress is not None:
+                        progress(done, total)
+
                 return loop.sample(
                     trunk,
                     program,
@@ -169,24 +224,26 @@ class Sampler:
                     guidance_weights=weights,
                     keep_norm=self.manifest.guidance.kind == "cfg_norm",
                     timestep_scale=self.manifest.timestep_scale,
-                    callback=progress,
+                    callback=step_done,
                 )
         except MemoryError:
             raise HostError(f"no memory for {n} samples at once: ask for fewer, or use a larger host") from None
 
-    def decode(self, latents: Array) -> Float32:
+    def decode(self, latents: Array, *, timer: Timer | None = None) -> Float32:
         """Pictures, float32 (n, height, width, 3) in [0, 1], from latents (n, *latents.shape)."""
         stage = self._stage("decoder", "decode the latents of `sample` elsewhere")
         latents = _check_latents(latents, self.manifest.latents.shape)
-        decoded = self._run(stage, {stage.inputs[0].name: latents})[stage.outputs[0].name]
-        if decoded.ndim == 4 and decoded.shape[1] == 3 and decoded.shape[3] != 3:
-            decoded = decoded.transpose(0, 2, 3, 1)
-        return np.ascontiguousarray(np.clip(decoded, 0.0, 1.0), np.float32)
+        timer = timer or Timer()
+        with timer.part("decode"):
+            decoded = self._run(stage, {stage.inputs[0].name: latents}, timer)[stage.outputs[0].name]
+            if decoded.ndim == 4 and decoded.shape[1] == 3 and decoded.shape[3] != 3:
+                decoded = decoded.transpose(0, 2, 3, 1)
+            return np.ascontiguousarray(np.clip(decoded, 0.0, 1.0), np.float32)
 
     def budget_for(self, *, latency_s: float) -> str:
         """The largest budget that was measured to make a picture within `latency_s`.
 
-        Takes the median of this sampler's own single pictures, else the artifact's measurements. Raises RequestError
+        Takes the median of this sampler's own single pictures, without the time they waited for others, else the artifact's measurements. Raises RequestError
         if nothing was measured or nothing fits.
         """
         if isinstance(latency_s, bool) or not isinstance(latency_s, int | float) or not latency_s > 0:
@@ -204,11 +261,12 @@ class Sampler:
         return fitting[-1]
 
     def close(self) -> None:
-        """Free the engines, once the request that is running has ended. Calls after it raise RequestError."""
+        """Free engines and tokenizers, once the request that is running has ended. Calls after it raise RequestError."""
         with self._lock:
             for engine in self._engines.values():
                 engine.close()
             self._engines = {}
+            self._tokenizers = None
 
     def __enter__(self) -> Sampler:
         return self
@@ -218,9 +276,17 @@ class Sampler:
     ) -> None:
         self.close()
 
-    def _check_open(self) -> None:
-        if not self._engines:
-            raise RequestError("this sampler is closed: load it again")
+    @contextmanager
+    def _device(self, timer: Timer) -> Iterator[None]:
+        """The device for one caller at a time, and the engines there."""
+        with timer.part("wait"):
+            self._lock.acquire()
+        try:
+            if not self._engines:
+                raise _closed()
+            yield
+        finally:
+            self._lock.release()
 
     def _program(self, budget: object) -> BudgetProgram:
         found = self.manifest.program(budget) if _is_int(budget) or isinstance(budget, str) else None  # type: ignore[arg-type]
@@ -245,15 +311,19 @@ class Sampler:
             )
         return guidance.weights(float(scale))
 
+    def _check_negative(self, negative_prompt: str | list[str] | None, n: int) -> None:
+        if negative_prompt is None:
+            return
+        if self.manifest.guidance.branches != 2:
+            raise RequestError("negative_prompt is given, but this artifact has no guidance to use it: leave it out")
+        texts = check_prompts(negative_prompt, "negative_prompt")
+        if not isinstance(negative_prompt, str) and len(texts) != n:
+            raise RequestError(f"negative_prompt has {len(texts)} texts: expected one, or {n} as the prompts")
+
     def _negative(self, negative_prompt: str | list[str] | None, n: int) -> list[str]:
         if negative_prompt is None:
             return [self.manifest.guidance.negative_prompt] * n
-        texts = check_prompts(negative_prompt, "negative_prompt")
-        if isinstance(negative_prompt, str):
-            return texts * n
-        if len(texts) != n:
-            raise RequestError(f"negative_prompt has {len(texts)} texts: expected one, or {n} as the prompts")
-        return texts
+        return [negative_prompt] * n if isinstance(negative_prompt, str) else list(negative_prompt)
 
     def _count(self, conditioning: Mapping[str, Array], seed: int | Sequence[int], latents: Array | None) -> int:
         """Number of samples, after every conditioning tensor has been checked."""
@@ -291,16 +361,21 @@ class Sampler:
             raise RequestError(f"this artifact has no {kind.replace('_', ' ')}: {instead}")
         return stage
 
-    def _run(self, stage: Stage, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        with self._lock:
-            self._check_open()
-            return run_stage(stage, self._engines[stage.name], self._backend, inputs)
+    def _run(self, stage: Stage, inputs: Mapping[str, Array], timer: Timer) -> dict[str, Array]:
+        with self._device(timer):
+            return run_stage(stage, self._engines[stage.name], self._backend, inputs, timer)
 
     def _latency(self, budget: str) -> float | None:
-        if own := self._latencies.get(budget):
-            return statistics.median(tuple(own))
+        with self._latencies_lock:
+            own = list(self._latencies.get(budget, ()))
+        if own:
+            return statistics.median(own)
         stated = [m.value for m in self.manifest.measurements if m.name == LATENCY + budget]
         return stated[-1] if stated else None
+
+
+def _closed() -> RequestError:
+    return RequestError("this sampler is closed: load it again")
 
 
 def _is_int(value: Any) -> bool:

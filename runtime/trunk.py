@@ -11,11 +11,13 @@ from itertools import count
 
 import numpy as np
 
+from otcache.schemas.consistency import check_wiring
 from otcache.schemas.errors import ArtifactError
 from otcache.schemas.manifest import Manifest, Stage, TensorInfo
 
 from .engine import Array, Backend, Engine, Tensor
 from .loop import Float32, Residual
+from .timing import PART_OF_KIND, Timer
 
 
 def plan_buffers(manifest: Manifest) -> dict[str, int]:
@@ -55,56 +57,24 @@ def plan_buffers(manifest: Manifest) -> dict[str, int]:
 
 
 def check_trunk(manifest: Manifest) -> None:
-    """Shapes that the runtime relies on, and what a cached step needs. Raises ArtifactError."""
-    for stage in manifest.stages:
-        for tensor in (*stage.inputs, *stage.outputs):
-            if "batch" in tensor.shape[1:]:
-                raise ArtifactError(f"stage {stage.name}: {tensor.name} has its batch not first: compile it again")
-    _check_ends(manifest)
-    made = {tensor.name for stage in manifest.trunk if stage.kind == "block" for tensor in stage.outputs}
-    if odd := [feature.source for feature in manifest.features if feature.source in made]:
-        raise ArtifactError(f"features: {odd[0]} is a source, but a block writes it: compile it again")
-    results = {feature.result for feature in manifest.features}
-    needed = {tensor.name for tensor in manifest.trunk[-1].inputs} & made
-    cached = any(not step.compute for entry in manifest.programs for step in entry.program.steps)
-    if cached and (missing := sorted(needed - results)):
-        raise ArtifactError(
-            f"features: the head reads {missing[0]}, which blocks write but no feature holds: a cached step would "
-            "have none: compile it again"
-        )
-
-
-def _check_ends(manifest: Manifest) -> None:
-    """Latents in, output and decoder agree in shape; text encoder and decoder work on a batch."""
-    latents = ("batch", *manifest.latents.shape)
-    tensors = {t.name: t for stage in manifest.trunk for t in (*stage.inputs, *stage.outputs)}
-    expected: dict[TensorInfo, tuple[tuple[object, ...], ...]] = {}
-    expected |= {tensors[name]: (latents,) for name in (manifest.latents_input, manifest.output)}
-    if decoder := manifest.stage("decoder"):
-        height, width = manifest.conditions.height, manifest.conditions.width
-        if len(decoder.inputs) != 1 or len(decoder.outputs) != 1:
-            raise ArtifactError(f"stage {decoder.name}: expected one input and one output: compile it again")
-        expected[decoder.inputs[0]] = (latents,)
-        expected[decoder.outputs[0]] = (("batch", height, width, 3), ("batch", 3, height, width))
-    if encoder := manifest.stage("text_encoder"):
-        expected |= {tensor: (("batch", *tensor.shape[1:]),) for tensor in encoder.outputs}
-        lengths = {tokenizer.input_name: tokenizer.length for tokenizer in manifest.tokenizers}
-        expected |= {tensor: (("batch", lengths[tensor.name]),) for tensor in encoder.inputs}
-    for tensor, shapes in expected.items():
-        if tensor.shape not in shapes:
-            raise ArtifactError(
-                f"{tensor.name} has shape {tensor.shape}: expected {' or '.join(map(str, shapes))}: compile it again"
-            )
+    """What the loop relies on; a manifest that was read has passed it already. Raises ArtifactError."""
+    try:
+        check_wiring(manifest)
+    except ValueError as error:
+        raise ArtifactError(f"artifact is damaged: manifest.json: {error}") from None
 
 
 class Trunk:
     """Engines bound to buffers for n samples. Not shared between requests; holds no state that outlives one."""
 
-    def __init__(self, manifest: Manifest, engines: Mapping[str, Engine], backend: Backend, n: int) -> None:
+    def __init__(
+        self, manifest: Manifest, engines: Mapping[str, Engine], backend: Backend, n: int, timer: Timer | None = None
+    ) -> None:
         self._manifest = manifest
         self._n = n
+        self._timer = timer or Timer()
         self._buffers = _make_buffers(manifest, backend, manifest.guidance.branches * n)
-        self._calls = [(stage.kind, self._bind(stage, engines[stage.name])) for stage in manifest.trunk]
+        self._calls = [(stage.kind, stage.name, self._bind(stage, engines[stage.name])) for stage in manifest.trunk]
 
     def condition(self, conditioning: Mapping[str, Array]) -> None:
         """Put the request's tensors in place: with a batch (g, n, …), others as the manifest has them."""
@@ -123,14 +93,16 @@ class Trunk:
         self._run("block")
 
     def residual(self) -> Residual:
-        return tuple(
-            np.subtract(self._read(feature.result), self._read(feature.source), dtype=np.float32)
-            for feature in self._manifest.features
-        )
+        with self._timer.part("forecast"):
+            return tuple(
+                np.subtract(self._read(feature.result), self._read(feature.source), dtype=np.float32)
+                for feature in self._manifest.features
+            )
 
     def apply(self, residual: Residual) -> None:
-        for feature, part in zip(self._manifest.features, residual, strict=True):
-            self._buffers[feature.result].write(self._read(feature.source) + part)
+        with self._timer.part("forecast"):
+            for feature, part in zip(self._manifest.features, residual, strict=True):
+                self._buffers[feature.result].write(self._read(feature.source) + part)
 
     def head(self) -> Float32:
         self._run("head")
@@ -141,23 +113,28 @@ class Trunk:
         return self._buffers[name].read()
 
     def _run(self, kind: str) -> None:
-        for stage_kind, call in self._calls:
+        for stage_kind, name, call in self._calls:
             if stage_kind == kind:
-                call()
+                with self._timer.part(PART_OF_KIND[kind], name):
+                    call()
 
     def _bind(self, stage: Stage, engine: Engine) -> Callable[[], None]:
         inputs = {tensor.name: self._buffers[tensor.name] for tensor in stage.inputs}
         return engine.bind(inputs, {tensor.name: self._buffers[tensor.name] for tensor in stage.outputs})
 
 
-def run_stage(stage: Stage, engine: Engine, backend: Backend, inputs: Mapping[str, Array]) -> dict[str, Array]:
+def run_stage(
+    stage: Stage, engine: Engine, backend: Backend, inputs: Mapping[str, Array], timer: Timer
+) -> dict[str, Array]:
     """Run a stage on its own, such as text encoder or decoder: arrays of one batch in, new arrays out."""
     batch = max((len(inputs[tensor.name]) for tensor in stage.inputs if tensor.shape[:1] == ("batch",)), default=1)
     reading = {tensor.name: backend.empty(shape_of(tensor, batch), tensor.dtype) for tensor in stage.inputs}
     writing = {tensor.name: backend.empty(shape_of(tensor, batch), tensor.dtype) for tensor in stage.outputs}
     for name, tensor in reading.items():
         tensor.write(inputs[name])
-    engine.bind(reading, writing)()
+    call = engine.bind(reading, writing)
+    with timer.part(PART_OF_KIND[stage.kind], stage.name):
+        call()
     return {name: tensor.read() for name, tensor in writing.items()}
 
 

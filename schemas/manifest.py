@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from . import consistency
+from .consistency import FULL as FULL
+from .consistency import MANIFEST_NAME as MANIFEST_NAME
+from .consistency import SIGNATURE_NAME as SIGNATURE_NAME
 from .digest import digest_of_value
-from .program import Frozen, Program
+from .program import MAX_STEPS, Coefficient, Frozen, Program
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 1
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
-MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20
-FULL = "full"
-"""Name of the budget that takes every step."""
 
-_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*\Z")
+_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._+-]*[A-Za-z0-9_+-])?\Z")
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|\Z)", re.IGNORECASE)
+"""Names that Windows takes for devices, whatever follows the dot."""
 
 
 def _check_path(path: str) -> str:
     parts = path.split("/")
-    if len(path) > 255 or len(parts) > 8 or not all(_PART.match(part) for part in parts):
+    if len(path) > 255 or len(parts) > 8 or not all(_PART.match(part) and not _DEVICE.match(part) for part in parts):
         raise ValueError(
-            f"{path!r} is no plain relative path (letters, digits, '._+-' and '/', no part starts with a dot)"
+            f"{path[:80]!r} is no plain relative path (letters, digits, '._+-' and '/', no part starts or ends with a dot)"
         )
+    return path
+
+
+def _check_onnx(path: str) -> str:
+    if not path.endswith(".onnx"):
+        raise ValueError(f"{path!r} is no ONNX file: expected a name that ends in .onnx")
     return path
 
 
 ArtifactPath = Annotated[str, AfterValidator(_check_path)]
 """Relative path with forward slashes, inside the artifact: no parent, absolute, hidden or drive parts."""
+OnnxPath = Annotated[ArtifactPath, AfterValidator(_check_onnx)]
+"""ONNX Runtime takes the format of a file from its name."""
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$", max_length=128)]
 Count = Annotated[int, Field(ge=0, le=1 << 48)]
 Size = Annotated[int, Field(ge=1, le=1 << 31)]
+Budget = Annotated[str, Field(pattern=r"^(full|[1-9][0-9]{0,3})$")]
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
 
 
@@ -62,7 +74,9 @@ class Stage(Frozen):
     kind: Literal["text_encoder", "embed", "block", "head", "decoder"]
     inputs: tuple[TensorInfo, ...] = Field(min_length=1, max_length=256)
     outputs: tuple[TensorInfo, ...] = Field(min_length=1, max_length=256)
-    onnx: ArtifactPath
+    onnx: OnnxPath
+    external_data: tuple[ArtifactPath, ...] = Field(default=(), max_length=64)
+    """Since 1.1: files beside `onnx` that hold weights of it. It may refer to no other file."""
     max_relative_error: float = Field(ge=0)
     """Largest difference of the exported stage from the original, relative to the largest output."""
 
@@ -92,7 +106,7 @@ class Latents(Frozen):
     permutation: tuple[int, ...] = Field(min_length=1, max_length=12)
     shape: tuple[Size, ...] = Field(min_length=1, max_length=6)
     """Shape of one sample's latents, as the scheduler sees them."""
-    initial_scale: float
+    initial_scale: Coefficient
 
     @model_validator(mode="after")
     def _consistent(self) -> Latents:
@@ -101,6 +115,8 @@ class Latents(Frozen):
             raise ValueError(f"latents: noise_shape, split and shape have {counts} elements: expected the same")
         if sorted(self.permutation) != list(range(len(self.split))):
             raise ValueError(f"latents.permutation is {self.permutation}: expected an order of {len(self.split)} axes")
+        if counts[0] > 1 << 32:
+            raise ValueError(f"latents: one sample has {counts[0]} elements: expected at most 2**32")
         return self
 
 
@@ -112,11 +128,17 @@ class Guidance(Frozen):
     """
 
     kind: Literal["none", "cfg", "cfg_norm"]
-    scale: float
-    minimum: float
-    maximum: float
+    scale: Coefficient
+    minimum: Coefficient
+    maximum: Coefficient
     """Range of scales that the coefficients were calibrated for."""
     negative_prompt: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Guidance:
+        if not self.minimum <= self.scale <= self.maximum:
+            raise ValueError(f"guidance: scale is {self.scale}: expected {self.minimum} to {self.maximum}")
+        return self
 
     @property
     def branches(self) -> int:
@@ -132,7 +154,7 @@ class Sampler(Frozen):
 
     scheduler: str
     config: dict[str, Any]
-    num_inference_steps: int = Field(ge=1, le=4096)
+    num_inference_steps: int = Field(ge=1, le=MAX_STEPS)
 
 
 class Model(Frozen):
@@ -160,9 +182,18 @@ class Conditions(Frozen):
 class Policy(Frozen):
     """A schedule and the budget at which it was found; its measure's quantile function is linear between its steps."""
 
-    schedule: tuple[int, ...] = Field(min_length=1)
-    num_inference_steps: int
+    schedule: tuple[int, ...] = Field(min_length=1, max_length=MAX_STEPS)
+    num_inference_steps: int = Field(ge=1, le=MAX_STEPS)
     source: str
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Policy:
+        steps = self.schedule
+        if any(after <= before for before, after in itertools.pairwise(steps)):
+            raise ValueError("schedule: expected increasing step indices")
+        if steps[0] < 0 or steps[-1] >= self.num_inference_steps:
+            raise ValueError(f"schedule: expected step indices from 0 to {self.num_inference_steps - 1}")
+        return self
 
 
 class Statistic(Frozen):
@@ -203,11 +234,11 @@ class Baseline(Frozen):
 class BudgetProgram(Frozen):
     """What is served at one budget, how good it is, and what else was tried."""
 
-    budget: str
+    budget: Budget
     program: Program
     quality: Quality | None = None
-    candidates: tuple[Candidate, ...] = ()
-    baselines: tuple[Baseline, ...] = ()
+    candidates: tuple[Candidate, ...] = Field(default=(), max_length=4096, fail_fast=True)
+    baselines: tuple[Baseline, ...] = Field(default=(), max_length=256, fail_fast=True)
 
 
 class Cost(Frozen):
@@ -224,6 +255,20 @@ class Engine(Frozen):
     version: str
     target: str
     stages: dict[str, ArtifactPath]
+
+
+class Golden(Frozen):
+    """Since 1.1: a request with its result, so that a host can show that it serves what was compiled."""
+
+    prompt: str = Field(max_length=4096)
+    budget: Budget
+    seed: int = Field(ge=-(1 << 63), lt=1 << 64)
+    guidance_scale: Coefficient | None
+    """None for an artifact without guidance."""
+    latents: ArtifactPath
+    """The final latents of one sample: little-endian float32 in C order, `latents.shape`, nothing else in the file."""
+    max_relative_error: float = Field(gt=0, le=1)
+    """A host's latents x agree with those of the file, g, if ‖x − g‖₂ ≤ max_relative_error · ‖g‖₂."""
 
 
 class Measurement(Frozen):
@@ -243,7 +288,7 @@ class Manifest(Frozen):
     sampler: Sampler
     conditions: Conditions
     latents: Latents
-    timestep_scale: float
+    timestep_scale: Coefficient
     """What the scheduler's timestep is multiplied by before the model sees it."""
     latents_input: Name
     timestep_input: Name
@@ -251,86 +296,25 @@ class Manifest(Frozen):
     guidance: Guidance
     max_relative_error: float = Field(default=0.0, ge=0)
     """Largest difference of the exported trunk from the original model, end to end, relative to the largest output."""
-    stages: tuple[Stage, ...] = Field(min_length=3, max_length=4096)
+    stages: tuple[Stage, ...] = Field(min_length=3, max_length=4096, fail_fast=True)
     features: tuple[Feature, ...] = Field(max_length=64)
     tokenizers: tuple[Tokenizer, ...] = Field(max_length=8)
     reference: Policy
     anchor: Policy
-    programs: tuple[BudgetProgram, ...] = Field(min_length=1, max_length=4096)
-    costs: tuple[Cost, ...] = ()
-    engines: tuple[Engine, ...] = ()
-    files: tuple[FileEntry, ...] = Field(max_length=65536)
+    programs: tuple[BudgetProgram, ...] = Field(min_length=1, max_length=4096, fail_fast=True)
+    golden: Golden | None = None
+    costs: tuple[Cost, ...] = Field(default=(), max_length=256, fail_fast=True)
+    engines: tuple[Engine, ...] = Field(default=(), max_length=256, fail_fast=True)
+    files: tuple[FileEntry, ...] = Field(max_length=65536, fail_fast=True)
     digest: Digest
-    measurements: tuple[Measurement, ...] = ()
-    attachments: tuple[FileEntry, ...] = ()
+    measurements: tuple[Measurement, ...] = Field(default=(), max_length=65536, fail_fast=True)
+    attachments: tuple[FileEntry, ...] = Field(default=(), max_length=65536, fail_fast=True)
     """Reports and pictures: checked when present, not part of the digest, safe to delete."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        paths = [entry.path for entry in (*self.files, *self.attachments)]
-        folded = [path.casefold() for path in paths]
-        if len(set(folded)) != len(folded):
-            raise ValueError("files: two entries have the same path")
-        if any(str(PurePosixPath(path).parent) != "." and path.split("/")[0] == MANIFEST_NAME for path in paths):
-            raise ValueError(f"files: {MANIFEST_NAME} cannot be a folder")
-        listed = {entry.path for entry in self.files}
-        needed = {stage.onnx for stage in self.stages} | {tokenizer.path for tokenizer in self.tokenizers}
-        needed |= {path for engine in self.engines for path in engine.stages.values()}
-        if missing := sorted(needed - listed):
-            raise ValueError(f"files: {missing[0]} is used but not listed")
-        names = [entry.budget for entry in self.programs]
-        if len(set(names)) != len(names):
-            raise ValueError("programs: two have the same budget")
-        for entry in self.programs:
-            self._check_program(entry)
-        self._check_wiring()
+        consistency.check(self)
         return self
-
-    def _check_program(self, entry: BudgetProgram) -> None:
-        total = self.sampler.num_inference_steps
-        if entry.budget != FULL and (not entry.budget.isascii() or not entry.budget.isdigit()):
-            raise ValueError(f"programs: budget {entry.budget!r} is neither a number nor {FULL!r}")
-        expected = total if entry.budget == FULL else int(entry.budget)
-        if entry.program.nfe != expected:
-            raise ValueError(f"programs: budget {entry.budget} computes {entry.program.nfe} steps: expected {expected}")
-        if entry.program.steps[-1].step_index >= total:
-            raise ValueError(f"programs: budget {entry.budget} has a step beyond the last of {total}")
-        if entry.program.payload == "residual" and not self.features:
-            raise ValueError(f"programs: budget {entry.budget} caches residuals but no features are declared")
-
-    def _check_wiring(self) -> None:
-        """Every input of the trunk is a request input or comes from an earlier stage, with the same type and shape."""
-        names = [stage.name for stage in self.stages]
-        if len(set(names)) != len(names):
-            raise ValueError("stages: two have the same name")
-        trunk = self.trunk
-        if len(trunk) < 3 or [s.kind for s in trunk] != ["embed", *["block"] * (len(trunk) - 2), "head"]:
-            raise ValueError("stages: expected one embed, at least one block and one head, in this order")
-        known: dict[str, TensorInfo] = {}
-        request: dict[str, TensorInfo] = {}
-        for stage in trunk:
-            for tensor in stage.inputs:
-                have = known.get(tensor.name) or request.setdefault(tensor.name, tensor)
-                if (have.dtype, have.shape) != (tensor.dtype, tensor.shape):
-                    raise ValueError(f"stages: {stage.name} reads {tensor.name} in another type or shape than it has")
-            for tensor in stage.outputs:
-                if tensor.name in known or tensor.name in request:
-                    raise ValueError(f"stages: {stage.name} writes {tensor.name}, which exists already")
-                known[tensor.name] = tensor
-        if self.output not in {tensor.name for tensor in trunk[-1].outputs}:
-            raise ValueError(f"output: {self.output} is not an output of the head")
-        for name in (self.latents_input, self.timestep_input):
-            if name not in request:
-                raise ValueError(f"{name} is no input of the model")
-        for feature in self.features:
-            source, result = known.get(feature.source) or request.get(feature.source), known.get(feature.result)
-            if source is None or result is None or (source.dtype, source.shape) != (result.dtype, result.shape):
-                raise ValueError(f"features: {feature.source} and {feature.result} are no tensors of the same shape")
-        encoders = [stage for stage in self.stages if stage.kind == "text_encoder"]
-        if len(encoders) > 1 or len([s for s in self.stages if s.kind == "decoder"]) > 1:
-            raise ValueError("stages: at most one text encoder and one decoder")
-        if encoders and {t.name for t in encoders[0].inputs} != {t.input_name for t in self.tokenizers}:
-            raise ValueError("tokenizers: expected one for each input of the text encoder")
 
     @property
     def trunk(self) -> tuple[Stage, ...]:

@@ -29,7 +29,7 @@ class Step(Frozen):
 
     step_index: int = Field(ge=0, lt=MAX_STEPS)
     """Index on the timeline of the full sampler, 0-based."""
-    timestep: float
+    timestep: Coefficient
     """Time in the scheduler's own units, before the model's `timestep_scale`."""
     input_scale: Coefficient = 1.0
     compute: bool = True
@@ -49,7 +49,7 @@ class Program(Frozen):
     """
 
     payload: Payload
-    steps: tuple[Step, ...] = Field(min_length=1, max_length=MAX_STEPS)
+    steps: tuple[Step, ...] = Field(min_length=1, max_length=MAX_STEPS, fail_fast=True)
 
     @model_validator(mode="after")
     def _consistent(self) -> Program:

@@ -16,17 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 
-from . import scenes, text
+from . import flow, scenes, text
 
 SIDE = 48
 LATENT_CHANNELS = 4
 SHIFT = 3.0
 GUIDANCE = 4.0
-CAPTION_DROPOUT = 0.1
 
 
 def make_dataset(count: int, seed: int) -> tuple[torch.Tensor, list[scenes.Scene]]:
@@ -36,11 +33,6 @@ def make_dataset(count: int, seed: int) -> tuple[torch.Tensor, list[scenes.Scene
     chosen = [scenes.place(everything[int(i)], random) for i in random.integers(len(everything), size=count)]
     pictures = np.stack([scenes.render(scene, SIDE) for scene in chosen])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), chosen
-
-
-def pixels(pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 [0, 255] → float32 [-1, 1]."""
-    return pictures.float() / 127.5 - 1
 
 
 def make_autoencoder() -> AutoencoderKL:
@@ -59,39 +51,14 @@ def make_autoencoder() -> AutoencoderKL:
 
 
 def train_autoencoder(pictures: torch.Tensor, *, steps: int, seed: int = 0) -> AutoencoderKL:
-    """Train the autoencoder with a squared, later also an absolute, error and a small pull on the latents' size; sets its scale and shift."""
+    """The trained autoencoder with its scale and shift."""
     torch.manual_seed(seed)
-    vae = make_autoencoder()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2.5e-3, betas=(0.9, 0.95), weight_decay=1e-4)
-    for step in range(steps):
-        done = step / steps
-        for group in optimizer.param_groups:
-            group["lr"] = 2.5e-3 * min(1.0, (step + 1) / 50) * (1 - done) ** 0.7
-        real = pixels(pictures[torch.randint(len(pictures), (8,))])
-        posterior = vae.encode(real).latent_dist
-        drawn = vae.decode(posterior.mean + 0.02 * torch.randn_like(posterior.mean)).sample
-        loss = F.mse_loss(drawn, real) + 1e-4 * posterior.mean.square().mean()
-        if done > 0.4:
-            loss = loss + 0.5 * F.l1_loss(drawn, real)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % 100 == 0:
-            error = F.mse_loss((drawn + 1) / 2, (real + 1) / 2).item()
-            print(f"autoencoder: step {step + 1}/{steps}, PSNR {-10 * np.log10(error):.1f} dB", flush=True)
-    vae = vae.eval().requires_grad_(False)
-    latents = encode(vae, pictures[:1024])
+    vae = flow.train_autoencoder(make_autoencoder(), pictures, steps=steps, seed=seed)
+    latents = flow.encode(vae, pictures[:1024])
     vae.register_to_config(
         scaling_factor=round(float(1 / latents.std()), 5), shift_factor=round(float(latents.mean()), 5)
     )
     return vae
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Latents float32 (n, LATENT_CHANNELS, SIDE/4, SIDE/4) before scale and shift."""
-    return torch.cat([vae.encode(pixels(part)).latent_dist.mean for part in pictures.split(64)])
 
 
 def make_transformer() -> FluxTransformer2DModel:
@@ -108,34 +75,6 @@ def make_transformer() -> FluxTransformer2DModel:
     return model
 
 
-def _orthogonalised(
-    gradient: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
-) -> torch.Tensor:
-    """Muon's Newton–Schulz iteration in float32: torch's own runs in bfloat16, which CPUs emulate ten times slower."""
-    a, b, c = coefficients
-    tall = gradient.size(0) > gradient.size(1)
-    x = gradient.float().T if tall else gradient.float()
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
-
-
-torch.optim._muon._zeropower_via_newtonschulz = _orthogonalised
-
-
-def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for the rest."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name and "norm" not in name]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(matrices, lr=1.5e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-
-
 def train_transformer(
     latents: torch.Tensor,
     embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -143,76 +82,34 @@ def train_transformer(
     *,
     steps: int,
     checkpoint: Path,
-    batch: int = 64,
     seed: int = 0,
 ) -> FluxTransformer2DModel:
-    """Rectified flow with caption dropout. Returns the exponential moving average of the weights.
+    """Rectified flow; see `flow.train_transformer`.
 
     latents: float32 (n, tokens, 4·LATENT_CHANNELS), scaled and packed. embeddings: pooled float32 (m, 64) and token
     features float32 (m, TEXT_LENGTH, 64) of every caption, the empty one last. captions: int64 (n, 2), two wordings.
     """
-    torch.manual_seed(seed)
-    model = make_transformer().train()
-    average = make_transformer().requires_grad_(False)
-    optimizers = make_optimizers(model)
-    rates = [1.5e-3, 1.5e-3]
     side = int(latents.shape[1] ** 0.5)
     rows = torch.arange(side, dtype=torch.float32)
     image_ids = torch.cartesian_prod(torch.zeros(1), rows, rows)
     text_ids = torch.zeros(text.TEXT_LENGTH, 3)
-    start, losses = 0, []
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        start = state["step"]
-        torch.set_rng_state(state["random"])
-    else:
-        average.load_state_dict(model.state_dict())
-    for step in range(start, steps):
-        done = step / steps
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, (step + 1) / 100) * min(1.0, max(0.02, 2.0 * (1 - done)))
-        index = torch.randint(len(latents), (batch,))
-        data, noise = latents[index], torch.randn(batch, *latents.shape[1:])
-        caption = captions[index, torch.randint(2, (batch,))]
-        caption = torch.where(torch.rand(batch) < CAPTION_DROPOUT, len(embeddings[0]) - 1, caption)
-        uniform = torch.sigmoid(torch.randn(batch))
-        uniform = torch.where(torch.rand(batch) < 0.15, torch.rand(batch), uniform)
-        sigma = 1.6 * uniform / (1 + 0.6 * uniform)
-        noisy = torch.lerp(data, noise, sigma[:, None, None])
-        output = model(
+
+    def predict(model: nn.Module, noisy: torch.Tensor, sigma: torch.Tensor, caption: torch.Tensor) -> torch.Tensor:
+        return model(
             hidden_states=noisy, timestep=sigma, pooled_projections=embeddings[0][caption],
             encoder_hidden_states=embeddings[1][caption], img_ids=image_ids, txt_ids=text_ids, return_dict=False,
         )[0]  # fmt: skip
-        loss = F.mse_loss(output, noise - data)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        decay = min(0.998, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
-                slow.lerp_(fast, 1 - decay)
-        losses.append(loss.item())
-        if (step + 1) % 100 == 0:
-            print(
-                f"transformer: step {step + 1}/{steps}, loss {sum(losses[-100:]) / len(losses[-100:]):.4f}", flush=True
-            )
-        if (step + 1) % 250 == 0:
-            part = checkpoint.with_suffix(".part")
-            torch.save(
-                {"model": model.state_dict(), "average": average.state_dict(), "step": step + 1,
-                 "random": torch.get_rng_state(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]},
-                part,
-            )  # fmt: skip
-            part.replace(checkpoint)
-    return average.eval()
+
+    return flow.train_transformer(
+        make_transformer,
+        predict,
+        latents,
+        captions,
+        len(embeddings[0]) - 1,
+        steps=steps,
+        checkpoint=checkpoint,
+        seed=seed,
+    )
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -246,30 +143,7 @@ def check(pipeline: FluxPipeline, *, count: int = 64, seed: int = 10_000) -> tup
             ).images
         )  # fmt: skip
     drawn = (np.concatenate(pictures) * 255).round().astype(np.uint8)
-    found = [scenes.read_colours(picture) for picture in drawn]
-    colour = np.asarray([found_colour == scene.colour for (found_colour, _), scene in zip(found, chosen, strict=True)])
-    ground = np.asarray(
-        [found_ground == scene.background for (_, found_ground), scene in zip(found, chosen, strict=True)]
-    )
-    shape = np.asarray(
-        [scenes.read_shape(picture) == scene.shape for picture, scene in zip(drawn, chosen, strict=True)]
-    )
-    shares = {
-        "colour": colour.mean(), "background": ground.mean(), "both": (colour & ground).mean(), "shape": shape.mean(),
-    }  # fmt: skip
-    return {name: round(float(value), 4) for name, value in shares.items()}, drawn
-
-
-def contact_sheet(pictures: np.ndarray, columns: int = 8, scale: int = 2) -> Image.Image:
-    """Pictures uint8 (n, height, width, 3) side by side, enlarged."""
-    count, height, width, _ = pictures.shape
-    rows = -(-count // columns)
-    sheet = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, 3), 255, dtype=np.uint8)
-    for i, picture in enumerate(pictures):
-        y, x = 2 + (i // columns) * (height + 2), 2 + (i % columns) * (width + 2)
-        sheet[y : y + height, x : x + width] = picture
-    image = Image.fromarray(sheet)
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
+    return flow.followed(list(drawn), chosen), drawn
 
 
 def write_prompts(folder: Path, count: int = 128, seed: int = 1) -> None:
@@ -300,7 +174,7 @@ def main() -> None:
     else:
         vae = train_autoencoder(pictures, steps=options.vae_steps, seed=options.seed)
         vae.save_pretrained(vae_folder)
-    latents = pack((encode(vae, pictures) - vae.config.shift_factor) * vae.config.scaling_factor)
+    latents = pack((flow.encode(vae, pictures) - vae.config.shift_factor) * vae.config.scaling_factor)
 
     wordings = sorted({caption for scene in chosen for caption in (scene.caption, scene.long_caption)})
     order = {caption: i for i, caption in enumerate(wordings)}
@@ -317,9 +191,9 @@ def main() -> None:
     pipeline.to(torch.float16).save_pretrained(options.output)
     write_prompts(options.output)
     shares, drawn = check(FluxPipeline.from_pretrained(options.output, torch_dtype=torch.float32))
-    contact_sheet(drawn).save(options.output / "samples.png")
+    flow.contact_sheet(drawn).save(options.output / "samples.png")
     (options.output / "check.json").write_text(json.dumps(shares, indent=1) + "\n")
-    weights = sum(path.stat().st_size for path in options.output.rglob("*.safetensors"))
+    weights = flow.weights_bytes(options.output)
     print(f"follows its caption on {shares}; weights {weights / 1e6:.1f} MB; {options.output}")
     if shares["both"] < 0.9:
         raise SystemExit("the model does not follow its captions well enough: train for longer with --steps")

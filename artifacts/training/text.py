@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
@@ -21,9 +23,9 @@ ATTRIBUTES = {
 }
 
 
-def make_tokenizers() -> tuple[CLIPTokenizer, T5Tokenizer]:
-    """A CLIP (byte-pair) and a T5 (unigram) tokenizer that know every caption's words and all letters."""
-    captions = [scene.long_caption for scene in scenes.all_scenes()]
+def make_tokenizers(captions: Sequence[str] | None = None) -> tuple[CLIPTokenizer, T5Tokenizer]:
+    """A CLIP (byte-pair) and a T5 (unigram) tokenizer that know every word of the captions (the scenes') and all letters."""
+    captions = captions or [scene.long_caption for scene in scenes.all_scenes()]
     words = sorted({word for caption in captions for word in caption.split()})
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 

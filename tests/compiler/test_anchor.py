@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import random
+import signal
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -72,3 +76,38 @@ def test_a_search_without_any_finite_score_is_refused():
         search(trials=2, function=lambda s: math.nan)
     with pytest.raises(ValueError, match="trials is 0: expected 1 or more"):
         search(trials=0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_search_killed_again_and_again_scores_every_schedule_once(tmp_path):
+    """SIGKILL at random moments, those at which the database is created included; every run goes on where the last stopped."""
+    storage, log, draw = f"sqlite:///{tmp_path / 'study.db'}", tmp_path / "scored", random.Random(3)
+
+    def noted(schedule):
+        value = score(schedule)
+        with open(log, "a") as file:
+            file.write(f"{schedule}\n")
+        return value
+
+    search(trials=1)  # imports
+    kills = 0
+    for attempt in range(60):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                search(trials=20, storage=storage, function=noted)
+            finally:
+                os._exit(0)
+        time.sleep(draw.uniform(0.0, 0.6) * (1 + attempt / 10))  # longer and longer, for slow machines
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if status == 0:
+            break
+        kills += 1
+    scored = []
+    result = search(trials=20, storage=storage, scored=scored)
+    assert result == search(trials=20)
+    lines = log.read_text().splitlines() if log.exists() else []
+    assert kills >= 1
+    assert len(set(lines)) + len(scored) == result.evaluated
+    assert len(lines) - len(set(lines)) <= kills, "at most the trial that was under way is scored again"

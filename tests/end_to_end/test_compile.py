@@ -16,6 +16,7 @@ from conftest import COMPILE, otc
 
 from otcache.compiler.capture import call_options, capture, denoiser_of, probe
 from otcache.compiler.cut import cut
+from otcache.compiler.figures import FIGURES
 from otcache.compiler.models import load_model
 from otcache.compiler.rollout import roll_out
 from otcache.runtime import Sampler
@@ -108,8 +109,9 @@ def test_no_path_of_this_host_is_in_the_artifact(compiled, tiny_flux_folder):
 
 def test_report_is_whole(compiled):
     page = (compiled / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "http" not in page.split("<body>")[1]
-    assert {path.name for path in (compiled / "report").iterdir()} == {"pictures.png", "quality.png", "schedules.png"}
+    assert "data:image/png;base64," in page and "http" not in page.split("<body>")[1]
+    names = {"evidence.json", "pictures.png", "worst.png", *FIGURES}
+    assert {path.name for path in (compiled / "report").iterdir()} == names
 
 
 def test_same_options_give_the_same_digest(compiled, tiny_flux_folder, workspace, tmp_path):

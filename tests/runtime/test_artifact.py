@@ -9,7 +9,8 @@ import small_artifact as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otcache.runtime.artifact import MAX_DEPTH, Artifact
+from otcache.runtime.artifact import Artifact
+from otcache.runtime.strict_json import MAX_DEPTH
 from otcache.schemas.errors import ArtifactError, OTCacheError
 from otcache.schemas.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
 

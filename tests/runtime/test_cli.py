@@ -123,7 +123,9 @@ def test_unexpected_error(monkeypatch, artifact_folder):
     monkeypatch.setattr("otcache.runtime.artifact.Artifact.open", fail)
     failed(otc("verify", artifact_folder), 1, "ZeroDivisionError", "OTC_LOG=debug")
     monkeypatch.setenv("OTC_LOG", "debug")
-    assert isinstance(otc("verify", artifact_folder).exception, ZeroDivisionError)
+    result = otc("verify", artifact_folder)
+    assert result.exit_code == 1 and "Traceback" in result.stderr and "in fail" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("Error: unexpected ZeroDivisionError")
 
 
 def test_timeline():

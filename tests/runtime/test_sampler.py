@@ -1,5 +1,6 @@
 """From prompt to picture on the small artifact, against a numpy oracle."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def test_engines_that_are_not_what_the_manifest_says(damaged):
         Sampler.load(damaged)
     (damaged / "engines/onnx/head.onnx").write_bytes(b"no model")
     small.reseal_file(damaged, "engines/onnx/head.onnx")
-    with pytest.raises(ArtifactError, match="cannot load"):
+    with pytest.raises(ArtifactError, match="expected an ONNX model"):
         Sampler.load(damaged)
     (damaged / "tokenizers/words.json").write_bytes(b"{}")
     small.reseal_file(damaged, "tokenizers/words.json")
@@ -219,3 +220,13 @@ def test_importing_the_package_is_light():
     code = "import sys, otcache.runtime; print(sorted({'numpy', 'pydantic', 'onnxruntime', 'PIL'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_engine_reports_to_nobody(artifact_folder, tmp_path):
+    """ONNX Runtime's builds keep a database of what they run in the home folder: off, unless the user wants it."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("ORT_DISABLE_TELEMETRY", "CI")}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run(
+        [sys.executable, "-c", SERVE, str(artifact_folder)], env=environment, check=True, capture_output=True
+    )
+    assert list(tmp_path.rglob("*")) == []

@@ -1,0 +1,198 @@
+"""What the training scripts share: autoencoder and rectified-flow loops, Muon in float32, checks and their folder.
+
+A script names its model, its data and how the model is called; everything here is a function of those and a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import scenes
+
+CAPTION_DROPOUT = 0.1
+CHECKPOINT_STEPS = 250
+
+
+def pixels(pictures: Tensor) -> Tensor:
+    """uint8 [0, 255] → float32 [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def zero_initialised(model: nn.Module, chosen: Callable[[str], bool]) -> None:
+    """Set weights and biases of the chosen layers (by name) to zero, so that residual branches start closed."""
+    for name, module in model.named_modules():
+        if chosen(name) and isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+            nn.init.zeros_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def train_autoencoder(vae: Any, pictures: Tensor, *, steps: int, batch: int = 8, seed: int = 0) -> Any:
+    """Train an autoencoder with a squared, later also an absolute, error and a small pull on the latents' size.
+
+    vae: any diffusers autoencoder. pictures: uint8 (n, 3, [frames,] height, width), as its `encode` takes them.
+    """
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2.5e-3, betas=(0.9, 0.95), weight_decay=1e-4)
+    for step in range(steps):
+        done = step / steps
+        for group in optimizer.param_groups:
+            group["lr"] = 2.5e-3 * min(1.0, (step + 1) / 50) * (1 - done) ** 0.7
+        real = pixels(pictures[torch.randint(len(pictures), (batch,))])
+        posterior = vae.encode(real).latent_dist
+        drawn = vae.decode(posterior.mean + 0.02 * torch.randn_like(posterior.mean)).sample
+        loss = F.mse_loss(drawn, real) + 1e-4 * posterior.mean.square().mean()
+        if done > 0.4:
+            loss = loss + 0.5 * F.l1_loss(drawn, real)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            error = F.mse_loss((drawn + 1) / 2, (real + 1) / 2).item()
+            print(f"autoencoder: step {step + 1}/{steps}, PSNR {-10 * np.log10(error):.1f} dB", flush=True)
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode(vae: Any, pictures: Tensor, batch: int = 64) -> Tensor:
+    """Latents float32 before scale and shift, of the posterior's mean."""
+    return torch.cat([vae.encode(pixels(part)).latent_dist.mean for part in pictures.split(batch)])
+
+
+def _orthogonalised(gradient: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Muon's Newton–Schulz iteration in float32: torch's own runs in bfloat16, which CPUs emulate ten times slower."""
+    a, b, c = coefficients
+    tall = gradient.size(0) > gradient.size(1)
+    x = gradient.float().T if tall else gradient.float()
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+torch.optim._muon._zeropower_via_newtonschulz = _orthogonalised  # type: ignore[attr-defined]
+
+
+def make_optimizers(model: nn.Module, rate: float = 1.5e-3) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the rest."""
+    matrices = [
+        p
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and "blocks" in name and "norm" not in name and "_mod." not in name
+    ]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def train_transformer(
+    make: Callable[[], nn.Module],
+    predict: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor],
+    latents: Tensor,
+    captions: Tensor,
+    empty: int,
+    *,
+    steps: int,
+    checkpoint: Path,
+    batch: int = 64,
+    rate: float = 1.5e-3,
+    seed: int = 0,
+) -> Any:
+    """Rectified flow with caption dropout. Returns the exponential moving average of the weights.
+
+    make: an untrained model. predict: (model, noisy latents, sigma (batch,), index of the caption (batch,)) → velocity.
+    latents: float32 (n, …), scaled. captions: int64 (n, wordings). empty: index of the empty caption.
+    """
+    torch.manual_seed(seed)
+    model = make().train()
+    average = make().requires_grad_(False)
+    optimizers = make_optimizers(model, rate)
+    start, losses = 0, []
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        start = state["step"]
+        torch.set_rng_state(state["random"])
+    else:
+        average.load_state_dict(model.state_dict())
+    for step in range(start, steps):
+        done = step / steps
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, (step + 1) / 100) * min(1.0, max(0.02, 2.0 * (1 - done)))
+        index = torch.randint(len(latents), (batch,))
+        data = latents[index]
+        noise = torch.randn_like(data)
+        caption = captions[index, torch.randint(captions.shape[1], (batch,))]
+        caption = torch.where(torch.rand(batch) < CAPTION_DROPOUT, empty, caption)
+        uniform = torch.sigmoid(torch.randn(batch))
+        uniform = torch.where(torch.rand(batch) < 0.15, torch.rand(batch), uniform)
+        sigma = 1.6 * uniform / (1 + 0.6 * uniform)
+        noisy = torch.lerp(data, noise, sigma.reshape(-1, *[1] * (data.ndim - 1)))
+        loss = F.mse_loss(predict(model, noisy, sigma, caption), noise - data)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        decay = min(0.998, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+                slow.lerp_(fast, 1 - decay)
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0:
+            recent = losses[-100:]
+            print(f"transformer: step {step + 1}/{steps}, loss {sum(recent) / len(recent):.4f}", flush=True)
+        if (step + 1) % CHECKPOINT_STEPS == 0:
+            part = checkpoint.with_suffix(".part")
+            torch.save(
+                {"model": model.state_dict(), "average": average.state_dict(), "step": step + 1,
+                 "random": torch.get_rng_state(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]},
+                part,
+            )  # fmt: skip
+            part.replace(checkpoint)
+    return average.eval()
+
+
+def followed(pictures: Sequence[np.ndarray], chosen: Sequence[scenes.Scene]) -> dict[str, float]:
+    """Shares in [0, 1] of pictures with the colour, ground and shape of their caption, read from the pixels."""
+    found = [scenes.read_colours(picture) for picture in pictures]
+    colour = np.asarray([name == scene.colour for (name, _), scene in zip(found, chosen, strict=True)])
+    ground = np.asarray([name == scene.background for (_, name), scene in zip(found, chosen, strict=True)])
+    shape = np.asarray([scenes.read_shape(p) == scene.shape for p, scene in zip(pictures, chosen, strict=True)])
+    shares = {"colour": colour, "background": ground, "both": colour & ground, "shape": shape}
+    return {name: round(float(values.mean()), 4) for name, values in shares.items()}
+
+
+def contact_sheet(pictures: np.ndarray, columns: int = 8, scale: int = 2) -> Image.Image:
+    """Pictures uint8 (n, height, width, 3) side by side, enlarged."""
+    count, height, width, _ = pictures.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, 3), 255, dtype=np.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = 2 + (i // columns) * (height + 2), 2 + (i % columns) * (width + 2)
+        sheet[y : y + height, x : x + width] = picture
+    image = Image.fromarray(sheet)
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
+
+
+def weights_bytes(folder: Path) -> int:
+    """Size of all weights in a diffusers folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))

@@ -1,0 +1,125 @@
+"""`otc compare`. Imports click only, so that help works where the compiler's packages are missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .cli import NEEDED
+
+if TYPE_CHECKING:
+    from .compare import Comparison
+
+
+@click.command("compare", short_help="Measure otcache against caching libraries and few-step solvers.")
+@click.argument("model")
+@click.option("--budgets", default="4,8,10,16", show_default=True, help="Model evaluations to compare at.")
+@click.option("--against", help="Methods, separated by commas; a wrong one lists them.  [default: all]")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="Text file, a prompt a line; half at most is held out."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder.  [default: artifacts/compare/NAME]")
+@click.option("--num-inference-steps", default=50, show_default=True, help="Steps of the full sampler.")
+@click.option("--guidance-scale", default="4", show_default=True, help="Guidance scale, or a range such as 2:6.")
+@click.option("--negative-prompt", default="", help="Negative prompt of guided models.")
+@click.option("--height", type=int, help="Pixels.  [default: the autoencoder's]")
+@click.option("--width", type=int, help="Pixels.  [default: the autoencoder's]")
+@click.option("--trials", default=24, show_default=True, help="Trials of otcache's anchor search.")
+@click.option(
+    "--objective",
+    type=click.Choice(["ssim", "psnr", "lpips"]),
+    default="ssim",
+    show_default=True,
+    help="What otcache's searches maximise.",
+)
+@click.option("--calibration-prompts", default=24, show_default=True, help="Prompts to calibrate on, at most.")
+@click.option("--evaluation-prompts", default=32, show_default=True, help="Prompts to hold out, at most.")
+@click.option("--seed", default=0, show_default=True, help="Seed of searches and of the first prompt's noise.")
+@click.option(
+    "--claim/--no-claim", default=True, show_default=True, help="Also test interpolation against searches per budget."
+)
+@click.option("--force", is_flag=True, help="Replace an existing comparison.")
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON, events on stderr.")
+def compare_command(
+    as_json: bool, budgets: str, guidance_scale: str, against: str | None, claim: bool, **choices: Any
+) -> None:
+    """Measure every method's fidelity to MODEL's full runs, on the same prompts and seeds.
+
+    \b
+    Examples:
+      otc compare shapes
+      otc compare shapes --budgets 8 --against euler,unipc,teacache --no-claim
+      otc compare ./my-pipeline --budgets 6,10 --prompts prompts.txt --json > comparison.json
+
+    Writes comparison.json, comparison.md and comparison.png. An interrupted comparison goes on where it stopped.
+    """
+    from otcache.schemas.errors import ArtifactError, HostError
+
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise HostError(
+            f"otc compare needs packages that are not installed ({', '.join(missing)}): run pip install 'otcache[compiler]'"
+        )
+
+    from .logs import quiet
+    from .options import CompileOptions, parse_budgets, parse_guidance
+    from .progress import BarReporter, JsonReporter
+
+    output: Path = choices.pop("output") or Path("artifacts/compare") / Path(choices["model"]).name
+    if (output / "comparison.json").exists() and not choices["force"]:
+        raise ArtifactError(f"{output} holds a comparison already: expected none; choose another -o, or give --force")
+    options = CompileOptions(budgets=parse_budgets(budgets), guidance_scale=parse_guidance(guidance_scale), **choices)
+    quiet()
+    from .compare import compare
+    from .compare_report import write_comparison
+
+    start = time.monotonic()
+    reporter = JsonReporter() if as_json else BarReporter()
+    try:
+        names = [name.strip() for name in against.split(",")] if against else None
+        comparison = compare(options, names, reporter, claim=claim)
+    finally:
+        reporter.close()
+    write_comparison(comparison, output)
+    if as_json:
+        click.echo(json.dumps(comparison.json()))
+        return
+    _print(comparison)
+    click.echo(f"compared in {time.monotonic() - start:.0f} s; {output / 'comparison.md'}, {output / 'comparison.png'}")
+
+
+def _print(comparison: Comparison) -> None:
+    """PSNR of every method at every budget, the best of each in bold."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"PSNR (dB) / SSIM to the full {comparison.num_inference_steps} steps of {comparison.model}, "
+        f"{comparison.prompts} held-out prompts"
+    )
+    table.add_column("method")
+    for budget in comparison.budgets:
+        table.add_column(f"B = {budget}", justify="right")
+    best = {
+        budget: max(cell.psnr_db.mean for cell in comparison.cells if cell.budget == budget)
+        for budget in comparison.budgets
+    }
+    for method in dict.fromkeys(cell.method for cell in comparison.cells):
+        row = [method]
+        for budget in comparison.budgets:
+            cell = comparison.cell(method, budget)
+            text = f"{cell.psnr_db.mean:.1f} / {cell.ssim.mean:.3f}" if cell else "–"
+            row.append(f"[bold]{text}[/bold]" if cell and cell.psnr_db.mean == best[budget] else text)
+        table.add_row(*row)
+    console = Console()
+    Console(width=None if console.is_terminal else 120).print(table)
+    for verdict in comparison.verdicts:
+        click.echo(
+            f"B = {verdict.budget}: {verdict.ahead_db:+.1f} dB to {verdict.best_peer}, SSIM {verdict.ssim_ahead:+.4f}; "
+            f"must {'reached' if verdict.must else 'not reached'}, aim {'reached' if verdict.aim else 'not reached'}"
+        )

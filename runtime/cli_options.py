@@ -1,0 +1,30 @@
+"""What commands share: the ARTIFACT argument, `--json`, and the one way to print a JSON value."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .completion import complete_artifacts
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def artifact_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    """ARTIFACT, a folder; the shell completes folders that hold a manifest."""
+    kind = click.Path(path_type=Path)
+    return click.argument("artifact", type=kind, shell_complete=complete_artifacts)(function)
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--json`: exactly one JSON value on stdout, and JSON lines (events, logs, the error) on stderr."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(function)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on one line of stdout. Raises ValueError for NaN and infinities, which are no JSON."""
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))

@@ -1,0 +1,238 @@
+"""What must hold between the parts of a manifest, so that executing it cannot go wrong half-way.
+
+Every check raises ValueError with the place, what was found and what was expected; `Manifest` turns that into its own
+error. The specification is `schemas/README.md`, "Consistency"; the checks are in its order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .manifest import BudgetProgram, Manifest, Stage, TensorInfo
+
+FULL = "full"
+"""Name of the budget that takes every step."""
+MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "manifest.sig"
+RESERVED = frozenset({MANIFEST_NAME, SIGNATURE_NAME})
+"""Paths that the format itself uses, so that no file may be listed under them."""
+FLOATS = frozenset({"float32", "float16", "bfloat16"})
+INTEGERS = frozenset({"int32", "int64"})
+MAX_ELEMENTS = 1 << 40
+"""Of one tensor and one sample: larger than any device, small enough that sizes in bytes fit in 64 bits."""
+
+
+def check(manifest: Manifest) -> None:
+    """Everything below. Raises ValueError."""
+    check_files(manifest)
+    check_programs(manifest)
+    check_wiring(manifest)
+    check_golden(manifest)
+
+
+def check_files(manifest: Manifest) -> None:
+    """No two paths collide on any file system, and everything that is used is listed."""
+    paths = [entry.path for entry in (*manifest.files, *manifest.attachments)]
+    folded = {path.casefold() for path in paths}
+    if len(folded) != len(paths):
+        raise ValueError("files: two entries have the same path")
+    for path in paths:
+        parts = path.casefold().split("/")
+        if parts[0] in RESERVED:
+            raise ValueError(f"files: {path} is reserved: expected another name")
+        if any("/".join(parts[:count]) in folded for count in range(1, len(parts))):
+            raise ValueError(f"files: {path} lies in another file: expected a folder there")
+    listed = {entry.path for entry in manifest.files}
+    needed = {stage.onnx for stage in manifest.stages} | {tokenizer.path for tokenizer in manifest.tokenizers}
+    needed |= {path for stage in manifest.stages for path in stage.external_data}
+    needed |= {path for engine in manifest.engines for path in engine.stages.values()}
+    if missing := sorted(needed - listed):
+        raise ValueError(f"files: {missing[0]} is used but not listed")
+    for stage in manifest.stages:
+        folder = stage.onnx.rpartition("/")[0]
+        if odd := [path for path in stage.external_data if path.rpartition("/")[0] != folder]:
+            raise ValueError(f"stages: {stage.name} has its external data at {odd[0]}: expected it beside {stage.onnx}")
+    names = {stage.name for stage in manifest.stages}
+    for engine in manifest.engines:
+        if odd := sorted(names ^ set(engine.stages)):
+            raise ValueError(f"engines: {odd[0]} is a stage or has an engine for {engine.target}, but not both")
+
+
+def check_programs(manifest: Manifest) -> None:
+    """One program for each budget, within the steps of the sampler, with as many computed steps as the budget says."""
+    names = [entry.budget for entry in manifest.programs]
+    if len(set(names)) != len(names):
+        raise ValueError("programs: two have the same budget")
+    for entry in manifest.programs:
+        _check_program(manifest, entry)
+    total = manifest.sampler.num_inference_steps
+    for name, policy in (("reference", manifest.reference), ("anchor", manifest.anchor)):
+        if policy.num_inference_steps != total:
+            raise ValueError(f"{name}.num_inference_steps is {policy.num_inference_steps}: expected {total}")
+
+
+def _check_program(manifest: Manifest, entry: BudgetProgram) -> None:
+    total = manifest.sampler.num_inference_steps
+    expected = total if entry.budget == FULL else int(entry.budget)
+    if entry.program.nfe != expected:
+        raise ValueError(f"programs: budget {entry.budget} computes {entry.program.nfe} steps: expected {expected}")
+    if entry.program.steps[-1].step_index >= total:
+        raise ValueError(f"programs: budget {entry.budget} has a step beyond the last of {total}")
+    if entry.program.payload == "residual" and not manifest.features:
+        raise ValueError(f"programs: budget {entry.budget} caches residuals but no features are declared")
+
+
+def check_wiring(manifest: Manifest) -> None:
+    """Every tensor that a stage reads is there before it, with its type and shape, on every path through the loop."""
+    names = [stage.name for stage in manifest.stages]
+    if len(set(names)) != len(names):
+        raise ValueError("stages: two have the same name")
+    for stage in manifest.stages:
+        _check_tensors(stage)
+    known, request = _connect(manifest.trunk)
+    if manifest.output not in {tensor.name for tensor in manifest.trunk[-1].outputs}:
+        raise ValueError(f"output: {manifest.output} is not an output of the head")
+    for name in (manifest.latents_input, manifest.timestep_input):
+        if name not in request:
+            raise ValueError(f"{name} is no input of the model")
+    if manifest.latents_input == manifest.timestep_input:
+        raise ValueError(f"{manifest.latents_input} cannot be latents and timestep at once")
+    latents: tuple[int | str, ...] = ("batch", *manifest.latents.shape)
+    for tensor in (request[manifest.latents_input], known[manifest.output]):
+        _expect(tensor, FLOATS, latents)
+    _check_features(manifest, known, request)
+    _check_encoder(manifest)
+    _check_decoder(manifest, latents)
+
+
+def _check_tensors(stage: Stage) -> None:
+    for side in (stage.inputs, stage.outputs):
+        names = [tensor.name for tensor in side]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages: {stage.name} has two tensors of the same name on one side")
+        for tensor in side:
+            if "batch" in tensor.shape[1:]:
+                raise ValueError(f"stages: {tensor.name} of {stage.name} has its batch not first: compile it again")
+            if elements(tensor) > MAX_ELEMENTS:
+                raise ValueError(f"stages: {tensor.name} of {stage.name} has more than 2**40 elements")
+
+
+def elements(tensor: TensorInfo) -> int:
+    """Elements of one sample."""
+    count = 1
+    for size in tensor.shape:
+        count *= size if isinstance(size, int) else 1
+    return count
+
+
+def _connect(trunk: tuple[Stage, ...]) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
+    """Tensors that stages write, and those that a request brings."""
+    if len(trunk) < 3 or [s.kind for s in trunk] != ["embed", *["block"] * (len(trunk) - 2), "head"]:
+        raise ValueError("stages: expected one embed, at least one block and one head, in this order")
+    known: dict[str, TensorInfo] = {}
+    request: dict[str, TensorInfo] = {}
+    for stage in trunk:
+        for tensor in stage.inputs:
+            have = known.get(tensor.name) or request.setdefault(tensor.name, tensor)
+            if (have.dtype, have.shape) != (tensor.dtype, tensor.shape):
+                raise ValueError(f"stages: {stage.name} reads {tensor.name} in another type or shape than it has")
+        for tensor in stage.outputs:
+            # Also what makes a cycle impossible: a tensor that was read before it was written is in `request`.
+            if tensor.name in known or tensor.name in request:
+                raise ValueError(f"stages: {stage.name} writes {tensor.name}, which exists already")
+            known[tensor.name] = tensor
+    return known, request
+
+
+def _check_features(manifest: Manifest, known: dict[str, TensorInfo], request: dict[str, TensorInfo]) -> None:
+    made = {tensor.name for stage in manifest.trunk if stage.kind == "block" for tensor in stage.outputs}
+    for feature in manifest.features:
+        source, result = known.get(feature.source) or request.get(feature.source), known.get(feature.result)
+        if source is None or result is None or (source.dtype, source.shape) != (result.dtype, result.shape):
+            raise ValueError(f"features: {feature.source} and {feature.result} are no tensors of the same shape")
+        if source.dtype not in FLOATS:
+            raise ValueError(f"features: {feature.source} is {source.dtype}: expected a floating-point type")
+        if feature.source in made:
+            raise ValueError(f"features: {feature.source} is a source, but a block writes it: compile it again")
+        if feature.result not in made:
+            raise ValueError(f"features: {feature.result} is a result, but no block writes it: compile it again")
+    results = [feature.result for feature in manifest.features]
+    if len(set(results)) != len(results):
+        raise ValueError("features: two have the same result")
+    cached = any(not step.compute for entry in manifest.programs for step in entry.program.steps)
+    needed = {tensor.name for tensor in manifest.trunk[-1].inputs} & made
+    if cached and (missing := sorted(needed - set(results))):
+        raise ValueError(
+            f"features: the head reads {missing[0]}, which blocks write but no feature holds: a cached step would "
+            "have none: compile it again"
+        )
+
+
+def _check_encoder(manifest: Manifest) -> None:
+    """Tokens in, and out everything that the trunk needs besides latents and timestep."""
+    encoder = _only(manifest, "text_encoder")
+    lengths = {tokenizer.input_name: tokenizer.length for tokenizer in manifest.tokenizers}
+    if len(lengths) != len(manifest.tokenizers) or set(lengths) != {
+        t.name for t in (encoder.inputs if encoder else ())
+    }:
+        raise ValueError("tokenizers: expected one for each input of the text encoder")
+    if encoder is None:
+        return
+    for tensor in encoder.inputs:
+        _expect(tensor, INTEGERS, ("batch", lengths[tensor.name]))
+    made = {tensor.name: tensor for tensor in encoder.outputs}
+    for tensor in encoder.outputs:
+        _expect(tensor, None, ("batch", *tensor.shape[1:]))
+    for tensor in manifest.conditioning:
+        if tensor.name not in made:
+            raise ValueError(f"stages: the model reads {tensor.name}, which nothing writes: compile it again")
+        _expect(made[tensor.name], None, tensor.shape)
+
+
+def _check_decoder(manifest: Manifest, latents: tuple[int | str, ...]) -> None:
+    decoder = _only(manifest, "decoder")
+    if decoder is None:
+        return
+    if len(decoder.inputs) != 1 or len(decoder.outputs) != 1:
+        raise ValueError(f"stages: {decoder.name} is a decoder: expected one input and one output: compile it again")
+    height, width = manifest.conditions.height, manifest.conditions.width
+    _expect(decoder.inputs[0], FLOATS, latents)
+    _expect(decoder.outputs[0], FLOATS, ("batch", height, width, 3), ("batch", 3, height, width))
+
+
+def _only(manifest: Manifest, kind: str) -> Stage | None:
+    found = [stage for stage in manifest.stages if stage.kind == kind]
+    if len(found) > 1:
+        raise ValueError("stages: at most one text encoder and one decoder")
+    return found[0] if found else None
+
+
+def _expect(tensor: TensorInfo, dtypes: frozenset[str] | None, *shapes: tuple[int | str, ...]) -> None:
+    if tensor.shape not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"{tensor.name} has shape {tensor.shape}: expected {expected}: compile it again")
+    if dtypes is not None and tensor.dtype not in dtypes:
+        raise ValueError(f"{tensor.name} is {tensor.dtype}: expected one of {', '.join(sorted(dtypes))}")
+
+
+def check_golden(manifest: Manifest) -> None:
+    """The golden request is one that the artifact serves, and its latents are a listed file of the right size."""
+    golden, guidance = manifest.golden, manifest.guidance
+    if golden is None:
+        return
+    if manifest.program(golden.budget) is None:
+        raise ValueError(f"golden.budget is {golden.budget}: expected one of {', '.join(manifest.budgets)}")
+    if manifest.stage("text_encoder") is None:
+        raise ValueError("golden: there is no text encoder for its prompt")
+    if (golden.guidance_scale is None) != (guidance.kind == "none"):
+        raise ValueError(f"golden.guidance_scale is {golden.guidance_scale}, with guidance of kind {guidance.kind}")
+    if golden.guidance_scale is not None and not guidance.minimum <= golden.guidance_scale <= guidance.maximum:
+        raise ValueError(
+            f"golden.guidance_scale is {golden.guidance_scale}: expected {guidance.minimum} to {guidance.maximum}"
+        )
+    size = 4
+    for extent in manifest.latents.shape:
+        size *= extent
+    if size not in [entry.size_bytes for entry in manifest.files if entry.path == golden.latents]:
+        raise ValueError(f"golden.latents: expected {golden.latents} among the files, with {size} bytes")

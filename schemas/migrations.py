@@ -1,0 +1,48 @@
+"""Manifests of older minor versions as of the newest: one function for each version, applied one after the other.
+
+A migration takes the JSON value of a manifest whose digest has been checked and returns that of the next minor version. The
+value has not been compared with any schema yet, so a migration touches what has the form that it expects and leaves
+everything else for the schema to refuse; it never raises. A released migration is never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Value = dict[str, Any]
+
+
+def _from_1_0(value: Value) -> Value:
+    """1.1 names the external data of every stage, which 1.0 fixed by name; and has `golden`, which 1.0 did not know."""
+    files = value.get("files")
+    listed = [entry.get("path") for entry in files if isinstance(entry, dict)] if isinstance(files, list) else []
+    stages = value.get("stages")
+    if isinstance(stages, list):
+        stages = [_with_external_data(stage, listed) for stage in stages]
+    result = {key: item for key, item in value.items() if key != "golden"}
+    return result if stages is None else {**result, "stages": stages}
+
+
+def _with_external_data(stage: Any, listed: list[Any]) -> Any:
+    if not isinstance(stage, dict) or not isinstance(stage.get("onnx"), str):
+        return stage
+    data = stage["onnx"] + ".data"
+    return {**stage, "external_data": [data] if data in listed else []}
+
+
+MIGRATIONS: dict[int, Callable[[Value], Value]] = {0: _from_1_0}
+"""Of major version 1: minor version → function to the next one."""
+
+
+def migrate(
+    value: Value, minor: int, newest: int, migrations: dict[int, Callable[[Value], Value]] | None = None
+) -> Value:
+    """`value`, of version 1.`minor`, in the form of 1.`newest`; a newer one stays as it is.
+
+    The argument is not changed, and `schema_version` still says what the file says.
+    """
+    steps = MIGRATIONS if migrations is None else migrations
+    for version in range(minor, newest):
+        value = steps[version](value)
+    return value

@@ -1,0 +1,85 @@
+"""The bundled models' data, readers and tokenizers; and that each trained folder loads and runs with stock diffusers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
+from otcache.artifacts.training import flow, qwen, scenes, video
+
+MODELS = Path(__file__).parents[2] / "artifacts" / "models"
+CALLS = {
+    "shapes": {"height": 48, "width": 48},
+    "shapes-qwen": {"height": 32, "width": 32},
+    "shapes-video": {"height": 32, "width": 32, "num_frames": 13, "max_sequence_length": video.TEXT_LENGTH},
+}
+
+
+def test_readers_name_what_was_drawn():
+    pictures, chosen = qwen.make_dataset(64, seed=3)
+    shares = flow.followed(list(pictures[:, :, 0].permute(0, 2, 3, 1).numpy()), chosen)
+    assert shares["both"] == 1.0 and shares["shape"] >= 0.9
+    wrong = [scenes.Scene(shape=s.shape, colour=s.background, size=s.size, texture=s.texture, background=s.colour)
+             for s in chosen]  # fmt: skip
+    assert flow.followed(list(pictures[:, :, 0].permute(0, 2, 3, 1).numpy()), wrong)["both"] == 0.0
+
+
+def test_motion_is_read_in_both_directions():
+    clips, chosen = video.make_dataset(24, seed=3)
+    frames = clips.permute(0, 2, 3, 4, 1).numpy()
+    opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}
+    for clip, shown in zip(chosen, frames, strict=True):
+        assert video.read_motion(shown) == clip.motion
+        assert video.read_motion(shown[::-1]) == opposite[clip.motion]
+    assert video.read_motion(np.repeat(frames[0][:1], 13, axis=0)) == ""
+
+
+def test_templates_have_the_length_that_the_pipelines_drop():
+    tokenizer = qwen.make_tokenizer()
+    caption = "a small red ring on a blue background"
+    pipeline = qwen.make_pipeline(qwen.make_autoencoder(), tokenizer, None, qwen.make_transformer())
+    ids = tokenizer(pipeline.prompt_template_encode.format(caption)).input_ids
+    assert tokenizer.decode(ids[pipeline.prompt_template_encode_start_idx :]).startswith(caption)
+    llama, _ = video.make_tokenizers()
+    caption = "a red ring on a blue background moving left"
+    ids = llama(DEFAULT_PROMPT_TEMPLATE["template"].format(caption)).input_ids
+    assert llama.decode(ids[DEFAULT_PROMPT_TEMPLATE["crop_start"] :]) == caption + "<|eot_id|>"
+    assert len(ids) - DEFAULT_PROMPT_TEMPLATE["crop_start"] <= video.TEXT_LENGTH
+
+
+def test_single_frame_convolutions_change_no_value():
+    pictures, _ = qwen.make_dataset(4, seed=0)
+    torch.manual_seed(0)
+    vae = qwen.make_autoencoder()
+    for parameter in vae.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    plain = flow.encode(vae, pictures)
+    with qwen.single_frame():
+        fast = flow.encode(vae, pictures)
+    torch.testing.assert_close(fast, plain)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_folder_loads_and_runs(name: str):
+    folder = MODELS / name
+    if not (folder / "check.json").exists():
+        pytest.skip(f"{name} has not been trained yet")
+    assert flow.weights_bytes(folder) <= 15_000_000
+    prompts = (folder / "prompts.txt").read_text().splitlines()
+    assert len(prompts) == len(set(prompts)) == 128
+    shares = json.loads((folder / "check.json").read_text())
+    assert shares["both"] >= 0.9 and shares.get("motion", 1.0) >= 0.9
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    output = pipeline(
+        prompts[:1], negative_prompt=[" "], true_cfg_scale=4.0, num_inference_steps=4, output_type="np",
+        generator=torch.Generator().manual_seed(0), **CALLS[name],
+    )  # fmt: skip
+    assert np.isfinite(output[0]).all() and output[0].std() > 0.02

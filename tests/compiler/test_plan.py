@@ -1,0 +1,88 @@
+"""A dry run predicts what a compile then counts, and writes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import COMPILE, otc
+
+from otcache.compiler.options import CompileOptions
+from otcache.compiler.search import highest_costs
+from otcache.runtime.artifact import Artifact
+
+
+def dry_run(model, target, workspace, *more):
+    result = otc("compile", str(model), *COMPILE, *more, "-o", str(target), "--dry-run", "--json", workspace=workspace)
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    return plan, {each["name"]: each for each in plan["passes"]}
+
+
+def test_prediction_and_what_was_counted(compiled, tiny_flux_folder, tmp_path):
+    target, workspace = tmp_path / "out", tmp_path / "none"
+    plan, passes = dry_run(tiny_flux_folder, target, workspace)
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
+    manifest = Artifact.open(compiled).manifest
+    per_run = manifest.sampler.num_inference_steps * manifest.conditions.calibration_prompts
+    for cost in manifest.costs:
+        counted, predicted = round(cost.full_runs * per_run), passes[cost.name]
+        if predicted["exact"]:
+            assert counted == predicted["evaluations"], cost.name
+        else:
+            assert 0 < counted <= predicted["evaluations"], cost.name
+    assert passes["reference"]["evaluations"] == pytest.approx(
+        next(c.full_runs for c in manifest.costs if c.name == "reference") * per_run
+    )
+    assert not any(each["kept"] for each in plan["passes"])
+    written = sum(path.stat().st_size for path in compiled.rglob("*") if path.is_file())
+    assert passes["emit"]["disk_bytes"] == pytest.approx(written, rel=0.6)
+    assert plan["evaluation_s"] > 0 and plan["seconds"] > plan["evaluations"] * plan["evaluation_s"]
+
+
+def test_evaluation_is_counted_exactly(compiled, tiny_flux_folder, workspace, tmp_path):
+    """Against the events of a real compile whose evaluation is made anew."""
+    copy = tmp_path / "w"
+    shutil.copytree(workspace, copy)
+    for path in [*copy.glob("*/measured-*"), *copy.glob("*/pictures-*"), *copy.glob("*/evaluate-*")]:
+        path.unlink()
+    _, passes = dry_run(tiny_flux_folder, tmp_path / "a", copy)
+    result = otc("compile", str(tiny_flux_folder), *COMPILE, "-o", str(tmp_path / "a"), "--json", workspace=copy)
+    events = [json.loads(line) for line in result.stderr.splitlines()]
+    counted = [event["evaluations"] for event in events if event["event"] == "pass" and event["name"] == "evaluate"]
+    assert counted == [passes["held-out runs"]["evaluations"], passes["evaluate"]["evaluations"]]
+    assert not passes["evaluate"]["kept"] and passes["capture"]["kept"] and passes["anchor"]["kept"]
+
+
+def test_what_is_in_the_workspace_is_said(compiled, tiny_flux_folder, workspace, tmp_path):
+    before = sorted(path for path in workspace.rglob("*"))
+    plan, passes = dry_run(tiny_flux_folder, tmp_path / "a", workspace)
+    kept = {name for name, each in passes.items() if each["kept"]}
+    assert kept == set(passes) - {"cut", "emit"}
+    assert plan["evaluations"] == 0
+    _, more = dry_run(tiny_flux_folder, tmp_path / "a", workspace, "--budgets", "2,3,4")
+    assert more["capture"]["kept"] and more["export"]["kept"] and not more["interpolate and fit"]["kept"]
+    result = otc(
+        "compile", str(tiny_flux_folder), *COMPILE, "-o", str(tmp_path / "a"), "--dry-run", workspace=workspace
+    )
+    assert "in the workspace" in result.stdout and "nothing was written" in result.stdout
+    assert sorted(path for path in workspace.rglob("*")) == before and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("payload", ["auto", "output", "residual"])
+def test_bounds_follow_the_options(payload):
+    costs = highest_costs(CompileOptions(model="m", payload=payload))
+    assert ("residuals" in costs) == (payload != "output")
+    each = 3 if payload == "residual" else 1
+    assert costs["reference"] == pytest.approx(2 * 20 / 50 * each) and costs["anchor"] == pytest.approx(
+        24 * 4 / 50 * each
+    )
+    few = CompileOptions(model="m", payload="output", num_inference_steps=3, budgets=(3,), anchor_budget=1)
+    assert highest_costs(few)["interpolate and fit"] == 1.0, "there is one schedule of 3 steps out of 3"

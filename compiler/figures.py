@@ -48,7 +48,7 @@ Draw = Callable[[Report], Figure]
 
 def draw(report: Report, folder: Path) -> None:
     """Write all figures as PNG files, the same bytes for the same report."""
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):  # type: ignore[dict-item]
         for name, function in FIGURES.items():
             function(report).savefig(folder / name, dpi=DPI, metadata={"Software": None})
 

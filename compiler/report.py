@@ -69,7 +69,7 @@ def _pictures_drawn(evidence: Evidence, shown: Shown) -> Image.Image:
     ]
     labels = ["all steps", *(f"{budget} evaluations" for budget in budgets)]
     return pictures_sheet(evidence).draw(
-        [shown.full, *(shown.budgets[budget] for budget in budgets), *maps], [*labels, *labels[1:]],
+        [list(shown.full), *(list(shown.budgets[budget]) for budget in budgets), *maps], [*labels, *labels[1:]],
         ["the same prompts and seeds", f"difference ×{AMPLIFICATION}"],
     )  # fmt: skip
 

@@ -341,7 +341,7 @@ def _print_manifest(manifest: Manifest) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from .messages import one_line
+    from .messages import one_line, readable_size
 
     def safe(value: object) -> str:
         return escape(one_line(value))
@@ -369,7 +369,7 @@ def _print_manifest(manifest: Manifest) -> None:
     for stage in manifest.stages:
         reads, writes = ("\n".join(safe(_tensor(t)) for t in side) for side in (stage.inputs, stage.outputs))
         error = f"{stage.max_relative_error:.1e}"
-        stages.add_row(safe(stage.name), stage.kind, reads, writes, _size(sizes[stage.onnx]), error)
+        stages.add_row(safe(stage.name), stage.kind, reads, writes, readable_size(sizes[stage.onnx]), error)
     console.print(stages)
     budgets = Table(title="Budgets", title_justify="left", box=None)
     for heading in ("budget", "payload", "PSNR dB", "worst", "SSIM", "schedule"):
@@ -392,13 +392,6 @@ def _budget_row(entry: BudgetProgram, total: int, width: int) -> tuple[str, ...]
     if q := entry.quality:
         quality = (f"{q.psnr_db.mean:.1f}", f"{q.psnr_db.worst:.1f}", f"{q.ssim.mean:.3f}")
     return (entry.budget, entry.program.payload, *quality, timeline(entry.program.schedule, total, min(width, 100)))
-
-
-def _size(size_bytes: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size_bytes >= scale:
-            return f"{size_bytes / scale:.1f} {unit}"
-    return f"{size_bytes} B"
 
 
 @contextmanager

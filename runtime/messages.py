@@ -19,3 +19,11 @@ def damaged(name: str, found: object, expected: object, fix: str = AGAIN) -> Art
     return ArtifactError(
         f"artifact is damaged: {one_line(name)}: found {one_line(found)}: expected {one_line(expected)}: {fix}"
     )
+
+
+def readable_size(size_bytes: int) -> str:
+    """`14.1 MB`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.1f} {unit}"
+    return f"{size_bytes} B"

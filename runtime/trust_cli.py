@@ -18,6 +18,7 @@ from otcache.schemas.errors import UsageError
 
 from .cli_options import artifact_argument, json_option, print_json
 from .completion import complete_backends
+from .messages import one_line, readable_size
 
 if TYPE_CHECKING:
     from .packing import Packed
@@ -71,10 +72,8 @@ def verify(
 
 
 def _print_outcome(outcome: Outcome) -> None:
-    from .messages import one_line
-
     checked = "sizes" if outcome.level == "structure" else "sizes and digests"
-    click.echo(f"ok: {outcome.files} files ({checked}), {_size(outcome.size_bytes)}, {outcome.digest}")
+    click.echo(f"ok: {outcome.files} files ({checked}), {readable_size(outcome.size_bytes)}, {outcome.digest}")
     if outcome.public_key:
         click.echo(f"ok: signed with ed25519 {outcome.public_key}")
     if outcome.host:
@@ -141,7 +140,6 @@ Examples:
 def pack(artifact: Path, output: Path, force: bool, as_json: bool) -> None:
     """Write ARTIFACT into one tar file, the same bytes for the same artifact. A signature travels along."""
     from .artifact import Artifact
-    from .messages import one_line
     from .packing import pack as pack_stream
     from .packing import pack_file
 
@@ -221,11 +219,6 @@ def _print_packed(packed: Packed, target: str, as_json: bool) -> None:
         print_json({"output": target, **asdict(packed)})
     else:
         signed = ", signed (not checked)" if packed.signed else ""
-        click.echo(f"{target}: {packed.files} files, {_size(packed.size_bytes)} as an archive, {packed.digest}{signed}")
-
-
-def _size(size_bytes: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size_bytes >= scale:
-            return f"{size_bytes / scale:.1f} {unit}"
-    return f"{size_bytes} B"
+        click.echo(
+            f"{target}: {packed.files} files, {readable_size(packed.size_bytes)} as an archive, {packed.digest}{signed}"
+        )

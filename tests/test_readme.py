@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from otcache.artifacts.readme import BEGIN, END, rewrite
+from otcache.artifacts.readme import BEGIN, END, copy_pictures, rewrite
 from otcache.runtime.cli import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -48,6 +48,16 @@ def test_results_are_replaced_between_the_marks():
     assert rewrite(text, "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
     with pytest.raises(ValueError, match="no section"):
         rewrite("nothing", "new")
+
+
+def test_pictures_are_made_of_the_report(compiled, tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    copy_pictures(compiled / "report", "shapes", tmp_path)
+    named = {Path(path).name for path in re.findall(r"!\[[^]]*\]\(artifacts/pictures/([^)]+)\)", README)}
+    assert named - {"shapes-samples.png"} == {path.name for path in tmp_path.iterdir()}
+    with Image.open(tmp_path / "shapes-quality.png") as whole, Image.open(compiled / "report" / "ssim.png") as part:
+        right = whole.crop((whole.width - part.width, 0, whole.width, part.height))
+        assert whole.width == 2 * part.width and right.tobytes() == part.convert("RGB").tobytes()
 
 
 def test_pictures_are_there():

@@ -347,7 +347,7 @@ class TeaCache:
         state["residual"] = residual
 
 
-def modulated_input(block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def modulated_input(block: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The first block's input after its timestep modulation: TeaCache's indicator."""
     time_embedding = kwargs.get("temb")
     if time_embedding is None:

@@ -79,12 +79,19 @@ class Outcome:
 class Method(Protocol):
     """A way to sample with about `budget` evaluations instead of all."""
 
-    name: str
-    group: Group
-    source: str
-    """Paper or library."""
-    adaptive: bool
-    """Whether evaluations differ between prompts."""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def group(self) -> Group: ...
+
+    @property
+    def source(self) -> str:
+        """Paper or library."""
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether evaluations differ between prompts."""
 
     def run(self, bench: Bench, budget: int) -> Outcome:
         """Raises NotApplicable."""

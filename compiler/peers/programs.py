@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..anchor import search_anchor
 from ..baselines import baseline_programs, uniform_schedule
 from ..calibrate import Calibration
 from ..capture import Trajectory, denoiser_of
+from ..cut import Stages
 from ..interpolate import interpolated_schedule
 from ..lower import SolverTable, program_from_table, step_from_table
 from ..reference import Minimax, Power, end_to_end_edge_errors, shortest_schedule
@@ -345,14 +346,15 @@ def _annealing(bench: Bench, budget: int) -> tuple[Program, str, float]:
 def _paper(bench: Bench, budget: int) -> tuple[Program, str, float]:
     """OTCache as published, with nothing of ours: residuals reused, reference graph, Optuna anchor, interpolated schedule."""
     calibration = few(bench.calibration, 8)
-    if calibration.stages is None or not calibration.stages.features:
+    stages = calibration.stages
+    if stages is None or not stages.features:
         raise NotApplicable("the blocks turn no tensor into one of its shape: there is no residual to reuse")
     total = bench.table.num_inference_steps
     reference_budget, anchor_budget = round(0.4 * total), max(2, round(total / 12))
 
     def compute() -> Any:
         program = program_from_table(bench.table, payload="residual")
-        gram = residual_gram(program, calibration.denoiser, calibration.trajectory.latents[0], calibration.stages)
+        gram = residual_gram(program, calibration.denoiser, calibration.trajectory.latents[0], stages)
         errors = residual_edge_errors(bench.table, gram)
         reference = shortest_schedule(errors, reference_budget, Power(4.0))
         anchor = search_anchor(
@@ -388,7 +390,7 @@ def program_methods() -> list[ProgramMethod]:
         few_steps("uniform taylor-1", "output extrapolated at uniform steps"),
         ProgramMethod(
             name="spectrum", group="cache", source="arXiv 2603.01623", build=_spectrum,
-            staged=lambda bench, evaluation: FeatureModel(evaluation.stages, evaluation.denoiser),
+            staged=lambda bench, evaluation: FeatureModel(cast(Stages, evaluation.stages), evaluation.denoiser),
         ),
         ProgramMethod(name="meancache", group="schedule", source="arXiv 2601.19961", build=_meancache),
         ProgramMethod(name="lemica", group="schedule", source="arXiv 2511.00090", build=_lemica),

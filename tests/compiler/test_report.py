@@ -29,7 +29,7 @@ from otcache.compiler import figures, redraw
 from otcache.compiler.evidence import Evidence, Recorder, read_evidence
 from otcache.compiler.pictures import AMPLIFICATION, COLOURS, Sheet, cell_of, difference_map
 from otcache.compiler.progress import Reporter
-from otcache.compiler.report import pictures_sheet, worst_sheet, write_report
+from otcache.compiler.report import pictures_sheet, worst_sheet
 from otcache.compiler.report_data import report_from
 from otcache.runtime.artifact import Artifact
 from otcache.runtime.bench import save_latencies
@@ -166,16 +166,30 @@ def images_of(page):
     return re.findall(r'<img src="data:image/png;base64,[^"]+"[^>]* alt="([^"]*)"', page)
 
 
-@pytest.mark.parametrize(
-    "options", [{"sigmas": FLOW}, {"budgets": (8,), "peers": 0, "prompts": ("a ring",)}, {"latencies": True}, EXTREME]
-)
-def test_the_page_is_whole_and_safe(options, tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a figure whose layout fails only warns
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        folder = written(tmp_path / "a", **options)
+CASES = {
+    "flow": {"sigmas": FLOW},
+    "single": {"budgets": (8,), "peers": 0, "prompts": ("a ring",)},
+    "latencies": {"latencies": True, "size": (144, 144)},
+    "extreme": EXTREME,
+}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Folders with the reports of `CASES`."""
+    found = {}
+    for name, options in CASES.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a figure whose layout fails only warns
+            found[name] = written(tmp_path_factory.mktemp(name), **options)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_page_is_whole_and_safe(name, reports):
+    options, folder = CASES[name], reports[name]
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in page and "default-src 'none'" in page and "http" not in page.split("<body>")[1]
+    assert "<script" not in page and "default-src 'none'" in page and "://" not in page.split("<body>")[1]
     alternatives = images_of(page)
     assert len(alternatives) == page.count("<img ") and all(len(text) > 8 for text in alternatives)
     assert page.count("<h1>") == 1 and page.index("<h1>") < page.index("<h2 ") < page.index("<h3>")
@@ -183,22 +197,22 @@ def test_the_page_is_whole_and_safe(options, tmp_path):
     assert set(re.findall(r'href="#([^"]+)"', page)) | set(re.findall(r'aria-labelledby="([^"]+)"', page)) <= ids
     for prompt in options.get("prompts", ()):
         assert prompt.isalnum() or str(html.escape(prompt, quote=False)).replace('"', "&#34;") in page
-    for name in figures.FIGURES:
-        with Image.open(folder / "report" / name) as image:
+    for figure in figures.FIGURES:
+        with Image.open(folder / "report" / figure) as image:
             assert image.width == 1000 and len(np.unique(np.asarray(image.convert("L")))) > 10
 
 
-def test_the_same_input_gives_the_same_bytes(tmp_path):
-    first, second = (written(tmp_path / name, sigmas=FLOW) for name in "ab")
+def test_the_same_input_gives_the_same_bytes(reports, tmp_path):
+    first, second = reports["flow"], written(tmp_path, **CASES["flow"])
     paths = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
     assert len(paths) == 4 + len(figures.FIGURES)
     assert all((first / path).read_bytes() == (second / path).read_bytes() for path in paths)
 
 
-def test_latency_is_shown_where_it_was_measured_and_cost_is_called_cost_elsewhere(tmp_path):
-    page = (written(tmp_path / "a") / "report.html").read_text()
+def test_latency_is_shown_where_it_was_measured_and_cost_is_called_cost_elsewhere(reports):
+    page = (reports["flow"] / "report.html").read_text()
     assert "Model cost" in page and "No latency was measured" in page and "Latency</b>" not in page
-    page = (written(tmp_path / "b", latencies=True) / "report.html").read_text()
+    page = (reports["latencies"] / "report.html").read_text()
     assert "Latency</b> of one picture" in page and "No latency" not in page
     assert "0.1 s, 4.0× as fast" in page and "0.4 s" in page
 
@@ -266,16 +280,15 @@ def test_errors_along_the_way_are_those_of_the_latents():
     assert kept["pictures"][0, 0, 0, 0] == round(255 * 0.36 * 3 / 10)
 
 
-def test_sheets_hold_the_pictures_that_were_rolled_out(tmp_path):
-    fields, evidence, shown = sample(size=(144, 144))
-    write_report(tmp_path, fields, evidence, shown)
+def test_sheets_hold_the_pictures_that_were_rolled_out(reports):
+    _, evidence, shown = sample(**CASES["latencies"])
     sheet = pictures_sheet(evidence)
-    with Image.open(tmp_path / "report" / "pictures.png") as image:
+    with Image.open(reports["latencies"] / "report" / "pictures.png") as image:
         cells = [np.asarray(sheet.cut(image, 1, column)) for column in range(7)]
     expected = [shown.full[1], *(shown.budgets[b][1] for b in (16, 8, 4))]
     expected += [difference_map(shown.budgets[b][1], shown.full[1]) for b in (16, 8, 4)]
     assert all(np.array_equal(cell, picture) for cell, picture in zip(cells, expected, strict=True))
-    with Image.open(tmp_path / "report" / "worst.png") as image:
+    with Image.open(reports["latencies"] / "report" / "worst.png") as image:
         cells = [np.asarray(worst_sheet(evidence).cut(image, 4, column)) for column in range(3)]
     full, own = (pictures[1] for pictures in shown.worst[8])
     assert all(np.array_equal(c, p) for c, p in zip(cells, (full, own, difference_map(own, full)), strict=True))

@@ -22,6 +22,7 @@ Found by a search over saturated colours around Okabe and Ito's blue; `tests/com
 """
 OWN, REFERENCE, ANCHOR = PALETTE[0], PALETTE[5], PALETTE[3]
 OTHERS = "#aaaaaa"
+REST = "other peers"
 BUDGETS = ((PALETTE[0], "o"), (PALETTE[1], "s"), (PALETTE[2], "^"), (PALETTE[4], "D"))
 """Colour and marker of budgets, the lowest first; further ones take other markers."""
 FURTHER_MARKERS = ("v", "P", "X", "<", ">", "*")
@@ -69,7 +70,8 @@ def _figure(height_in: float) -> tuple[Figure, Axes]:
 
 def _legend(figure: Figure, axis: Axes, columns: int = 2) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    places = sorted(range(len(labels)), key=lambda place: not labels[place].startswith("otcache"))  # ours first
+    # Ours first, the grey ones last.
+    places = sorted(range(len(labels)), key=lambda p: (not labels[p].startswith("otcache"), labels[p] == REST))
     handles, labels = [handles[place] for place in places], [labels[place] for place in places]
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.6, columnspacing=1.4)
 
@@ -119,7 +121,7 @@ def _beyond(value: float, other: float, log: bool) -> float:
 
 def quantiles(report: Report) -> Figure:
     """Reference, anchor and the path between them as quantile functions; what is served at each budget as markers."""
-    figure, axis = _figure(4.6)
+    figure, axis = _figure(4.0 + 0.12 * (3 + len(report.budgets)))
 
     def curve(weight: float, **style: Any) -> None:
         axis.plot(LEVELS, report.timeline.at(report.path(weight).quantile(LEVELS) * report.total), **style)
@@ -170,7 +172,7 @@ def _fidelity(report: Report, metric: str, scale: Callable[[Any], Any]) -> tuple
     budgets = [entry.budget for entry in report.budgets]
     values = [getattr(entry, metric) for entry in report.budgets]
     for name in report.peers[NAMED_PEERS:]:
-        label = "other peers" if name == report.peers[NAMED_PEERS] else None
+        label = REST if name == report.peers[NAMED_PEERS] else None
         _peer(axis, report, name, metric, scale, color=OTHERS, linewidth=0.9, marker=".", label=label, zorder=1)
     low, high = (scale(np.array([np.quantile(each, q) for each in values])) for q in (0.1, 0.9))
     mean = scale(np.array([getattr(entry.quality, metric).mean for entry in report.budgets]))

@@ -19,7 +19,8 @@ def report_command(artifact: Path, as_json: bool) -> None:
 
     \b
     Examples:
-      otc bench artifacts/shapes --save && otc report artifacts/shapes
+      otc bench artifacts/shapes --save
+      otc report artifacts/shapes
       otc report artifacts/shapes --json
 
     Nothing is computed anew. The report is an attachment: the artifact's digest and signature stay valid.

@@ -192,6 +192,14 @@ class Trajectory:
     def count(self) -> int:
         return self.latents.shape[1]
 
+    def rows(self, rows: slice) -> Trajectory:
+        """The same for some of the samples."""
+        return Trajectory(
+            latents=self.latents[:, rows], outputs=self.outputs[:, rows], timesteps=self.timesteps,
+            conditioning={name: value[:, rows] for name, value in self.conditioning.items()},
+            guidance=self.guidance[rows],
+        )  # fmt: skip
+
 
 def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: Sequence[str]) -> Interface:
     """Two short runs on different prompts and seeds tell arguments apart. Raises ModelError for what cannot be compiled."""

@@ -14,15 +14,28 @@ from click.shell_completion import CompletionItem
 NEEDED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "ot", "optuna", "skimage", "matplotlib", "jinja2")
 
 
-def _complete_models(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Bundled names and folders of pipelines, for the shell."""
-    from .models import complete_models
+def check_packages(command: str) -> None:
+    """Raise HostError, which names the pip command, where the compiler's packages are missing."""
+    from otcache.schemas.errors import HostError
 
-    return [CompletionItem(name) for name in complete_models(incomplete)] or [CompletionItem(incomplete, type="dir")]
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise HostError(
+            f"{command} needs packages that are not installed ({', '.join(missing)}): run pip install 'otcache[compiler]'"
+        )
+
+
+def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Bundled names and folders of pipelines, for the shell."""
+    from . import models
+
+    return [CompletionItem(name) for name in models.complete_models(incomplete)] or [
+        CompletionItem(incomplete, type="dir")
+    ]
 
 
 @click.command("compile", short_help="Compile a diffusion pipeline into an artifact.")
-@click.argument("model", shell_complete=_complete_models)
+@click.argument("model", shell_complete=complete_models)
 @click.option(
     "--budgets", default="4,8,16", show_default=True, help="Model evaluations to serve at, separated by commas."
 )
@@ -90,13 +103,7 @@ def compile_command(ctx: click.Context, as_json: bool, dry_run: bool, verbose: b
 
 
 def _compile(as_json: bool, dry_run: bool, verbose: bool, budgets: str, guidance_scale: str, **choices: Any) -> None:
-    from otcache.schemas.errors import HostError
-
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise HostError(
-            f"otc compile needs packages that are not installed ({', '.join(missing)}): run pip install 'otcache[compiler]'"
-        )
+    check_packages("otc compile")
     from .options import CompileOptions, parse_budgets, parse_guidance
 
     options = CompileOptions(budgets=parse_budgets(budgets), guidance_scale=parse_guidance(guidance_scale), **choices)

@@ -144,6 +144,10 @@ class Comparison:
     def cell(self, method: str, budget: int) -> Cell | None:
         return next((c for c in self.cells if (c.method, c.budget) == (method, budget)), None)
 
+    def best_psnr_db(self, budget: int) -> float:
+        """Of all methods at a budget."""
+        return max(cell.psnr_db.mean for cell in self.cells if cell.budget == budget)
+
     def json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -181,7 +185,7 @@ def compare(
     reporter = reporter or Reporter()
     prepared = prepare(options, reporter)
     found = searched(prepared)
-    bench = _bench(prepared)
+    bench = bench_of(prepared)
     default = _default(found)
     cells: list[Cell] = []
     skipped: list[Skipped] = []
@@ -218,7 +222,8 @@ def compare(
     )  # fmt: skip
 
 
-def _bench(prepared: Prepared) -> Bench:
+def bench_of(prepared: Prepared) -> Bench:
+    """What every method is given."""
     session, options = prepared.session, prepared.session.options
     trajectory = held_out_trajectory(prepared)
     evaluation = Evaluation(

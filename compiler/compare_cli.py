@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli import NEEDED
+from .cli import check_packages, complete_models
 
 if TYPE_CHECKING:
     from .compare import Comparison
 
 
 @click.command("compare", short_help="Measure otcache against caching libraries and few-step solvers.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.option("--budgets", default="4,8,10,16", show_default=True, help="Model evaluations to compare at.")
 @click.option("--against", help="Methods, separated by commas; a wrong one lists them.  [default: all]")
 @click.option(
@@ -45,9 +44,8 @@ if TYPE_CHECKING:
 )
 @click.option("--force", is_flag=True, help="Replace an existing comparison.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON, events on stderr.")
-def compare_command(
-    as_json: bool, budgets: str, guidance_scale: str, against: str | None, claim: bool, **choices: Any
-) -> None:
+@click.pass_context
+def compare_command(ctx: click.Context, **choices: Any) -> None:
     """Measure every method's fidelity to MODEL's full runs, on the same prompts and seeds.
 
     \b
@@ -58,17 +56,25 @@ def compare_command(
 
     Writes comparison.json, comparison.md and comparison.png. An interrupted comparison goes on where it stopped.
     """
-    from otcache.schemas.errors import ArtifactError, HostError
+    from .interrupts import Interrupted, interruptible
 
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise HostError(
-            f"otc compare needs packages that are not installed ({', '.join(missing)}): run pip install 'otcache[compiler]'"
-        )
+    try:
+        with interruptible():
+            _compare(**choices)
+    except Interrupted as stop:
+        click.echo(f"otc compare was stopped by {stop}: run the same command again to go on where it stopped", err=True)
+        ctx.exit(stop.exit_code)
 
-    from .logs import quiet
+
+def _compare(
+    as_json: bool, budgets: str, guidance_scale: str, against: str | None, claim: bool, **choices: Any
+) -> None:
+    check_packages("otc compare")
+    from otcache.schemas.errors import ArtifactError
+
+    from .logs import asks_for_lines, quiet
     from .options import CompileOptions, parse_budgets, parse_guidance
-    from .progress import BarReporter, JsonReporter
+    from .progress import reporter_for
 
     output: Path = choices.pop("output") or Path("artifacts/compare") / Path(choices["model"]).name
     if (output / "comparison.json").exists() and not choices["force"]:
@@ -79,7 +85,7 @@ def compare_command(
     from .compare_report import write_comparison
 
     start = time.monotonic()
-    reporter = JsonReporter() if as_json else BarReporter()
+    reporter = reporter_for(as_json=as_json, verbose=asks_for_lines())
     try:
         names = [name.strip() for name in against.split(",")] if against else None
         comparison = compare(options, names, reporter, claim=claim)
@@ -105,16 +111,14 @@ def _print(comparison: Comparison) -> None:
     table.add_column("method")
     for budget in comparison.budgets:
         table.add_column(f"B = {budget}", justify="right")
-    best = {
-        budget: max(cell.psnr_db.mean for cell in comparison.cells if cell.budget == budget)
-        for budget in comparison.budgets
-    }
     for method in dict.fromkeys(cell.method for cell in comparison.cells):
         row = [method]
         for budget in comparison.budgets:
             cell = comparison.cell(method, budget)
             text = f"{cell.psnr_db.mean:.1f} / {cell.ssim.mean:.3f}" if cell else "–"
-            row.append(f"[bold]{text}[/bold]" if cell and cell.psnr_db.mean == best[budget] else text)
+            row.append(
+                f"[bold]{text}[/bold]" if cell and cell.psnr_db.mean == comparison.best_psnr_db(budget) else text
+            )
         table.add_row(*row)
     console = Console()
     Console(width=None if console.is_terminal else 120).print(table)

@@ -52,10 +52,6 @@ def markdown(comparison: Comparison) -> str:
 
 def fidelity_table(comparison: Comparison) -> str:
     """A row per method; adaptive ones with their mean evaluations where these differ from the budget."""
-    best = {
-        budget: max(cell.psnr_db.mean for cell in comparison.cells if cell.budget == budget)
-        for budget in comparison.budgets
-    }
     lines = [
         "| method | " + " | ".join(f"B = {budget}" for budget in comparison.budgets) + " |",
         "|---|" + "---:|" * len(comparison.budgets),
@@ -68,7 +64,7 @@ def fidelity_table(comparison: Comparison) -> str:
                 row.append("–")
                 continue
             text = f"{cell.psnr_db.mean:.1f}"
-            text = f"**{text}**" if cell.psnr_db.mean == best[budget] else text
+            text = f"**{text}**" if cell.psnr_db.mean == comparison.best_psnr_db(budget) else text
             nfe = "" if abs(cell.nfe_mean - budget) < 0.05 else f", {cell.nfe_mean:.1f} evaluations"
             row.append(f"{text} ({cell.ssim.mean:.3f}{nfe})")
         lines.append("| " + " | ".join(row) + " |")

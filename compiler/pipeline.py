@@ -302,11 +302,7 @@ def _captured(session: Session, name: str, prompts: Sequence[str], seed: int) ->
 
 def _example(session: Session, trajectory: Trajectory) -> dict[str, Tensor]:
     """Transformer inputs with a batch of 2 · branches (4 for guided models), taken from the calibration set."""
-    part = Trajectory(
-        latents=trajectory.latents[:, :2], outputs=trajectory.outputs[:, :2], timesteps=trajectory.timesteps,
-        conditioning={name: value[:, :2] for name, value in trajectory.conditioning.items()},
-        guidance=trajectory.guidance[:2],
-    )  # fmt: skip
+    part = trajectory.rows(slice(2))
     denoiser = denoiser_of(session.model.transformer, session.interface, part)
     middle = len(trajectory.timesteps) // 2
     return denoiser.inputs(part.latents[middle], trajectory.timesteps[middle], 1.0)

@@ -132,12 +132,7 @@ class ProgramMethod:
 
 def only(evaluation: Evaluation, index: int) -> Evaluation:
     """An evaluation of one of its samples."""
-    trajectory = evaluation.trajectory
-    one = Trajectory(
-        latents=trajectory.latents[:, index : index + 1], outputs=trajectory.outputs[:, index : index + 1],
-        conditioning={name: value[:, index : index + 1] for name, value in trajectory.conditioning.items()},
-        guidance=trajectory.guidance[index : index + 1], timesteps=trajectory.timesteps,
-    )  # fmt: skip
+    one = evaluation.trajectory.rows(slice(index, index + 1))
     return replace(
         evaluation, trajectory=one, references=evaluation.references[index : index + 1],
         denoiser=denoiser_of(evaluation.denoiser.transformer, evaluation.denoiser.interface, one),

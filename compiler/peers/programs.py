@@ -16,7 +16,7 @@ from .. import metrics
 from ..anchor import search_anchor
 from ..baselines import baseline_programs, uniform_schedule
 from ..calibrate import Calibration
-from ..capture import Trajectory, denoiser_of
+from ..capture import denoiser_of
 from ..cut import Stages
 from ..interpolate import interpolated_schedule
 from ..lower import SolverTable, program_from_table, step_from_table
@@ -212,19 +212,11 @@ def _flow_sigmas(table: SolverTable) -> np.ndarray:
 
 def few(calibration: Calibration, count: int) -> Calibration:
     """The first samples of a calibration set, with a counter of their own."""
-    trajectory = first_samples(calibration.trajectory, count)
+    trajectory = calibration.trajectory.rows(slice(count))
     denoiser = calibration.denoiser
     return replace(
         calibration, trajectory=trajectory, references=calibration.references[:count], fitted={},
         denoiser=denoiser_of(denoiser.transformer, denoiser.interface, trajectory),
-    )  # fmt: skip
-
-
-def first_samples(trajectory: Trajectory, count: int) -> Trajectory:
-    return Trajectory(
-        latents=trajectory.latents[:, :count], outputs=trajectory.outputs[:, :count], timesteps=trajectory.timesteps,
-        conditioning={name: value[:, :count] for name, value in trajectory.conditioning.items()},
-        guidance=trajectory.guidance[:count],
     )  # fmt: skip
 
 

@@ -76,3 +76,14 @@ def test_guidance_is_told_apart(positive_first, keep_norm):
     assert _find_guidance(outputs, guided, 4.0, "Pipeline", exact=True) == (True, positive_first, keep_norm)
     with pytest.raises(ModelError, match=r"Pipeline combines its branches with weights .*: expected 3\.0"):
         _find_guidance(outputs, guided, 3.0, "Pipeline", exact=True)
+
+
+def test_rows_are_the_same_samples_everywhere(captured):
+    _, _, _, trajectory = captured
+    part = trajectory.rows(slice(1, 3))
+    assert part.count == 2 and part.timesteps == trajectory.timesteps
+    assert torch.equal(part.latents, trajectory.latents[:, 1:3]) and torch.equal(
+        part.outputs, trajectory.outputs[:, 1:3]
+    )
+    for name, value in trajectory.conditioning.items():
+        assert torch.equal(part.conditioning[name], value[:, 1:3])

@@ -385,7 +385,11 @@ def test_a_signal_leaves_nothing(archive, tmp_path, number):
         "-o",
         "out",
     ]
-    process = subprocess.Popen(line, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+
+    def heed() -> None:  # a background job of a shell ignores SIGINT, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(line, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, preexec_fn=heed)
     assert process.stdin is not None
     process.stdin.write(archive[:-2000])
     process.stdin.flush()

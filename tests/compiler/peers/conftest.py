@@ -22,6 +22,6 @@ def prepared(tiny_flux_folder, workspace):
 
 @pytest.fixture(scope="session")
 def bench(prepared):
-    from otcache.compiler.compare import _bench
+    from otcache.compiler.compare import bench_of
 
-    return _bench(prepared)
+    return bench_of(prepared)

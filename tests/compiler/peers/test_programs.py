@@ -6,7 +6,6 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -171,15 +170,3 @@ def test_annealing_finds_the_best_schedule_of_a_small_problem(budget):
 def test_spectrum_program_with_every_step_is_the_full_run(table):
     program = programs.spectrum_program(table, tuple(range(T)))
     assert program == program_from_table(table, payload="residual")
-
-
-def test_samples_are_taken_from_the_front():
-    from otcache.compiler.capture import Trajectory
-
-    whole = Trajectory(
-        latents=torch.zeros(3, 5, 2), outputs=torch.zeros(2, 5, 2), conditioning={"text": torch.zeros(2, 5, 4)},
-        guidance=torch.arange(5.0), timesteps=(1.0, 0.5),
-    )  # fmt: skip
-    part = programs.first_samples(whole, 2)
-    assert part.latents.shape == (3, 2, 2) and part.outputs.shape == (2, 2, 2)
-    assert part.conditioning["text"].shape == (2, 2, 4) and part.guidance.tolist() == [0.0, 1.0]

@@ -227,6 +227,13 @@ TEMPLATE = _template()
 PLACES = [path for path in _places(TEMPLATE) if path]
 
 
+def _holds(value, key):
+    """Whether a JSON value is an object with that name, or an array that is long enough."""
+    if isinstance(value, list):
+        return isinstance(key, int) and key < len(value)
+    return isinstance(value, dict) and isinstance(key, str) and key in value
+
+
 @st.composite
 def manifests(draw):
     """A valid manifest with up to three places changed, sealed or not, perhaps with a few bytes changed."""
@@ -235,13 +242,9 @@ def manifests(draw):
         *parents, last = draw(st.sampled_from(PLACES))
         inner = value
         for key in parents:
-            inner = inner[key] if isinstance(inner, dict) and key in inner else None
-            if inner is None:
-                break
-        if not isinstance(inner, dict | list) or (
-            isinstance(inner, list) and not (isinstance(last, int) and last < len(inner))
-        ):
-            continue
+            inner = inner[key] if _holds(inner, key) else None
+        if not (_holds(inner, last) or isinstance(inner, dict) and isinstance(last, str)):
+            continue  # an earlier change took that place away
         action = draw(st.sampled_from(("replace", "replace", "any", "remove", "twice", "like")))
         if action == "remove":
             inner.pop(last, None) if isinstance(inner, dict) else inner.pop(last)

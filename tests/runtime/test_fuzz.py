@@ -243,7 +243,7 @@ def manifests(draw):
         inner = value
         for key in parents:
             inner = inner[key] if _holds(inner, key) else None
-        if not (_holds(inner, last) or isinstance(inner, dict) and isinstance(last, str)):
+        if not (_holds(inner, last) or (isinstance(inner, dict) and isinstance(last, str))):
             continue  # an earlier change took that place away
         action = draw(st.sampled_from(("replace", "replace", "any", "remove", "twice", "like")))
         if action == "remove":

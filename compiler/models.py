@@ -31,21 +31,24 @@ class Model:
     """A loaded pipeline and what identifies it."""
 
     name: str
-    folder: Path
+    folder: Path | None
+    """Where it was loaded from; None for a pipeline that the caller made."""
     pipeline: Any
     config_digest: str
     weights_digest: str
+    denoiser_digest: str
+    """Of the transformer as it is in memory (`identity`)."""
 
     @property
     def transformer(self) -> Any:
-        """The network whose evaluations are counted: `transformer`, or `unet` in older pipelines."""
-        return getattr(self.pipeline, "transformer", None) or getattr(self.pipeline, "unet", None)
+        """The network whose evaluations are counted."""
+        return transformer_of(self.pipeline, self.name)
 
     @property
     def prompts(self) -> list[str]:
         """The model's own prompts (`prompts.txt` in its folder), or none."""
-        path = self.folder / "prompts.txt"
-        return read_prompts(path) if path.is_file() else []
+        path = self.folder / "prompts.txt" if self.folder else None
+        return read_prompts(path) if path and path.is_file() else []
 
 
 def bundled_folder() -> Path:
@@ -125,6 +128,8 @@ def load_model(
     import torch
     import transformers
 
+    from .identity import denoiser_digest
+
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -145,17 +150,23 @@ def load_model(
         if name in bundled_models()
         else (name if HUB_ID.match(name) and not Path(name).exists() else folder.resolve().name)
     )
-    model = Model(
+    return Model(
         name=short, folder=folder, pipeline=pipeline,
         config_digest=digest_of_value({
             str(path.relative_to(folder)): json.loads(path.read_text())
             for path in sorted(folder.rglob("*config.json")) if path.is_file()
         }),
         weights_digest=digest_of_files(folder, [p for p in folder.rglob("*.safetensors") if p.is_file()]),
+        denoiser_digest=denoiser_digest(transformer_of(pipeline, f"MODEL {name!r}")),
     )  # fmt: skip
-    if model.transformer is None:
-        raise ModelError(f"MODEL {name!r} is a {type(pipeline).__name__}, which has neither a transformer nor a unet")
-    return model
+
+
+def transformer_of(pipeline: Any, subject: str) -> Any:
+    """The network whose evaluations are counted: `transformer`, or `unet` in older pipelines. Raises ModelError."""
+    found = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+    if found is None:
+        raise ModelError(f"{subject} is a {type(pipeline).__name__}, which has neither a transformer nor a unet")
+    return found
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -513,7 +513,7 @@ def _manifest_fields(
         "producer": versions(),
         "model": schema.Model(
             name=model.name, pipeline=type(model.pipeline).__name__, transformer=type(model.transformer).__name__,
-            config_digest=model.config_digest, weights_digest=model.weights_digest,
+            config_digest=model.config_digest, weights_digest=model.weights_digest, denoiser_digest=model.denoiser_digest,
         ),
         "sampler": schema.Sampler(
             scheduler=type(scheduler).__name__, num_inference_steps=total,

@@ -9,13 +9,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from otcache.schemas.digest import digest_of_file
 from otcache.schemas.errors import ArtifactError
-from otcache.schemas.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, core_digest
+from otcache.schemas.manifest import MANIFEST_NAME, FileEntry, Manifest
 
 from .disk import full_disk_named, part_folder, write_whole
+from .manifest_file import read_manifest
 from .report import ATTACHMENTS, FOLDER, PAGE, draw_report
 from .report_data import LATENCY
 
@@ -26,7 +25,7 @@ def redraw(artifact: Path) -> tuple[Path, list[str]]:
     The manifest first lets go of the attachments that change and lists them again when they are in place, so the
     artifact is whole at every moment. Raises ArtifactError.
     """
-    manifest, value = _manifest(artifact)
+    manifest, value = read_manifest(artifact)
     try:
         with full_disk_named(artifact, "free some of it"), part_folder(artifact.absolute()) as work:
             _copy_evidence(artifact, manifest, work)
@@ -43,22 +42,6 @@ def redraw(artifact: Path) -> tuple[Path, list[str]]:
     except OSError as error:
         raise ArtifactError(f"artifact {artifact}: its report cannot be written: {error.strerror or error}") from error
     return artifact / PAGE, [m.name.removeprefix(LATENCY) for m in manifest.measurements if m.name.startswith(LATENCY)]
-
-
-def _manifest(artifact: Path) -> tuple[Manifest, dict[str, Any]]:
-    path = artifact / MANIFEST_NAME
-    try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ArtifactError(f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes")
-        value = json.loads(path.read_bytes())
-        manifest = Manifest.model_validate(value)
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read ({error.strerror}): expected an artifact's folder") from error
-    except (ValueError, RecursionError, ValidationError) as error:
-        raise ArtifactError(f"{path} is no manifest: see otc verify {artifact}") from error
-    if core_digest(value) != manifest.digest:
-        raise ArtifactError(f"{path} does not match its digest: see otc verify {artifact}")
-    return manifest, value
 
 
 def _copy_evidence(artifact: Path, manifest: Manifest, work: Path) -> None:

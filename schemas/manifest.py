@@ -15,7 +15,7 @@ from .consistency import SIGNATURE_NAME as SIGNATURE_NAME
 from .digest import digest_of_value
 from .program import MAX_STEPS, Coefficient, Frozen, Program
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 1
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 2
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 MAX_MANIFEST_BYTES = 16 << 20
 
@@ -163,6 +163,8 @@ class Model(Frozen):
     transformer: str
     config_digest: Digest
     weights_digest: Digest
+    denoiser_digest: Digest | None = None
+    """Since 1.2: of the transformer as it was in memory, for hosts that run it in torch (see the specification)."""
 
 
 class Conditions(Frozen):

@@ -31,7 +31,15 @@ def _with_external_data(stage: Any, listed: list[Any]) -> Any:
     return {**stage, "external_data": [data] if data in listed else []}
 
 
-MIGRATIONS: dict[int, Callable[[Value], Value]] = {0: _from_1_0}
+def _from_1_1(value: Value) -> Value:
+    """1.2 has `model.denoiser_digest`, which 1.1 did not know."""
+    model = value.get("model")
+    if not isinstance(model, dict):
+        return value
+    return {**value, "model": {key: item for key, item in model.items() if key != "denoiser_digest"}}
+
+
+MIGRATIONS: dict[int, Callable[[Value], Value]] = {0: _from_1_0, 1: _from_1_1}
 """Of major version 1: minor version → function to the next one."""
 
 

@@ -51,7 +51,7 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
 @click.option("--max-sequence-length", type=int, help="Text tokens.  [default: the tokenizer's]")
 @click.option("--reference-budget", type=int, help="Steps of the reference schedule.  [default: 2/5 of all]")
 @click.option("--anchor-budget", type=int, help="Steps of the anchor schedule.  [default: 1/12 of all]")
-@click.option("--trials", default=24, show_default=True, help="Trials of the anchor search.")
+@click.option("--trials", default=20, show_default=True, help="Trials of the anchor search.")
 @click.option("--objective", type=click.Choice(["ssim", "psnr", "lpips"]), default="ssim", show_default=True,
               help="What decoded pictures are compared with; lpips needs `pip install 'otcache[lpips]'`.")  # fmt: skip
 @click.option(
@@ -68,7 +68,7 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
     show_default=True,
     help="Edges of the residual payload's graph: free, or replayed as in LeMiCa.",
 )
-@click.option("--calibration-prompts", default=24, show_default=True, help="Prompts to calibrate on, at most.")
+@click.option("--calibration-prompts", default=48, show_default=True, help="Prompts to calibrate on, at most.")
 @click.option("--evaluation-prompts", default=32, show_default=True, help="Prompts to hold out, at most.")
 @click.option("--seed", default=0, show_default=True, help="Of the calibration's noise and the anchor search.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.  [default: its main branch]")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--negative-prompt", default="", help="Negative prompt of guided models.")
 @click.option("--height", type=int, help="Pixels.  [default: the autoencoder's]")
 @click.option("--width", type=int, help="Pixels.  [default: the autoencoder's]")
-@click.option("--trials", default=24, show_default=True, help="Trials of otcache's anchor search.")
+@click.option("--trials", default=20, show_default=True, help="Trials of otcache's anchor search.")
 @click.option(
     "--objective",
     type=click.Choice(["ssim", "psnr", "lpips"]),
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="What otcache's searches maximise.",
 )
-@click.option("--calibration-prompts", default=24, show_default=True, help="Prompts to calibrate on, at most.")
+@click.option("--calibration-prompts", default=48, show_default=True, help="Prompts to calibrate on, at most.")
 @click.option("--evaluation-prompts", default=32, show_default=True, help="Prompts to hold out, at most.")
 @click.option("--seed", default=0, show_default=True, help="Seed of searches and of the first prompt's noise.")
 @click.option(

@@ -29,11 +29,11 @@ class CompileOptions:
     """Default: two fifths of the steps."""
     anchor_budget: int | None = None
     """Default: a twelfth of the steps, at least 2."""
-    trials: int = 24
+    trials: int = 20
     objective: Literal["ssim", "psnr", "lpips"] = "ssim"
     payload: Literal["auto", "output", "residual"] = "auto"
     edge_costs: Literal["statistics", "end-to-end"] = "statistics"
-    calibration_prompts: int = 24
+    calibration_prompts: int = 48
     evaluation_prompts: int = 32
     seed: int = 0
     revision: str | None = None

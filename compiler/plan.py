@@ -159,7 +159,7 @@ def _passes(
         "capture", steps * len(prompts), trajectory_bytes * len(prompts), captured(session, "capture", prompts, options.seed)
     )  # fmt: skip
     searched = workspace.has("search", search_key(session), ".json")
-    for name, full_runs in highest_costs(options).items():
+    for name, full_runs in highest_costs(options, len(prompts)).items():
         exact = name in ("residuals", "edges")
         yield planned(name, full_runs * steps * len(prompts), 0, searched, exact)
     seed = options.seed + EVALUATION_SEED

@@ -202,20 +202,17 @@ def _minimax_path(costs: FloatArray, budget: int, pair_costs: FloatArray | None)
 def graph_schedules(statistics: TrajectoryStatistics, budget: int) -> dict[str, Schedule]:
     """Shortest paths under several objectives and memories, best guesses first; equal paths are listed once."""
     errors = edge_errors(statistics)
-    small = statistics.num_inference_steps <= LONGEST_PAIR_TIMELINE
-    pairs = pair_edge_errors(statistics) if small else None
+    ways: dict[str, tuple[Objective, FloatArray | None]] = {"graph power 4": (Power(4.0), None)}
+    if statistics.num_inference_steps <= LONGEST_PAIR_TIMELINE:
+        pairs = pair_edge_errors(statistics)
+        ways["graph power 2, pairs"] = Power(2.0), pairs
+        ways["graph minimax"] = Minimax(), None
+        ways["graph power 4, pairs"] = Power(4.0), pairs
+    else:
+        ways["graph power 2"] = Power(2.0), None
     found: dict[str, Schedule] = {}
-    for name, objective, with_pairs in (
-        ("graph power 4", Power(4.0), False),
-        ("graph power 2, pairs", Power(2.0), True),
-        ("graph minimax", Minimax(), False),
-        ("graph power 4, pairs", Power(4.0), True),
-        ("graph power 2", Power(2.0), False),
-        ("graph power 1", Power(1.0), False),
-    ):
-        if not small and (with_pairs or isinstance(objective, Minimax)):
-            continue
-        schedule = shortest_schedule(errors, budget, objective, pairs if with_pairs else None)
+    for name, (objective, pair_errors) in ways.items():
+        schedule = shortest_schedule(errors, budget, objective, pair_errors)
         if schedule not in found.values():
             found[name] = schedule
     return found

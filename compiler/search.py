@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ from .rollout import residual_gram
 
 INTERPOLATION_WEIGHTS = 5
 """Positions on the path between the two policies that are tried for each budget."""
-OUTPUT_GRAPHS = 6
+OUTPUT_GRAPHS = 4
 """Schedules that the graph of the `output` payload gives at most (`reference.graph_schedules`)."""
 AUTO_FORECASTS: tuple[Forecast, ...] = ("reuse", "fitted")
 """Of the residual payload where `--payload auto` compares it with the output payload."""
+RESIDUAL_SAMPLES = 8
+"""Calibration samples along whose full runs the blocks' residuals are weighed."""
 REFERENCE_GRAPHS = 2
 """Graph schedules that are rolled out at the reference budget, where each costs the most."""
 
@@ -107,8 +109,8 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
     return Found(reference=reference, anchor=anchor, trials=trials, costs=costs)
 
 
-def highest_costs(options: CompileOptions) -> dict[str, float]:
-    """What `search` charges at most, in full runs per calibration prompt, before anything is computed.
+def highest_costs(options: CompileOptions, prompts: int) -> dict[str, float]:
+    """What `search` charges at most, in full runs for each of the calibration prompts, before anything is computed.
 
     It is less where ways lead to the same schedule: a schedule is charged once.
     """
@@ -122,7 +124,7 @@ def highest_costs(options: CompileOptions) -> dict[str, float]:
 
     costs: dict[str, float] = {}
     if options.payload != "output":
-        costs["residuals"] = 1.0
+        costs["residuals"] = min(1.0, RESIDUAL_SAMPLES / prompts)
     if residual:
         replayed = [1 + total - end for start in range(total) for end in range(start + 2, total + 1)]
         costs["edges"] = sum(replayed) / total if options.edge_costs == "end-to-end" else 0.0
@@ -163,12 +165,14 @@ def _residual_statistics(
     with reporter.on("residuals", "inner products along a full run") as advance:
         program = program_from_table(calibration.table, payload="residual")
 
+        few = calibration.trajectory.rows(slice(RESIDUAL_SAMPLES))
+        denoiser = replace(calibration.denoiser, conditioning=few.conditioning, guidance=few.guidance)
+
         def gram() -> list[list[float]]:
-            latents = calibration.trajectory.latents[0]
-            values: list[list[float]] = residual_gram(program, calibration.denoiser, latents, stages, advance).tolist()
+            values: list[list[float]] = residual_gram(program, denoiser, few.latents[0], stages, advance).tolist()
             return values
 
-        found = np.array(calibration.attempts.get(["residuals"], calibration.denoiser.evaluations, gram))
+        found = np.array(calibration.attempts.get(["residuals", few.count], denoiser.evaluations, gram))
         charged("residuals", advance)
     return found
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def digest_of_bytes(data: bytes) -> str:
+def digest_of_bytes(data: bytes | memoryview) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from otcache.schemas.errors import ModelError
+
 from .. import metrics
 from ..capture import record
 from .method import Bench, Group, NotApplicable, Outcome
@@ -145,15 +147,12 @@ def counted(bench: Bench) -> Iterator[list[float]]:
 
 def block_lists(transformer: nn.Module) -> list[nn.ModuleList]:
     """The transformer's lists of blocks in order, as diffusers' caches find them."""
-    from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
+    from ..hosts.blocks import block_lists as lists_of
 
-    found = [
-        child for name, child in transformer.named_children()
-        if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS and isinstance(child, nn.ModuleList)
-    ]  # fmt: skip
-    if not found or sum(len(blocks) for blocks in found) < 2:
-        raise NotApplicable(f"{type(transformer).__name__} has no list of blocks that diffusers' caches know")
-    return found
+    try:
+        return lists_of(transformer)
+    except ModelError as error:
+        raise NotApplicable(str(error)) from error
 
 
 def _deep_layer(transformer: nn.Module) -> nn.Module:

@@ -1,0 +1,270 @@
+"""`OTCacheScheduler`: a program of payload `output` as a diffusers scheduler.
+
+Consumes an artifact's manifest; no engine is read. Set on a pipeline, it gives out the B times of a budget instead of all T, and
+its `step` applies the program's coefficients to the outputs so far: the loop of `otcache.runtime.loop`, with the pipeline as the
+model.
+
+    x ← latent_coef · x + Σ_m output_coefs_m · v_m         v the guided outputs of this request, newest last
+
+What a program holds for is refused as soon as it can be known, or warned about with `strict=False`:
+
+    from_artifact    a budget that the artifact does not hold, another payload
+    check(pipeline)  another transformer (class, options, weights, LoRA), another scheduler than was compiled
+    set_timesteps    another number of steps
+    the first step   a start in the middle (img2img with strength < 1); another size of the latents;
+                     after `check`: guidance outside of the calibrated range
+
+Shapes: B steps, latents (n, …) of any dtype; sums are in float32 and go back to the latents' dtype.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from pydantic import ValidationError
+from torch import Tensor
+from typing_extensions import Self
+
+from otcache.schemas.errors import ArtifactError, OTCacheError, RequestError
+from otcache.schemas.program import Payload, Step
+
+from .guidance import GuidanceProbe, guidance_fault
+from .identify import model_fault
+from .recipe import Recipe, recipe_from_artifact
+from .refusal import refuse
+from .sources import noise_levels, source_scheduler, times_tensor
+
+
+class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+    """A drop-in scheduler that runs one budget of an artifact. One pipeline at a time, as all of diffusers' schedulers.
+
+    `config` holds the recipe and, for pipelines that look there, the options of the scheduler that was compiled.
+    """
+
+    order = 1
+    """Model evaluations per step."""
+    payload: Payload = "output"
+    """Of the programs that it runs."""
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(self, recipe: dict[str, Any], strict: bool = True) -> None:
+        """recipe: JSON value of a `Recipe`. strict: refuse what the program was not calibrated for, rather than warn."""
+        try:
+            self._recipe = Recipe.model_validate(recipe)
+        except ValidationError as error:
+            raise ArtifactError(
+                f"{type(self).__name__}: its configuration is no recipe ({error.errors()[0]['msg']}): make it from an artifact"
+            ) from None
+        self._check_payload()
+        self._source = source_scheduler(self._recipe.sampler)
+        times = [step.timestep for step in self._steps]
+        self.timesteps = times_tensor(self._source, times)
+        self.sigmas = noise_levels(self._source, times)
+        self.init_noise_sigma = self._recipe.initial_scale
+        self.num_inference_steps: int | None = None
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._outputs: list[Tensor] = []
+        self._pipeline: Callable[[], Any] = _nothing
+        self._probe: GuidanceProbe | None = None
+
+    @classmethod
+    def from_artifact(cls, folder: str | Path, budget: int | str, *, strict: bool = True, pipeline: Any = None) -> Self:
+        """The scheduler of one budget of an artifact.
+
+        pipeline: `check` it as well. Raises ArtifactError, RequestError, ModelError.
+        """
+        scheduler = cls(recipe=recipe_from_artifact(folder, budget).model_dump(mode="json"), strict=strict)
+        if pipeline is not None:
+            scheduler.check(pipeline)
+        return scheduler
+
+    def check(self, pipeline: Any) -> None:
+        """Compare a pipeline's transformer with the one that was compiled, and from now on its guidance in every request.
+
+        Reads all weights once: seconds per gigabyte. Raises ModelError.
+        """
+        for fault in model_fault(pipeline, self._recipe, self._source):
+            self._refuse(fault)
+        self._pipeline = weakref.ref(pipeline)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Leaves out the compiled scheduler's options, which `config` shows beside this class's own."""
+        own = {key: value for key, value in config_dict.items() if key in ("recipe", "strict") or key.startswith("_")}
+        return super().extract_init_dict(own, **kwargs)
+
+    @property
+    def config(self) -> Any:
+        return FrozenDict({**self._source.config, **self._internal_dict})
+
+    @property
+    def step_index(self) -> int | None:
+        """Steps that the running request has taken; None before its first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        if begin_index != 0:
+            self._refuse(self._late_start(begin_index))
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Begin a request.
+
+        Pipelines may pass times, noise levels and shift as they do to the scheduler that was compiled: the program has its own,
+        so that only their number counts. Raises RequestError.
+        """
+        given = next((len(each) for each in (timesteps, sigmas) if each is not None), num_inference_steps)
+        if given != len(self._steps):
+            self._refuse(
+                RequestError(
+                    f"num_inference_steps is {given}: expected {len(self._steps)}, the evaluations of {self._recipe} "
+                    f"(compiled from {self._recipe.sampler.num_inference_steps} steps): pass that, or take another budget"
+                )
+            )
+        self.num_inference_steps = len(self._steps)
+        self.timesteps = self.timesteps.to(device=device)
+        self._begin_request()
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The latents as the model reads them at the current step."""
+        scale = self._steps[self._step_index or self._begin_index or 0].input_scale
+        return sample if scale == 1.0 else scale * sample
+
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The latents (n, …) after one more step. Raises RequestError."""
+        if self._step_index is None:
+            self._step_index = self._first_step(timestep, sample)
+            self._check_guidance(model_output)
+        if self._step_index >= len(self._steps):
+            raise RequestError(
+                f"{self._recipe} has taken all of its {len(self._steps)} steps: call set_timesteps first"
+            )
+        step = self._steps[self._step_index]
+        self._outputs = [*self._outputs, model_output][-self._recipe.program.output_memory :]
+        result = updated(step, sample.float(), self._outputs).to(sample.dtype)
+        self._step_index += 1
+        if self._step_index == len(self._steps):
+            self._outputs = []
+        return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+
+    @property
+    def add_noise(self) -> Callable[..., Tensor]:
+        """As the scheduler that was compiled, where it has it."""
+        return self._of_source("add_noise")
+
+    @property
+    def scale_noise(self) -> Callable[..., Tensor]:
+        """As the scheduler that was compiled, where it has it."""
+        return self._of_source("scale_noise")
+
+    def __len__(self) -> int:
+        return int(self._source.config.num_train_timesteps)
+
+    @property
+    def _steps(self) -> tuple[Step, ...]:
+        return self._recipe.program.steps
+
+    def _begin_request(self) -> None:
+        """Forget the request before, and listen to the pipeline's guidance where it is known."""
+        self._step_index = self._begin_index = None
+        self._outputs = []
+        if self._probe is not None:
+            self._probe.close()
+        pipeline = self._pipeline()
+        self._probe = None if pipeline is None else GuidanceProbe(pipeline)
+
+    def _check_payload(self) -> None:
+        if self._recipe.program.payload != self.payload:
+            raise RequestError(
+                f"{self._recipe} caches {self._recipe.program.payload}s: expected payload {self.payload!r} here: "
+                "use apply_residual_cache for residuals and OTCacheScheduler for outputs"
+            )
+
+    def _of_source(self, name: str) -> Callable[..., Tensor]:
+        """A method of the source that reads times, noise levels and place of this scheduler."""
+        source = self._source
+        method: Callable[..., Tensor] = getattr(source, name)
+        source.timesteps, source.sigmas = self.timesteps, self.sigmas
+        source._step_index, source._begin_index = self._step_index, self._begin_index
+        return method
+
+    def _first_step(self, timestep: Any, sample: Tensor) -> int:
+        """Where the request starts, after what the first latents tell was checked."""
+        expected = self._recipe.latents_shape
+        received = tuple(sample.shape[1:])
+        fits = len(received) == len(expected) and all(
+            isinstance(size, str) or size == found for size, found in zip(expected, received, strict=True)
+        )
+        if not fits:
+            self._refuse(
+                RequestError(
+                    f"latents are {tuple(sample.shape)}: expected (n, {', '.join(map(str, expected))}), the size that "
+                    f"{self._recipe} was calibrated for: ask for that size, or compile for this one"
+                )
+            )
+        if self._begin_index is not None:
+            return self._begin_index
+        place = int((self.timesteps.double().cpu() - float(timestep)).abs().argmin())
+        if place:
+            self._refuse(self._late_start(place))
+        return place
+
+    def _late_start(self, place: int) -> RequestError:
+        return RequestError(
+            f"the request starts at step {place} of {len(self._steps)}: expected the first, where {self._recipe} was "
+            "calibrated from: use strength = 1"
+        )
+
+    def _check_guidance(self, model_output: Tensor) -> None:
+        if self._probe is None:
+            return
+        seen = self._probe.close()
+        if seen and (fault := guidance_fault(seen, model_output, self._recipe)):
+            self._refuse(fault)
+
+    def _refuse(self, error: OTCacheError) -> None:
+        refuse(error, strict=self._internal_dict["strict"])
+
+
+def updated(step: Step, latents: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    """latent_coef · x + Σ output_coefs · v in float32, from the oldest to the newest, as the runtime adds.
+
+    Where a request started late, outputs are missing: the oldest there is stands in for those before it.
+    """
+    coefs = list(step.output_coefs)
+    missing = max(len(coefs) - len(outputs), 0)
+    if missing:
+        coefs = [sum(coefs[: missing + 1]), *coefs[missing + 1 :]]
+    result = step.latent_coef * latents
+    if coefs:
+        recent = outputs[-len(coefs) :]
+        total = coefs[0] * recent[0].float()
+        for coef, output in zip(coefs[1:], recent[1:], strict=True):
+            total += coef * output.float()
+        result += total
+    return result
+
+
+def _nothing() -> None:
+    """In place of a pipeline that is not known."""

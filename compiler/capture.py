@@ -11,15 +11,20 @@ Shapes: T steps, n samples, latents (n, …) as the scheduler sees them. Latents
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from otcache.schemas.errors import ModelError
+from otcache.schemas.errors import ModelError, UsageError
+
+from .models import transformer_of
+from .wiring import PLAIN, Offset, Output, PerSample, arguments, flattened
 
 PROBE_SAMPLES = 3
 """Samples of a probe run: a number that no other axis of a model is likely to have."""
@@ -32,6 +37,8 @@ class CallOptions:
 
     height: int
     width: int
+    num_frames: int | None
+    """None for a pipeline of pictures."""
     num_inference_steps: int
     max_sequence_length: int | None
     negative_prompt: str
@@ -45,6 +52,8 @@ class CallOptions:
         arguments: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, "output_type": "latent"}
         if "height" in self.accepted:
             arguments |= {"height": self.height, "width": self.width}
+        if self.num_frames is not None:
+            arguments["num_frames"] = self.num_frames
         if self.max_sequence_length is not None and "max_sequence_length" in self.accepted:
             arguments["max_sequence_length"] = self.max_sequence_length
         if self.guidance_argument:
@@ -60,35 +69,45 @@ def call_options(
     num_inference_steps: int,
     height: int | None = None,
     width: int | None = None,
+    num_frames: int | None = None,
     max_sequence_length: int | None = None,
     negative_prompt: str = "",
 ) -> CallOptions:
-    """Fill in what the user left out: the size that the autoencoder was trained at, the tokenizer's own length."""
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    vae = getattr(pipeline, "vae", None)
-    side = getattr(getattr(vae, "config", None), "sample_size", None)
-    side = (
-        side
-        if isinstance(side, int)
-        else getattr(pipeline, "default_sample_size", 64) * getattr(pipeline, "vae_scale_factor", 8)
-    )
-    if max_sequence_length is None and "max_sequence_length" in parameters:
-        default = parameters["max_sequence_length"].default
-        lengths = [t.model_max_length for t in pipeline.components.values() if hasattr(t, "model_max_length")]
-        max_sequence_length = min([default, *lengths[-1:]]) if isinstance(default, int) else None
-    embedded = (
-        getattr(pipeline.transformer.config, "guidance_embeds", False) if hasattr(pipeline, "transformer") else False
-    )
+    """Fill in what the user left out: the pipeline's own size, else the autoencoder's; the tokenizer's length.
+
+    Raises UsageError for frames of a pipeline that draws pictures.
+    """
+    name, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
+    defaults = {key: parameter.default for key, parameter in parameters.items() if isinstance(parameter.default, int)}
+    if num_frames is not None and "num_frames" not in parameters:
+        raise UsageError(f"--num-frames is {num_frames}, but {name} draws pictures: leave it out")
+    if max_sequence_length is None and "max_sequence_length" in defaults:
+        tokenizers = [part for part in pipeline.components.values() if hasattr(part, "model_max_length")]
+        sequence = [part for part in tokenizers if "CLIP" not in type(part).__name__]  # beside others, CLIP is pooled
+        lengths = [part.model_max_length for part in (sequence or tokenizers)[-1:]]
+        max_sequence_length = min([defaults["max_sequence_length"], *lengths])
+    embedded = getattr(transformer_of(pipeline, name).config, "guidance_embeds", False)
     guidance = None
     if "true_cfg_scale" in parameters and not embedded:
         guidance = "true_cfg_scale"
     elif "guidance_scale" in parameters:
         guidance = "guidance_scale"
+    side = _default_side(pipeline)
     return CallOptions(
-        height=height or side, width=width or side, num_inference_steps=num_inference_steps,
+        height=height or defaults.get("height", side), width=width or defaults.get("width", side),
+        num_frames=num_frames or defaults.get("num_frames"), num_inference_steps=num_inference_steps,
         max_sequence_length=max_sequence_length, negative_prompt=negative_prompt, guidance_argument=guidance,
         accepted=frozenset(parameters),
     )  # fmt: skip
+
+
+def _default_side(pipeline: Any) -> int:
+    """Pixels that the autoencoder was trained at, or that the pipeline names."""
+    side = getattr(getattr(getattr(pipeline, "vae", None), "config", None), "sample_size", None)
+    if isinstance(side, int):
+        return side
+    default = getattr(pipeline, "default_sample_size", 64)
+    return int(default if isinstance(default, int) else 64) * int(getattr(pipeline, "vae_scale_factor", 8))
 
 
 @dataclass
@@ -109,15 +128,15 @@ class Tape:
 def record(pipeline: Any, *, keep_calls: int = 2, progress: Progress | None = None) -> Iterator[Tape]:
     """Record what a pipeline does while the context lasts. The calls of the first `keep_calls` steps are kept."""
     tape = Tape()
-    transformer = getattr(pipeline, "transformer", None) or pipeline.unet
+    transformer = transformer_of(pipeline, type(pipeline).__name__)
     signature = inspect.signature(transformer.forward)
     scheduler = pipeline.scheduler
     original_step = scheduler.step
 
     def after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if len(tape.guided) < keep_calls:
-            tape.calls[-1].append(dict(signature.bind(*args, **kwargs).arguments))
-            tape.call_outputs[-1].append(output[0] if isinstance(output, tuple) else output.sample)
+            tape.calls[-1].append(flattened(_bound(signature, args, kwargs)))
+            tape.call_outputs[-1].append(PLAIN(output))
 
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original_step(model_output, timestep, sample, *args, **kwargs)
@@ -140,6 +159,33 @@ def record(pipeline: Any, *, keep_calls: int = 2, progress: Progress | None = No
         del scheduler.step
 
 
+def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, those of a `**kwargs` parameter among them."""
+    found = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found |= found.pop(name, {})
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Tensors whose second axis is as long as the longest prompt of a call: padded to `length`, which a mask hides."""
+
+    names: tuple[str, ...]
+    mask: str
+    length: int
+
+    def padded(self, call: dict[str, Any], name: str) -> Tensor:
+        """One argument of a recorded call; a mask that the pipeline left out is made of ones."""
+        value = call[name]
+        if value is None:
+            value = torch.ones(call[self.names[0]].shape[:2], dtype=torch.int64)
+        if name not in (*self.names, self.mask):
+            return value
+        return nn.functional.pad(value, (*[0, 0] * (value.ndim - 2), 0, self.length - value.shape[1]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Interface:
     """How a pipeline calls its transformer."""
@@ -150,7 +196,10 @@ class Interface:
     conditioning: tuple[str, ...]
     """Tensor arguments that belong to a request, with the samples along their first axis."""
     constants: dict[str, Any]
-    """Arguments that are the same for every prompt, step and seed."""
+    """Arguments that are the same for every prompt, step and seed, as `wiring` takes them."""
+    text: Text | None = None
+    """Of a pipeline that pads prompts to the longest one of a call."""
+    output: Output = PLAIN
     guided: bool
     """Two branches, negative and positive, combined as (1 − s) · negative + s · positive."""
     keep_norm: bool = False
@@ -203,11 +252,9 @@ class Trajectory:
 
 def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: Sequence[str]) -> Interface:
     """Two short runs on different prompts and seeds tell arguments apart. Raises ModelError for what cannot be compiled."""
-    from dataclasses import replace
-
-    prompts = list(prompts)[: 2 * PROBE_SAMPLES]
+    prompts = list(dict.fromkeys(prompts))[: 2 * PROBE_SAMPLES]
     prompts += [f"probe {i}" for i in range(2 * PROBE_SAMPLES - len(prompts))]
-    short = replace(options, num_inference_steps=3)
+    short = dataclasses.replace(options, num_inference_steps=3)
     with _recorded_noise() as drawn:
         first = _run(pipeline, short, guidance_scale, prompts[:PROBE_SAMPLES], range(PROBE_SAMPLES))
         second = _run(pipeline, short, guidance_scale, prompts[PROBE_SAMPLES:], range(100, 100 + PROBE_SAMPLES))
@@ -218,43 +265,92 @@ def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: S
             f"{name} calls its transformer {len(calls)} times a step: one or two (guidance) can be compiled"
         )
     sample = first.samples[0]
-    stacked = False
-    latents_input = None
-    for key, value in calls[0].items():
+    latents_input, stacked = _find_latents(first, name)
+    timestep_input, scale, offset = _find_timestep(first, name)
+    rows = PROBE_SAMPLES * (2 if stacked else 1)
+    conditioning, constants = _sorted_arguments(first, second, (latents_input, timestep_input), rows, name)
+    text = _find_text([*first.calls[0], *second.calls[0]], conditioning, constants, options.max_sequence_length, name)
+    if text and text.mask not in conditioning:
+        conditioning.append(text.mask)
+        constants.pop(text.mask, None)
+    if offset:
+        constants[timestep_input] = Offset(offset)
+    outputs = list(first.call_outputs[0][0].float().chunk(2)) if stacked else [o.float() for o in first.call_outputs[0]]
+    exact = first.call_outputs[0][0].dtype == torch.float32
+    output = _find_output(outputs, first.guided[0])
+    guided, positive_first, keep_norm, sign = _find_guidance(
+        [output(each) for each in outputs], first.guided[0], guidance_scale, name, exact=exact
+    )
+    split, permutation = _find_layout(drawn[0][1:], sample, name)
+    return Interface(
+        latents_input=latents_input, timestep_input=timestep_input, timestep_scale=scale, conditioning=tuple(conditioning),
+        constants=constants, text=text, output=dataclasses.replace(output, scale=sign), guided=guided, stacked=stacked,
+        positive_first=positive_first, keep_norm=keep_norm, noise_shape=drawn[0][1:], noise_split=split,
+        noise_permutation=permutation, latents_shape=tuple(sample.shape[1:]),
+    )  # fmt: skip
+
+
+def _find_latents(tape: Tape, name: str) -> tuple[str, bool]:
+    """The argument that is proportional to the scheduler's sample, and whether it holds both branches."""
+    sample = tape.samples[0]
+    for key, value in tape.calls[0][0].items():
         if isinstance(value, Tensor) and value.shape[1:] == sample.shape[1:] and value.numel() % sample.numel() == 0:
             ratio = value.shape[0] // sample.shape[0]
             if ratio in (1, 2) and _proportional(value[: sample.shape[0]].float(), sample):
-                latents_input, stacked = key, ratio == 2
-                break
-    if latents_input is None:
-        raise ModelError(f"{name} does not hand the scheduler's latents to its transformer as they are: not supported")
-    timestep_input, scale = _find_timestep(first, name)
-    rows = PROBE_SAMPLES * (2 if stacked else 1)
-    conditioning, constants = [], {}
-    for key, value in calls[0].items():
-        if key in (latents_input, timestep_input):
+                return key, ratio == 2
+    raise ModelError(f"{name} does not hand the scheduler's latents to its transformer as they are: not supported")
+
+
+def _sorted_arguments(
+    first: Tape, second: Tape, varying: tuple[str, ...], rows: int, name: str
+) -> tuple[list[str], dict[str, Any]]:
+    """The arguments that are not `varying` as conditioning and constants. `rows`: batch of a call."""
+    conditioning: list[str] = []
+    constants: dict[str, Any] = {}
+    calls = [*first.calls[0], *second.calls[0]]
+    for key, value in first.calls[0][0].items():
+        if key in varying:
             continue
         if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
-            conditioning.append(key)
             if not _same(value, first.calls[1][0][key]):
                 raise ModelError(f"{name} changes {key} from step to step: only latents and time may change")
-        elif not _same(value, second.calls[0][0][key]):
+            if "mask" not in key and all(_same(value[:1].expand_as(value), call[key]) for call in calls):
+                constants[key] = PerSample(value[:1])
+            else:
+                conditioning.append(key)
+        elif "mask" not in key and not _same(value, second.calls[0][0][key]):
             raise ModelError(
                 f"{name} passes {key} with {type(value).__name__} that depends on the prompt: not supported"
             )
         else:
             constants[key] = value
-    outputs = list(first.call_outputs[0][0].float().chunk(2)) if stacked else [o.float() for o in first.call_outputs[0]]
-    guided, positive_first, keep_norm = _find_guidance(
-        outputs, first.guided[0], guidance_scale, name, exact=first.call_outputs[0][0].dtype == torch.float32
+    return conditioning, constants
+
+
+def _find_text(
+    calls: Sequence[dict[str, Any]],
+    conditioning: Sequence[str],
+    constants: dict[str, Any],
+    length: int | None,
+    name: str,
+) -> Text | None:
+    """The tensors that are as long as the longest prompt of a call, and the mask that hides what is padded."""
+    values = {key: [call[key] for call in calls if call[key] is not None] for key in conditioning}
+    ragged = [key for key in conditioning if len({value.shape[1:] for value in values[key]}) > 1 and "mask" not in key]
+    masks = [key for key in (*conditioning, *constants) if "mask" in key]
+    optional = [key for key in masks if any(call[key] is None for call in calls)]
+    if not ragged and not (optional and any(key in conditioning for key in optional)):
+        return None
+    if not masks:
+        raise ModelError(
+            f"{name} makes {ragged[0]} as long as the longest prompt of a call and passes no mask: not supported, because "
+            "prompts could not be padded to one length"
+        )
+    if length is None:
+        raise ModelError(f"{name} makes {ragged[0]} as long as the longest prompt: give --max-sequence-length")
+    return Text(
+        names=tuple(ragged or [key for key in conditioning if values[key][0].ndim == 3]), mask=masks[0], length=length
     )
-    split, permutation = _find_layout(drawn[0][1:], tuple(sample.shape[1:]), first, drawn)
-    return Interface(
-        latents_input=latents_input, timestep_input=timestep_input, timestep_scale=scale, conditioning=tuple(conditioning),
-        constants=constants, guided=guided, stacked=stacked, positive_first=positive_first,
-        keep_norm=keep_norm, noise_shape=drawn[0][1:],
-        noise_split=split, noise_permutation=permutation, latents_shape=tuple(sample.shape[1:]),
-    )  # fmt: skip
 
 
 def capture(
@@ -337,9 +433,9 @@ class Denoiser:
     @torch.no_grad()
     def __call__(self, latents: Tensor, timestep: float, input_scale: float = 1.0) -> Tensor:
         inputs = self.inputs(latents, timestep, input_scale)
-        output = self.transformer(**inputs, **self.interface.constants)
+        output = self.transformer(**arguments(inputs, self.interface.constants))
         self.evaluations[0] += latents.shape[0]
-        return self.guide(output[0] if isinstance(output, tuple) else output.sample)
+        return self.guide(self.interface.output(output))
 
 
 def denoiser_of(transformer: Any, interface: Interface, trajectory: Trajectory) -> Denoiser:
@@ -400,7 +496,8 @@ def _recorded_noise() -> Iterator[list[tuple[int, ...]]]:
 
 def _branches(interface: Interface, tape: Tape, name: str) -> Tensor:
     """One argument as (branches, n, …), in the order negative, positive."""
-    parts = list(tape.calls[0][0][name].chunk(2)) if interface.stacked else [call[name] for call in tape.calls[0]]
+    values = [interface.text.padded(call, name) if interface.text else call[name] for call in tape.calls[0]]
+    parts = list(values[0].chunk(2)) if interface.stacked else values
     if interface.guided and interface.positive_first:
         parts.reverse()
     return torch.stack(parts)
@@ -414,22 +511,26 @@ def _proportional(value: Tensor, sample: Tensor) -> bool:
 def _same(value: Any, other: Any) -> bool:
     if isinstance(value, Tensor):
         return isinstance(other, Tensor) and value.shape == other.shape and torch.equal(value, other)
+    if isinstance(value, (list, tuple)):
+        return type(value) is type(other) and len(value) == len(other) and all(map(_same, value, other))
     return bool(value == other)
 
 
-def _find_timestep(tape: Tape, name: str) -> tuple[str, float]:
-    """The argument that follows the scheduler's time, and its ratio to it."""
+def _find_timestep(tape: Tape, name: str) -> tuple[str, float, float]:
+    """The argument that follows the scheduler's time, with scale and offset: argument = scale · time + offset."""
+    times = tape.timesteps[:2]
     for key, value in tape.calls[0][0].items():
         later = tape.calls[1][0][key]
         if not isinstance(value, Tensor) or value.ndim > 1 or _same(value, later):
             continue
-        ratios = [
-            float(call[key].float().flatten()[0]) / time
-            for call, time in ((tape.calls[0][0], tape.timesteps[0]), (tape.calls[1][0], tape.timesteps[1]))
-        ]
-        if abs(ratios[0] - ratios[1]) <= 1e-4 * abs(ratios[0]):
-            return key, float(f"{ratios[0]:.6g}")
-    raise ModelError(f"{name} passes no argument that is proportional to the scheduler's timestep: not supported")
+        found = [float(call[0][key].float().flatten()[0]) for call in tape.calls[:2]]
+        scale = (found[1] - found[0]) / (times[1] - times[0])
+        offset = found[0] - scale * times[0]
+        if abs(offset) <= 1e-4 * abs(found[0]):
+            return key, float(f"{found[0] / times[0]:.6g}"), 0.0
+        if abs(offset - round(offset)) <= 1e-4 * max(1.0, abs(offset)):
+            return key, float(f"{scale:.4g}"), float(round(offset))
+    raise ModelError(f"{name} passes no argument that follows the scheduler's timestep: not supported")
 
 
 def _with_norm_of(positive: Tensor, combined: Tensor) -> Tensor:
@@ -437,54 +538,89 @@ def _with_norm_of(positive: Tensor, combined: Tensor) -> Tensor:
     return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True).clamp(min=1e-30))
 
 
+def _find_output(outputs: list[Tensor], guided: Tensor) -> Output:
+    """Fewer channels than the model makes are its first ones."""
+    shape = outputs[0].shape
+    if shape[2:] == guided.shape[2:] and shape[1] > guided.shape[1]:
+        return Output(channels=guided.shape[1])
+    return PLAIN
+
+
 def _find_guidance(
     outputs: list[Tensor], guided: Tensor, scale: float, name: str, *, exact: bool
-) -> tuple[bool, bool, bool]:
-    """Whether two branches are guidance, whether the positive one comes first, and whether its norm is kept.
+) -> tuple[bool, bool, bool, float]:
+    """Whether two branches are guidance, whether the positive one comes first, whether its norm is kept; and the sign.
 
-    exact: the pipeline computed in float32.
+    The sign is −1 for a pipeline that negates its model's output. exact: the pipeline computed in float32.
     """
-    if len(outputs) == 1:
-        if not torch.allclose(outputs[0], guided, rtol=1e-4, atol=1e-5):
-            raise ModelError(f"{name} changes the transformer's output before the scheduler's step: not supported")
-        return False, False, False
-    found: dict[tuple[bool, bool], float] = {}
-    for positive_first, (positive, negative) in ((True, outputs), (False, outputs[::-1])):
-        combined = negative + scale * (positive - negative)
-        for keep_norm, expected in ((False, combined), (True, _with_norm_of(positive, combined))):
-            found[positive_first, keep_norm] = float((expected - guided).norm() / guided.norm())
-    positive_first, keep_norm = min(found, key=lambda way: found[way])
-    if found[positive_first, keep_norm] < (1e-3 if exact else 3e-2):
-        return True, positive_first, keep_norm
+    found: dict[tuple[bool, bool, bool, float], float] = {}
+    guided_by_two = len(outputs) == 2
+    for sign in (1.0, -1.0):
+        if not guided_by_two:
+            found[False, False, False, sign] = _distance(sign * outputs[0], guided)
+            continue
+        for positive_first, (positive, negative) in ((True, outputs), (False, outputs[::-1])):
+            combined = negative + scale * (positive - negative)
+            for keep_norm, expected in ((False, combined), (True, _with_norm_of(positive, combined))):
+                found[True, positive_first, keep_norm, sign] = _distance(sign * expected, guided)
+    best = min(found, key=lambda way: found[way])
+    if found[best] < (1e-3 if exact else 3e-2):
+        return best
+    if not guided_by_two:
+        raise ModelError(f"{name} changes the transformer's output before the scheduler's step: not supported")
+    if outputs[0].shape != guided.shape:
+        raise ModelError(
+            f"{name} hands the scheduler {tuple(guided.shape)} of the model's {tuple(outputs[0].shape)}: not supported"
+        )
     basis = torch.stack([output.flatten() for output in outputs], dim=1).double()
     weights = torch.linalg.lstsq(basis, guided.flatten().double()[:, None]).solution.flatten()
     listed = ", ".join(f"{weight:.3f}" for weight in weights)
     raise ModelError(f"{name} combines its branches with weights {listed}: expected {scale} and {1 - scale}")
 
 
-def _find_layout(
-    noise_shape: tuple[int, ...], latents_shape: tuple[int, ...], tape: Tape, drawn: list[tuple[int, ...]]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """How noise is packed into latents: as it is, or in 2 × 2 patches along the last two axes."""
-    noise = torch.cat(
-        [torch.randn(1, *noise_shape, generator=torch.Generator().manual_seed(seed)) for seed in range(PROBE_SAMPLES)]
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖; infinite where shapes differ."""
+    return float((found - expected).norm() / expected.norm()) if found.shape == expected.shape else math.inf
+
+
+def _find_layout(noise_shape: tuple[int, ...], samples: Tensor, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How noise is packed into latents: sizes that it is split into, and their order.
+
+    A packing is a walk through the noise in nested loops. They are read off, the innermost first: the loop's stride is where
+    the next value of the latents stands in the noise, its size is how far the walk goes on like that.
+    """
+    seeds = range(len(samples))
+    noise = torch.cat([torch.randn(1, *noise_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    flat, latents = noise.flatten(1).double(), samples.flatten(1).double()
+    unknown = ModelError(
+        f"{name} arranges noise {noise_shape} as latents {tuple(samples.shape[1:])} in a way that is not known"
     )
-    candidates: list[tuple[tuple[int, ...], tuple[int, ...]]] = [(noise_shape, tuple(range(len(noise_shape))))]
-    if len(noise_shape) >= 3:
-        *lead, channels, height, width = noise_shape
-        if height % 2 == 0 and width % 2 == 0:
-            k = len(lead)
-            split = (*lead, channels, height // 2, 2, width // 2, 2)
-            candidates.append((split, (*range(k), k + 1, k + 3, k, k + 2, k + 4)))
-            swapped = (*lead, channels, height // 2, 2, width // 2, 2)
-            candidates.append((swapped, (*range(k), k + 1, k + 3, k + 2, k + 4, k)))
-    for split, permutation in candidates:
-        arranged = noise.view(-1, *split).permute(0, *[axis + 1 for axis in permutation])
-        if arranged.numel() == tape.samples[0].numel() and _proportional(
-            arranged.reshape(tape.samples[0].shape), tape.samples[0]
-        ):
-            return split, permutation
-    raise ModelError(f"the pipeline arranges noise {noise_shape} as latents {latents_shape} in a way that is not known")
+    if flat.shape != latents.shape:
+        raise unknown
+    latents = latents * (flat.norm() / latents.norm())
+    loops: list[tuple[int, int]] = []  # (stride, size), innermost first
+    done, count = 1, flat.shape[1]
+    while done < count:
+        stride = int((flat - latents[:, done : done + 1]).abs().sum(0).argmin())
+        if not stride:
+            raise unknown
+        heads, walked = latents[:, ::done], flat[:, ::stride]
+        both = min(heads.shape[1], walked.shape[1])
+        agrees = (heads[:, :both] - walked[:, :both]).abs().amax(0) < 1e-3
+        size = both if bool(agrees.all()) else int(agrees.int().argmin())
+        if size < 2 or count % (done * size):
+            raise unknown
+        loops.append((stride, size))
+        done *= size
+    order = sorted(loops, reverse=True)
+    split = tuple(size for _, size in order)
+    permutation = tuple(order.index(loop) for loop in reversed(loops))
+    arranged = (
+        noise.view(-1, *split).permute(0, *[axis + 1 for axis in permutation]) if math.prod(split) == count else None
+    )
+    if arranged is None or not _proportional(arranged.reshape(samples.shape), samples):
+        raise unknown
+    return split, permutation
 
 
 class _Prepared(Exception):
@@ -493,19 +629,17 @@ class _Prepared(Exception):
 
 def prepare_scheduler(pipeline: Any, options: CallOptions, scheduler: Any, num_inference_steps: int) -> None:
     """Have the pipeline itself call `scheduler.set_timesteps`, with its own sigmas and shift; no model evaluation."""
-    from dataclasses import replace
-
-    transformer = getattr(pipeline, "transformer", None) or pipeline.unet
+    transformer = transformer_of(pipeline, type(pipeline).__name__)
 
     def stop(*_: Any) -> None:
         raise _Prepared
 
     handle = transformer.register_forward_pre_hook(stop)
     original, pipeline.scheduler = pipeline.scheduler, scheduler
-    arguments = replace(options, num_inference_steps=num_inference_steps).arguments(1.0, 1)
+    call = dataclasses.replace(options, num_inference_steps=num_inference_steps).arguments(1.0, 1)
     try:
         with contextlib.suppress(_Prepared), torch.no_grad():
-            pipeline([""], generator=[torch.Generator().manual_seed(0)], **arguments)
+            pipeline([""], generator=[torch.Generator().manual_seed(0)], **call)
     finally:
         handle.remove()
         pipeline.scheduler = original

@@ -27,6 +27,9 @@ from torch import Tensor, fx, nn
 
 from otcache.schemas.errors import ModelError
 
+from .rewrites import REWRITES
+from .wiring import PLAIN, Output, arguments
+
 StageKind = Literal["embed", "block", "head"]
 
 LATENT_NAMES = ("hidden_states", "sample", "x")
@@ -76,41 +79,50 @@ class Stages:
 
 
 class Bound(nn.Module):
-    """A module with its constant keyword arguments bound: takes a dict of tensors, returns a tuple of tensors."""
+    """A module with its constant arguments bound (`wiring`): takes a dict of tensors, returns a tuple of tensors.
+
+    output: what is made of the module's result, which is then the only output; None gives all tensors of the result.
+    """
 
     def __init__(
-        self, module: nn.Module, constants: Mapping[str, Any] | None = None, *, first_only: bool = False
+        self, module: nn.Module, constants: Mapping[str, Any] | None = None, *, output: Output | None = None
     ) -> None:
         super().__init__()
         self.module = module
         self.constants = dict(constants or {})
-        self.first_only = first_only
+        self.output = output
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        result = self.module(**inputs, **self.constants)
+        result = self.module(**arguments(inputs, self.constants))
+        if self.output is not None:
+            return (self.output(result),)
         if isinstance(result, Tensor):
             return (result,)
-        results = tuple(result.values()) if isinstance(result, dict) else tuple(result)
-        return results[:1] if self.first_only else results
+        return tuple(result.values()) if isinstance(result, dict) else tuple(result)
 
 
-def cut(module: nn.Module, kwargs: dict[str, Tensor], *, constants: dict[str, Any]) -> Stages:
+def cut(
+    module: nn.Module, kwargs: dict[str, Tensor], *, constants: Mapping[str, Any], output: Output = PLAIN
+) -> Stages:
     """Split a transformer into embed, blocks and head.
 
     Args:
         module: the transformer, in eval mode.
-        kwargs: example of its tensor arguments that vary per step or request; dimension 0 of each is the batch, 2 or more.
-        constants: its other keyword arguments, tensors or not; they are baked in.
+        kwargs: example of its tensor arguments that vary per step or request, by their names in `wiring`; dimension 0 of
+            each is the batch, 2 or more.
+        constants: its other keyword arguments, tensors or not (`wiring`); they are baked in.
+        output: what the pipeline makes of the result; by default its first tensor is taken as it is.
 
     Raises:
         ModelError: no graph, no block lists, a batch that is not dynamic, or stages that do not reproduce the model.
     """
     subject = type(module).__name__
     _check_arguments(subject, module, kwargs)
-    graph_module = _captured(subject, module, kwargs, constants)
+    bound = Bound(module, constants, output=output).eval()
+    graph_module = _captured(subject, bound, kwargs)
     graph = _Graph(subject, graph_module, tuple(kwargs))
     stages = _split(graph, _labels(graph, _trunk(subject, module, graph)))
-    _check_exact(subject, module, stages, kwargs, constants)
+    _check_exact(subject, bound, stages, kwargs)
     return stages
 
 
@@ -145,12 +157,15 @@ def _check_arguments(subject: str, module: nn.Module, kwargs: Mapping[str, Tenso
         )
 
 
-def _captured(subject: str, module: nn.Module, kwargs: dict[str, Tensor], constants: dict[str, Any]) -> fx.GraphModule:
-    """The graph with parameters as `get_attr`, functional, and dynamic in the batch."""
-    program = exported_program(subject, Bound(module, constants, first_only=True).eval(), kwargs)
+def _captured(subject: str, bound: Bound, kwargs: dict[str, Tensor]) -> fx.GraphModule:
+    """The graph with parameters as `get_attr`, functional, dynamic in the batch, and rewritten."""
+    program = exported_program(subject, bound, kwargs)
     if any(_mutates(node) for node in program.graph.nodes):
         program = program.run_decompositions({})
-    return program.module()  # type: ignore[return-value]
+    module: fx.GraphModule = program.module()  # type: ignore[assignment]
+    for rewrite in REWRITES:
+        rewrite(module)
+    return module
 
 
 def exported_program(
@@ -651,11 +666,9 @@ def _signature(value: Tensor) -> tuple[Any, ...]:
 # --- proof -------------------------------------------------------------------------------------------------------------
 
 
-def _check_exact(
-    subject: str, module: nn.Module, stages: Stages, kwargs: dict[str, Tensor], constants: Mapping[str, Any]
-) -> None:
+def _check_exact(subject: str, bound: Bound, stages: Stages, kwargs: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        (expected,) = Bound(module, constants, first_only=True)(kwargs)
+        (expected,) = bound(kwargs)
     received = run_stages(stages, kwargs)
     if received.shape == expected.shape and torch.equal(received, expected):
         return

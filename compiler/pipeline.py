@@ -193,7 +193,10 @@ def prepare(options: CompileOptions, reporter: Reporter, held: contextlib.ExitSt
         prepare_scheduler(model.pipeline, session.call, model.pipeline.scheduler, options.num_inference_steps)
         table = lower(model.pipeline.scheduler)
     with reporter.on("cut", type(model.transformer).__name__):
-        stages = cut(model.transformer, _example(session, trajectory), constants=session.interface.constants)
+        interface = session.interface
+        stages = cut(
+            model.transformer, _example(session, trajectory), constants=interface.constants, output=interface.output
+        )
     calibration = Calibration(
         denoiser=denoiser_of(model.transformer, session.interface, trajectory), trajectory=trajectory, table=table,
         decode=session.decode, references=session.decode(trajectory.latents[-1]), objective=options.objective,
@@ -270,7 +273,7 @@ def _captured(session: Session, name: str, prompts: Sequence[str], seed: int) ->
             found = capture(
                 model.pipeline, session.interface, session.call, own, seeds, scales[rows], progress=progress
             )
-            arrays = {f"conditioning.{key}": value.float().numpy() for key, value in found.conditioning.items()}
+            arrays = {f"conditioning.{key}": _array(value) for key, value in found.conditioning.items()}
             return arrays | {
                 "latents": found.latents.numpy(), "outputs": found.outputs.numpy(),
                 "timesteps": np.asarray(found.timesteps),
@@ -291,13 +294,18 @@ def _captured(session: Session, name: str, prompts: Sequence[str], seed: int) ->
     arrays = {key: np.concatenate([part[key] for part in parts], axis=1) for key in names}
     arrays["timesteps"] = parts[0]["timesteps"]
     dtype = next(session.model.transformer.parameters()).dtype
-    conditioning = {
-        name: torch.from_numpy(arrays[f"conditioning.{name}"]).to(dtype) for name in session.interface.conditioning
-    }
+    kept = {name: torch.from_numpy(arrays[f"conditioning.{name}"]) for name in session.interface.conditioning}
+    conditioning = {name: value.to(dtype) if value.is_floating_point() else value for name, value in kept.items()}
     return Trajectory(
         latents=torch.from_numpy(arrays["latents"]), outputs=torch.from_numpy(arrays["outputs"]), conditioning=conditioning,
         guidance=torch.tensor(scales), timesteps=tuple(arrays["timesteps"].tolist()),
     )  # fmt: skip
+
+
+def _array(value: Tensor) -> np.ndarray:
+    """For the workspace, which has no bfloat16."""
+    array: np.ndarray = (value.float() if value.is_floating_point() else value).numpy()
+    return array
 
 
 def _example(session: Session, trajectory: Trajectory) -> dict[str, Tensor]:

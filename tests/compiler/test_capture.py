@@ -73,7 +73,8 @@ def test_guidance_is_told_apart(positive_first, keep_norm):
     if keep_norm:
         guided = guided * torch.norm(positive, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True)
     outputs = [positive, negative] if positive_first else [negative, positive]
-    assert _find_guidance(outputs, guided, 4.0, "Pipeline", exact=True) == (True, positive_first, keep_norm)
+    assert _find_guidance(outputs, guided, 4.0, "Pipeline", exact=True) == (True, positive_first, keep_norm, 1.0)
+    assert _find_guidance(outputs, -guided, 4.0, "Pipeline", exact=True) == (True, positive_first, keep_norm, -1.0)
     with pytest.raises(ModelError, match=r"Pipeline combines its branches with weights .*: expected 3\.0"):
         _find_guidance(outputs, guided, 3.0, "Pipeline", exact=True)
 

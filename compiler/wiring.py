@@ -1,0 +1,81 @@
+"""How named tensors become a call of a model, as its pipeline makes it: what is bound, nested and changed on the way.
+
+The names of tensors are dotted paths: `added_cond_kwargs.text_embeds` is an entry of the dict `added_cond_kwargs`. With
+that, and the few values below, a pipeline's call is data, and no model needs an adapter of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """A constant argument with the samples along its first axis: one row (1, …), the same for each."""
+
+    row: Tensor
+
+
+@dataclass(frozen=True)
+class Offset:
+    """An argument that is the input of its name plus a number: `1 − t / 1000` is a time at scale −1/1000."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a pipeline makes of the model's output before guidance and the scheduler's step."""
+
+    channels: int | None = None
+    """Entries of axis 1 that are kept, the first ones: predicted variances follow them."""
+    scale: float = 1.0
+
+    def __call__(self, result: Any) -> Tensor:
+        """The model's result (a tensor, a tuple or diffusers' output class) as one tensor."""
+        output: Tensor = result if isinstance(result, Tensor) else result[0]
+        if self.channels is not None:
+            output = output[:, : self.channels]
+        return output if self.scale == 1.0 else output * self.scale
+
+
+PLAIN = Output()
+"""The first tensor of the result, as it is."""
+
+
+def arguments(inputs: Mapping[str, Tensor], constants: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the model: `inputs` with `constants` bound, and dotted names made nested dicts."""
+    batch = next((value.shape[0] for value in inputs.values()), 1)
+    flat = {**constants, **inputs}
+    for name, constant in constants.items():
+        if isinstance(constant, PerSample):
+            flat[name] = constant.row.expand(batch, *constant.row.shape[1:])
+        elif isinstance(constant, Offset):
+            flat[name] = inputs[name] + constant.value
+    return _nested(flat)
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted names; an empty dict is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        place = nested
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return nested

@@ -110,6 +110,11 @@ def make_autoencoder() -> AutoencoderKLQwenImage:
         base_dim=12, z_dim=LATENT_CHANNELS, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[False, False],
         latents_mean=[0.0] * LATENT_CHANNELS, latents_std=[1.0] * LATENT_CHANNELS,
     )  # fmt: skip
+    flow.variance_preserving(vae)
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, QwenImageCausalConv3d):
+                module.weight.mul_(module.kernel_size[0] ** 0.5)  # of its slices in time one meets a single frame
     flow.zero_initialised(vae, lambda name: name.endswith((".conv2", ".proj")))
     return vae
 

@@ -183,6 +183,7 @@ def make_autoencoder() -> AutoencoderKLHunyuanVideo:
         norm_num_groups=1, scaling_factor=1.0, spatial_compression_ratio=4, temporal_compression_ratio=4,
         mid_block_add_attention=False,
     )  # fmt: skip
+    flow.variance_preserving(vae)
     flow.zero_initialised(vae, lambda name: name.endswith(".conv2.conv"))
     return vae
 
@@ -283,7 +284,9 @@ def main() -> None:
         random = np.random.default_rng(options.seed)
         starts = random.integers(FRAMES - VAE_FRAMES + 1, size=len(pictures))
         windows = torch.stack([p[:, at : at + VAE_FRAMES] for p, at in zip(pictures, starts, strict=True)])
-        vae = flow.train_autoencoder(make_autoencoder(), windows, steps=options.vae_steps, batch=4, seed=options.seed)
+        vae = flow.train_autoencoder(
+            make_autoencoder(), windows, steps=options.vae_steps, batch=4, rate=1.2e-3, seed=options.seed
+        )
         scale = 1 / flow.encode(vae, pictures[:256]).square().mean().sqrt()
         vae.register_to_config(scaling_factor=round(float(scale), 5))
         vae.save_pretrained(vae_folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,18 @@ def own_options(module: Any) -> dict[str, Any]:
     options = {name: _plain(value) for name, value in module.config.items() if not name.startswith("_")}
     return {
         name: value for name, value in options.items() if value != _plain(defaults.get(name, inspect.Parameter.empty))
+    }
+
+
+def plain_options(component: Any) -> dict[str, Any]:
+    """The options of a diffusers component that a manifest can hold: None, truth values, text and finite numbers."""
+    return {
+        name: value
+        for name, value in component.config.items()
+        if not name.startswith("_")
+        and (
+            value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+        )
     }
 
 

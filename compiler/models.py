@@ -163,7 +163,8 @@ def load_model(
 
 def transformer_of(pipeline: Any, subject: str) -> Any:
     """The network whose evaluations are counted: `transformer`, or `unet` in older pipelines. Raises ModelError."""
-    found = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+    found = getattr(pipeline, "transformer", None)
+    found = getattr(pipeline, "unet", None) if found is None else found  # a compiled module has no truth value
     if found is None:
         raise ModelError(f"{subject} is a {type(pipeline).__name__}, which has neither a transformer nor a unet")
     return found

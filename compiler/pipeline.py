@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,21 +34,24 @@ from .capture import (
     calibration_scales,
     call_options,
     capture,
+    decoded,
     denoiser_of,
     prepare_scheduler,
     probe,
 )
 from .cut import Stages, cut, run_stages
 from .emit import check_target, emit, recover
+from .encoders import Encoders, text_encoders
 from .evaluate import Evaluation, eight_bits, quality_of
 from .evidence import WORST, PassEvidence, Recorder, gather
 from .export import ExportedStage, TensorInfo, end_to_end_error, export_module, export_stages
 from .golden import golden_record, write_golden
+from .identity import plain_options
 from .lower import SolverTable, lower, program_from_table
 from .models import Model, load_model, read_prompts
 from .options import CompileOptions, split_prompts
 from .progress import Pass, Reporter
-from .prompt import TokenizerSpec, latent_decoder, text_encoders
+from .prompt import latent_decoder
 from .report import ATTACHMENTS, write_report
 from .search import Found, found_from_json, json_from_found, search
 from .workspace import Workspace, default_workspace
@@ -79,16 +82,22 @@ class Session:
     reporter: Reporter
     key: dict[str, Any]
     """Everything that calibration depends on, for the workspace."""
-    decoder: torch.nn.Module
+    decoder: torch.nn.Module | None
+    """None for a pipeline that decodes in a way of its own: the artifact then makes latents."""
     decoder_example: dict[str, Tensor]
-    encoders: tuple[Any, dict[str, Tensor], tuple[TokenizerSpec, ...]]
-    """Text encoders with example inputs, and their tokenizers."""
+    encoders: Encoders | None
+    """None for a pipeline whose class has no export of them: the artifact then takes conditioning."""
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents (n, …) → pictures float32 (n, height, width, 3) in [0, 1]."""
-        dtype = next(self.decoder.parameters()).dtype
-        return torch.cat([self.decoder(part.to(dtype)).float() for part in latents.split(DECODE_BATCH)]).numpy()
+        """Latents (n, …) → pictures float32 (n, [frames,] height, width, 3) in [0, 1]."""
+        return torch.cat([self._decoded(part) for part in latents.split(DECODE_BATCH)]).numpy()
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        if self.decoder is None:
+            return decoded(self.model.pipeline, self.call, latents)
+        pictures: Tensor = self.decoder(latents.to(next(self.decoder.parameters()).dtype))
+        return pictures.float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +157,8 @@ def _compiled(prepared: Prepared, target: Path, passes: Sequence[PassEvidence]) 
     def fill(folder: Path) -> None:
         for exported_folder in exported.folders:
             shutil.copytree(exported_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(DESCRIPTION))
-        write_golden(folder, evaluated.golden)
+        if session.encoders is not None:
+            write_golden(folder, evaluated.golden)
         evidence, shown = gather(
             evaluated.outcomes, evaluated.references, prompts=prepared.held_out, seeds=prepared.held_out_seeds,
             timesteps=table.timesteps.tolist(), sigmas=None if table.sigmas is None else table.sigmas.tolist(), passes=passes,
@@ -216,18 +226,26 @@ def default_prompts() -> list[str]:
 def _session(options: CompileOptions, model: Model, prompts: Sequence[str], reporter: Reporter) -> Session:
     call = call_options(
         model.pipeline, num_inference_steps=options.num_inference_steps, height=options.height, width=options.width,
-        max_sequence_length=options.max_sequence_length, negative_prompt=options.negative_prompt,
+        num_frames=options.num_frames, max_sequence_length=options.max_sequence_length,
+        negative_prompt=options.negative_prompt,
     )  # fmt: skip
-    decoder, decoder_example = latent_decoder(model.pipeline, call.height, call.width)
     encoders = text_encoders(model.pipeline, call.max_sequence_length or 0)
     interface = probe(model.pipeline, call, options.nominal_scale, prompts)
+    latents = torch.randn(2, *interface.latents_shape, generator=torch.Generator().manual_seed(0))
+    pictures = decoded(model.pipeline, call, latents)
+    decoder = latent_decoder(model.pipeline, latents, pictures, call.height, call.width)
+    name = type(model.pipeline).__name__
+    if encoders is None:
+        reporter.note(f"{name} has no export of its text encoders: the artifact takes what `otc encode` makes of prompts")
+    if decoder is None:
+        reporter.note(f"{name} has no export of its decoder: the artifact makes latents")
     if not interface.guided and options.guidance_scale[0] != options.guidance_scale[1]:
         raise UsageError(
             f"--guidance-scale is a range, but {type(model.pipeline).__name__} runs one branch here: expected one number"
         )
     key = {
         "config": model.config_digest, "weights": model.weights_digest, "versions": versions(), "prompts": list(prompts),
-        "steps": call.num_inference_steps, "size": [call.height, call.width], "length": call.max_sequence_length,
+        "steps": call.num_inference_steps, "size": [call.height, call.width, call.num_frames], "length": call.max_sequence_length,
         "negative": call.negative_prompt, "guidance": list(options.guidance_scale), "seed": options.seed,
     }  # fmt: skip
     workspace = Workspace(
@@ -236,7 +254,7 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
     )
     return Session(
         options=options, model=model, call=call, interface=interface, workspace=workspace, reporter=reporter, key=key,
-        decoder=decoder, decoder_example=decoder_example, encoders=encoders,
+        decoder=decoder, decoder_example={"latents": latents}, encoders=encoders,
     )  # fmt: skip
 
 
@@ -427,7 +445,7 @@ class Exported:
 
 def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Exported:
     """Export the trunk, text encoders and decoder to ONNX, each checked against torch."""
-    encoders, encoder_example, specifications = session.encoders
+    encoders, decoder = session.encoders, session.decoder
 
     def trunk(folder: Path) -> None:
         with session.reporter.on("export", f"{len(stages.stages)} stages of the transformer") as advance:
@@ -435,25 +453,29 @@ def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Expor
             written = list(export_stages(stages, example, folder / ENGINES, progress=advance))
             _describe(folder, written, end_to_end_error(written, example, run_stages(stages, example)))
 
-    def text(folder: Path) -> None:
+    def text(folder: Path, encoders: Encoders) -> None:
         (folder / "tokenizers").mkdir()
-        for specification in specifications:
+        for specification in encoders.tokenizers:
             path = folder / "tokenizers" / f"{specification.input_name}.json"
             path.write_text(specification.tokenizer_json, encoding="utf-8")
         path = folder / ENGINES / "text_encoder.onnx"
         with session.reporter.on("export", "text encoders"):
-            names = encoders.output_names
-            _describe(folder, [export_module(encoders, encoder_example, names, path, kind="text_encoder")])
+            names = tuple(encoders.module.output_names)
+            written = export_module(encoders.module, encoders.example, names, path, kind="text_encoder")
+            _describe(folder, [written])
 
-    def pictures(folder: Path) -> None:
+    def pictures(folder: Path, decoder: torch.nn.Module) -> None:
         path = folder / ENGINES / "vae_decoder.onnx"
         with session.reporter.on("export", "decoder"):
-            decoder, example = session.decoder, session.decoder_example
-            _describe(folder, [export_module(decoder, example, ("images",), path, kind="decoder")])
+            _describe(folder, [export_module(decoder, session.decoder_example, ("images",), path, kind="decoder")])
 
     key = export_key(session)
-    parts = zip(EXPORTS, (trunk, text, pictures), strict=True)
-    folders = [session.workspace.tree(name, key, compute) for name, compute in parts]
+    parts: dict[str, Callable[[Path], None]] = {"export": trunk}
+    if encoders is not None:
+        parts["export-text"] = partial(text, encoders=encoders)
+    if decoder is not None:
+        parts["export-decoder"] = partial(pictures, decoder=decoder)
+    folders = [session.workspace.tree(name, key, compute) for name, compute in parts.items()]
     written = [json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")) for folder in folders]
     return Exported(
         folders=folders,
@@ -461,16 +483,17 @@ def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Expor
         max_relative_error=written[0]["chain"],
         tokenizers=[
             schema.Tokenizer(
-                input_name=value.input_name, path=f"tokenizers/{value.input_name}.json", length=value.length, pad_id=value.pad_id
+                input_name=value.input_name, path=f"tokenizers/{value.input_name}.json", length=value.length,
+                pad_id=value.pad_id, template=value.template,
             )
-            for value in specifications
+            for value in (encoders.tokenizers if encoders else ())
         ],
     )  # fmt: skip
 
 
 def export_key(session: Session) -> Any:
     """What the exported stages depend on, for the workspace."""
-    return [session.key, session.options.height, session.options.width]
+    return [session.key, session.call.height, session.call.width]
 
 
 def _describe(folder: Path, written: Sequence[ExportedStage], chain: float | None = None) -> None:
@@ -525,10 +548,10 @@ def _manifest_fields(
         ),
         "sampler": schema.Sampler(
             scheduler=type(scheduler).__name__, num_inference_steps=total,
-            config={key: value for key, value in scheduler.config.items() if not key.startswith("_") and _plain(value)},
+            config=plain_options(scheduler),
         ),
         "conditions": schema.Conditions(
-            height=call.height, width=call.width, max_sequence_length=call.max_sequence_length or 1, dtype="float32",
+            height=call.height, width=call.width, num_frames=call.num_frames, max_sequence_length=call.max_sequence_length or 1, dtype="float32",
             objective=options.objective, prompts_digest=digest_of_value([list(prompts), list(held_out)]),
             calibration_prompts=len(prompts), evaluation_prompts=len(held_out), seed=options.seed,
         ),
@@ -551,7 +574,7 @@ def _manifest_fields(
         "reference": schema.Policy(schedule=found.reference.schedule, num_inference_steps=total, source=found.reference.name),
         "anchor": schema.Policy(schedule=found.anchor.schedule, num_inference_steps=total, source=found.anchor.name),
         "programs": programs,
-        "golden": golden_record(
+        "golden": None if session.encoders is None else golden_record(
             prompt=held_out[0], budget=min(found.trials), seed=options.seed + EVALUATION_SEED,
             guidance_scale=None if interface.guidance_kind == "none" else calibration_scales(low, high, 1)[0],
             max_relative_error=exported.max_relative_error,
@@ -564,11 +587,6 @@ def _manifest_fields(
         ],
     }  # fmt: skip
     return {name: _dumped(value) for name, value in parts.items()}
-
-
-def _plain(value: Any) -> bool:
-    """Whether a scheduler's option is a plain JSON value."""
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _dumped(value: Any) -> Any:

@@ -7,9 +7,9 @@ import hashlib
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
 
-from otcache.compiler.identity import config_digest, denoiser_digest, own_options, weights_digest
+from otcache.compiler.identity import config_digest, denoiser_digest, own_options, plain_options, weights_digest
 from otcache.compiler.models import load_model
 from otcache.schemas.digest import digest_of_value
 from otcache.schemas.errors import ModelError
@@ -55,6 +55,12 @@ def test_another_weight_or_option_shows(transformer):
 
 def test_only_options_that_differ_from_the_defaults_count():
     assert own_options(FlowMatchEulerDiscreteScheduler(shift=3.0, base_shift=0.5)) == {"shift": 3.0}
+
+
+def test_options_of_a_manifest_are_finite():
+    options = plain_options(DPMSolverMultistepScheduler(solver_order=3, trained_betas=[0.1] * 1000))
+    assert options["solver_order"] == 3 and "trained_betas" not in options
+    assert "lambda_min_clipped" not in options, "minus infinity by default, which JSON does not know"
 
 
 def test_weights_that_are_elsewhere_are_refused(transformer):

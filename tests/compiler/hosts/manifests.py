@@ -1,0 +1,79 @@
+"""Artifacts without engines: the manifest of a tiny pipeline, with real programs from its own scheduler."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cases import STEPS, Case
+
+from otcache.compiler.baselines import extrapolated_program, uniform_schedule
+from otcache.compiler.capture import Tape, record
+from otcache.compiler.identity import denoiser_digest, plain_options
+from otcache.compiler.lower import SolverTable, lower, program_from_table
+from otcache.compiler.models import transformer_of
+from otcache.schemas.manifest import MANIFEST_NAME, Manifest, core_digest
+
+ZEROS = "sha256:" + "0" * 64
+BUDGET = 3
+
+
+def full_run(case: Case, pipeline: Any) -> tuple[Tape, SolverTable]:
+    """A run with all steps, and the pipeline's sampler as it prepared it."""
+    with record(pipeline, keep_calls=0) as tape:
+        case(pipeline)
+    return tape, lower(pipeline.scheduler)
+
+
+def write_manifest(folder: Path, case: Case, pipeline: Any, tape: Tape, table: SolverTable) -> Path:
+    """`folder`/manifest.json with the budgets `BUDGET` and `full`; stages are named and not there."""
+    shape = list(tape.samples[0].shape[1:])
+    transformer = transformer_of(pipeline, "pipeline")
+    few = extrapolated_program(table, uniform_schedule(BUDGET, STEPS), order=1)
+    programs = {"full": program_from_table(table), str(BUDGET): few}
+    scale = case.guidance or 1.0
+    policy = {"schedule": [0], "num_inference_steps": STEPS, "source": "test"}
+    value = {
+        "producer": {}, "model": {
+            "name": "tiny", "pipeline": type(pipeline).__name__, "transformer": type(transformer).__name__,
+            "config_digest": ZEROS, "weights_digest": ZEROS, "denoiser_digest": denoiser_digest(transformer),
+        },
+        "sampler": {
+            "scheduler": type(pipeline.scheduler).__name__, "num_inference_steps": STEPS,
+            "config": plain_options(pipeline.scheduler),
+        },
+        "conditions": {
+            "height": 16, "width": 16, "max_sequence_length": 6, "dtype": "float32", "objective": "ssim",
+            "prompts_digest": ZEROS, "calibration_prompts": 1, "evaluation_prompts": 1, "seed": 0,
+        },
+        "latents": {
+            "noise_shape": shape, "split": shape, "permutation": list(range(len(shape))), "shape": shape,
+            "initial_scale": table.initial_scale,
+        },
+        "timestep_scale": 1.0, "latents_input": "latents", "timestep_input": "timestep", "output": "out",
+        "guidance": {"kind": "none" if case.guidance is None else "cfg", "scale": scale, "minimum": scale, "maximum": scale},
+        "stages": _stages(["batch", *shape]), "features": [], "tokenizers": [], "reference": policy, "anchor": policy,
+        "programs": [{"budget": budget, "program": program.model_dump(mode="json")} for budget, program in programs.items()],
+        "files": [{"path": f"{kind}.onnx", "size_bytes": 0, "digest": ZEROS} for kind in ("embed", "block", "head")],
+        "digest": ZEROS,
+    }  # fmt: skip
+    value = Manifest.model_validate(value).model_dump(mode="json")
+    value["digest"] = core_digest(value)
+    folder.mkdir()
+    (folder / MANIFEST_NAME).write_text(json.dumps(value))
+    return folder
+
+
+def _stages(shape: list[Any]) -> list[dict[str, Any]]:
+    """Embed, block and head in a row."""
+    names = ("latents", "first", "second", "out")
+    tensors = [{"name": name, "dtype": "float32", "shape": shape} for name in names]
+    time = {"name": "timestep", "dtype": "float32", "shape": ["batch"]}
+    return [
+        {
+            "name": kind, "kind": kind, "onnx": f"{kind}.onnx", "max_relative_error": 0.0,
+            "inputs": [tensors[place], *([time] if kind == "embed" else [])], "outputs": [tensors[place + 1]],
+        }
+        for place, kind in enumerate(("embed", "block", "head"))
+    ]  # fmt: skip

@@ -1,0 +1,175 @@
+"""Where every value of a program lies on the device: one arena, offsets that are a pure function of the manifest.
+
+Consumes a `Listing`, produces an `AddressPlan`. Values that live from one step into another (latents, outputs, residuals,
+conditioning) get slots that stay: caches are kept in place, and latents go back and forth between two. What lives within a
+step is packed around them, also into slots that are free at that moment. Steps whose slots are in the same state get
+the same offsets, so that few addresses change from step to step.
+
+No two values overlap in memory while both are needed; a launch needs what it reads and what it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from otcache.schemas.manifest import Manifest
+from otcache.schemas.program import Program
+
+from .launches import Listing, Value, list_launches
+
+ALIGNMENT = 256
+"""Bytes; TensorRT reads and writes at such addresses."""
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A value in the arena. `first` and `last` are the launches between which, both included, it is there."""
+
+    offset: int
+    size_bytes: int
+    """A multiple of ALIGNMENT."""
+    first: int
+    last: int
+
+    def overlaps(self, other: Place) -> bool:
+        """In memory and in time."""
+        in_memory = self.offset < other.offset + other.size_bytes and other.offset < self.offset + self.size_bytes
+        return in_memory and self.first <= other.last and other.first <= self.last
+
+
+@dataclass(frozen=True)
+class AddressPlan:
+    """Offsets of all values of a program in one arena."""
+
+    listing: Listing
+    places: dict[Value, Place]
+    size_bytes: int
+    lower_bound_bytes: int
+    """What the values that are needed at once take at least: no plan is smaller."""
+
+
+def plan_addresses(manifest: Manifest, program: Program, samples: int) -> AddressPlan:
+    """The plan of a program for a number of samples at once."""
+    listing = list_launches(manifest, program)
+    lives = _lifetimes(listing)
+    sizes = {value: size_of(manifest, listing, value, samples) for value in listing.tensors}
+    steps = [launch.step for launch in listing.launches]
+    carried = [v for v, (first, last) in lives.items() if v in listing.brought or steps[first] != _step(steps, last)]
+    slots = _carried_slots(carried, lives, sizes)
+    held = [Place(slots[value], sizes[value], *lives[value]) for value in carried]
+    places = dict(zip(carried, held, strict=True))
+    local: dict[int, list[Value]] = {}
+    for value, (first, _) in lives.items():
+        if value not in places:
+            local.setdefault(steps[first], []).append(value)
+    known: dict[object, list[int]] = {}
+    begins = {step: steps.index(step) for step in local}
+    for step, values in local.items():
+        begin, end = begins[step], begins.get(step + 1, len(steps)) - 1
+        around = [Place(p.offset, p.size_bytes, max(p.first, begin) - begin, min(p.last, end) - begin)
+                  for p in held if p.first <= end and p.last >= begin]  # fmt: skip
+        wanted = [(sizes[value], lives[value][0] - begin, lives[value][1] - begin) for value in values]
+        key = (frozenset(around), tuple(wanted))
+        if key not in known:
+            known[key] = _pack(wanted, around)
+        for value, offset in zip(values, known[key], strict=True):
+            places[value] = Place(offset, sizes[value], *lives[value])
+    end = max(place.offset + place.size_bytes for place in places.values())
+    return AddressPlan(listing, places, end, _lower_bound(places.values(), len(steps)))
+
+
+def size_of(manifest: Manifest, listing: Listing, value: Value, samples: int) -> int:
+    """Bytes of a value, rounded up to ALIGNMENT."""
+    tensor = listing.tensors[value]
+    rows = samples if listing.counts_samples(value) else samples * manifest.guidance.branches
+    size = ITEM_BYTES[tensor.dtype]
+    for extent in tensor.shape:
+        size *= rows if isinstance(extent, str) else extent
+    return aligned(size)
+
+
+def aligned(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _step(steps: Sequence[int], launch: int) -> int:
+    """Step of a launch; what is read after the last one is in a step of its own."""
+    return steps[launch] if launch < len(steps) else len(steps)
+
+
+def _lifetimes(listing: Listing) -> dict[Value, tuple[int, int]]:
+    """First and last launch of every value; the final latents are read after the last one."""
+    first = {value: 0 for value in listing.brought}
+    last = dict(first)
+    for index, launch in enumerate(listing.launches):
+        for value in launch.writes.values():
+            first[value] = last[value] = index
+        for value in launch.reads.values():
+            if not listing.is_constant(value):
+                last[value] = index
+    last[listing.final] = len(listing.launches)
+    return {value: (first[value], last[value]) for value in first}
+
+
+def _carried_slots(
+    values: Iterable[Value], lives: dict[Value, tuple[int, int]], sizes: dict[Value, int]
+) -> dict[Value, int]:
+    """Offset of every value that outlives a step: the first slot of its size that is free, else a new one."""
+    free_after: dict[int, list[list[int]]] = {}
+    """By size: offset and last launch of every slot."""
+    end = 0
+    found: dict[Value, int] = {}
+    for value in sorted(values, key=lambda value: lives[value][0]):
+        first, last = lives[value]
+        of_size = free_after.setdefault(sizes[value], [])
+        slot = next((slot for slot in of_size if slot[1] < first), None)
+        if slot is None:
+            slot = [end, last]
+            of_size.append(slot)
+            end += sizes[value]
+        slot[1] = last
+        found[value] = slot[0]
+    return found
+
+
+def _pack(wanted: Sequence[tuple[int, int, int]], around: Sequence[Place]) -> list[int]:
+    """Offsets of (size, first, last) around places that are taken: of four greedy orders the one that ends lowest."""
+    keys: tuple[Callable[[tuple[int, int, int]], tuple[int, ...]], ...] = (
+        lambda want: (-want[0], want[1]),
+        lambda want: (-want[0], -want[2]),
+        lambda want: (want[1], -want[0]),
+        lambda want: (-want[2], -want[0]),
+    )
+    orders = [sorted(range(len(wanted)), key=[key(want) for want in wanted].__getitem__) for key in keys]
+    packings = [_pack_in_order(wanted, around, order) for order in orders]
+    return min(packings, key=lambda offsets: max(o + w[0] for o, w in zip(offsets, wanted, strict=True)))
+
+
+def _pack_in_order(wanted: Sequence[tuple[int, int, int]], around: Sequence[Place], order: Sequence[int]) -> list[int]:
+    taken = list(around)
+    offsets = [0] * len(wanted)
+    for index in order:
+        size, first, last = wanted[index]
+        offset = 0
+        for place in sorted(taken, key=lambda place: place.offset):
+            if place.first <= last and first <= place.last:
+                if place.offset >= offset + size:
+                    break
+                offset = max(offset, place.offset + place.size_bytes)
+        offsets[index] = offset
+        taken.append(Place(offset, size, first, last))
+    return offsets
+
+
+def _lower_bound(places: Iterable[Place], launches: int) -> int:
+    change = [0] * (launches + 2)
+    for place in places:
+        change[place.first] += place.size_bytes
+        change[place.last + 1] -= place.size_bytes
+    most = now = 0
+    for difference in change:
+        now += difference
+        most = max(most, now)
+    return most

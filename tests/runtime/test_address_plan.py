@@ -1,0 +1,147 @@
+"""Addresses of random programs over random chains: nothing is overwritten while it is needed, and little is wasted."""
+
+import pytest
+import small_artifact as small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from otcache.runtime.address_plan import ALIGNMENT, ITEM_BYTES, plan_addresses
+from otcache.runtime.artifact import Artifact
+from otcache.runtime.launches import list_launches
+from otcache.schemas.combinations import combinations
+from otcache.schemas.manifest import Manifest
+
+ZEROS = "sha256:" + "0" * 64
+
+
+@st.composite
+def programs(draw, payload):
+    count = draw(st.integers(1, 10))
+    steps, computed = [], 0
+    for index in range(count):
+        compute = payload == "output" or index == 0 or draw(st.booleans())
+        computed += compute
+        residual = [] if compute else [1.0] * draw(st.integers(1, min(computed, 3)))
+        steps.append({"step_index": index, "timestep": 1.0, "compute": compute, "residual_coefs": residual,
+                      "latent_coef": 1.0, "output_coefs": [0.5] * draw(st.integers(0, min(index + 1, 4)))})  # fmt: skip
+    return {"payload": payload, "steps": steps}
+
+
+@st.composite
+def manifests(draw, artifact_folder):
+    """Chains of blocks with a picture stream and a text stream, much wider than the latents, as transformers are."""
+    payload = draw(st.sampled_from(["output", "residual"]))
+    dtype = draw(st.sampled_from(["float32", "float16"]))
+    width, tokens = draw(st.sampled_from([192, 256])), draw(st.integers(4, 32))
+    blocks, joined = draw(st.integers(1, 8)), draw(st.booleans())
+
+    def tensor(name, *shape):
+        return small.tensor(name, "batch", *shape, dtype=dtype)
+
+    streams = [("a", tensor("a0", 64, width)), ("b", tensor("b0", tokens, width))][: 2 if joined else 1]
+    time = tensor("time", width)
+    value = small.read_manifest(artifact_folder)
+    latents, timestep = small.tensor("latents", *small.HIDDEN), small.tensor("timestep", "batch")
+    text = tensor("text", tokens, 64)
+    stages = [("embed", "embed", [latents, timestep, text], [time, *(first for _, first in streams)])]
+    for index in range(blocks):
+        ends = [{**first, "name": f"{name}{index + 1}"} for name, first in streams]
+        stages.append((f"block_{index}", "block", [time, *(first for _, first in streams)], ends))
+        streams = [(name, end) for (name, _), end in zip(streams, ends, strict=True)]
+    stages.append(("head", "head", [time, streams[0][1]], [small.tensor("velocity", *small.HIDDEN)]))
+    entry = value["stages"][0]
+    value["stages"] = [{**entry, "name": n, "kind": k, "inputs": i, "outputs": o} for n, k, i, o in stages]
+    value["features"] = [{"source": "a0", "result": f"a{blocks}"}]
+    program = draw(programs(payload))
+    nfe = sum(step["compute"] for step in program["steps"])
+    value.update(tokenizers=[], programs=[{"budget": str(nfe), "program": program}])
+    value["sampler"]["num_inference_steps"] = value["reference"]["num_inference_steps"] = 10
+    value["anchor"]["num_inference_steps"] = 10
+    if draw(st.booleans()):
+        value["guidance"] = {"kind": "none", "scale": 1.0, "minimum": 1.0, "maximum": 1.0}
+    return Manifest.model_validate_json(small.canonical_json(value))
+
+
+def check(manifest, program, samples):
+    """Run the plan over bytes that remember who wrote them."""
+    plan = plan_addresses(manifest, program, samples)
+    memory: dict[int, object] = {}
+
+    def blocks(value):
+        place = plan.places[value]
+        assert place.offset % ALIGNMENT == 0 and place.offset + place.size_bytes <= plan.size_bytes
+        return range(place.offset, place.offset + place.size_bytes, ALIGNMENT)
+
+    def write(value):
+        memory.update(dict.fromkeys(blocks(value), value))
+
+    def read(value):
+        assert {memory[block] for block in blocks(value)} == {value}, value
+
+    for value in plan.listing.brought:
+        write(value)
+    for launch in plan.listing.launches:
+        for value in launch.writes.values():
+            write(value)
+        for value in launch.reads.values():
+            if not plan.listing.is_constant(value):
+                read(value)  # after the writes: a launch reads while it writes
+    read(plan.listing.final)
+    return plan
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), samples=st.integers(1, 3))
+def test_random_programs(artifact_folder, data, samples):
+    manifest = data.draw(manifests(artifact_folder))
+    plan = check(manifest, manifest.programs[0].program, samples)
+    assert plan.lower_bound_bytes <= plan.size_bytes <= 1.1 * plan.lower_bound_bytes
+
+
+def test_of_the_small_artifact(artifact_folder):
+    manifest = Artifact.open(artifact_folder).manifest
+    for entry in manifest.programs:
+        plan = check(manifest, entry.program, 2)
+        assert plan == plan_addresses(manifest, entry.program, 2), "a pure function"
+        twice = plan_addresses(manifest, entry.program, 4)
+        assert plan.size_bytes < twice.size_bytes <= 2 * plan.size_bytes
+
+
+def test_size_of_a_value_is_that_of_its_tensor(artifact_folder):
+    manifest = Artifact.open(artifact_folder).manifest
+    plan = plan_addresses(manifest, manifest.programs[0].program, 64)
+    hidden = 64 * small.TOKENS * small.WIDTH * ITEM_BYTES["float32"]
+    found = {value.name: place.size_bytes for value, place in plan.places.items()}
+    assert found["@x"] == found["@v"] == hidden and found["h0"] == found["latents"] == 2 * hidden
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_launches_are_of_stages_and_combinations(artifact_folder, data):
+    """Every launch reads and writes what its engine has, and residuals are computed only where one is used later."""
+    manifest = data.draw(manifests(artifact_folder))
+    program = manifest.programs[0].program
+    listing = list_launches(manifest, program)
+    inputs = {stage.name: {t.name for t in stage.inputs} for stage in manifest.trunk}
+    outputs = {stage.name: {t.name for t in stage.outputs} for stage in manifest.trunk}
+    counts = {}
+    for combination in combinations(manifest):
+        inputs[combination.name] = {tensor.name for tensor in combination.inputs}
+        outputs[combination.name] = {combination.total.name}
+        counts[combination.name] = combination.coefs
+    for launch in listing.launches:
+        assert set(launch.reads) == inputs[launch.engine] and set(launch.writes) == outputs[launch.engine]
+        assert len(launch.coefs) == (0 if launch.engine == "guide" else counts.get(launch.engine, 0))
+    names = [launch.engine for launch in listing.launches]
+    assert names.count("head") == len(program.steps) and names.count("block_0") == program.nfe
+    used = {value for launch in listing.launches for value in launch.reads.values()}
+    assert all(launch.writes["total"] in used for launch in listing.launches if launch.engine.startswith("residual"))
+
+
+@pytest.mark.parametrize(("budget", "terms"), [("2", {1, 2}), ("3", {1}), ("full", {1, 2})])
+def test_combinations_of_the_small_artifact(artifact_folder, budget, terms):
+    manifest = Artifact.open(artifact_folder).manifest
+    names = [combination.name for combination in combinations(manifest)]
+    assert names == ["spread", "residual_0", "forecast_0_1", "forecast_0_2", "guide", "update_1", "update_2"]
+    listing = list_launches(manifest, manifest.program(budget).program)
+    assert {int(x.engine[-1]) for x in listing.launches if x.engine.startswith("update")} == terms

@@ -16,8 +16,10 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -397,6 +399,15 @@ def capture(
     )
 
 
+def conditioning_of(
+    pipeline: Any, interface: Interface, options: CallOptions, guidance_scale: float, prompts: Sequence[str]
+) -> dict[str, Tensor]:
+    """What the pipeline makes of prompts: each tensor (branches, n, …), branches in the order negative, positive."""
+    short = dataclasses.replace(options, num_inference_steps=2)
+    tape = _run(pipeline, short, guidance_scale, prompts, range(len(prompts)))
+    return {name: _branches(interface, tape, name) for name in interface.conditioning}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Denoiser:
     """The guided model output at any latents and time, for the samples of one trajectory. Counts its evaluations."""
@@ -465,6 +476,27 @@ def _run(
     with record(pipeline, progress=progress) as tape, torch.no_grad():
         pipeline(list(prompts), generator=generators, **options.arguments(guidance_scale, len(prompts)))
     return tape
+
+
+def decoded(pipeline: Any, options: CallOptions, latents: Tensor) -> Tensor:
+    """Final latents (n, …) → the pipeline's own pictures, float32 (n, [frames,] height, width, 3) in [0, 1].
+
+    The pipeline runs one step, whose result is replaced by the latents: it decodes them in whatever way it has.
+    """
+    count, scheduler = len(latents), pipeline.scheduler
+
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, return_dict: bool = True, **__: Any) -> Any:
+        final = latents.repeat(len(sample) // count, *[1] * (latents.ndim - 1)).to(sample.dtype)
+        return SimpleNamespace(prev_sample=final) if return_dict else (final,)
+
+    arguments = dataclasses.replace(options, num_inference_steps=1).arguments(1.0, count) | {"output_type": "np"}
+    scheduler.step = step
+    try:
+        with torch.no_grad():
+            made = pipeline([""] * count, generator=[torch.Generator() for _ in range(count)], **arguments)
+    finally:
+        del scheduler.step
+    return torch.from_numpy(np.asarray(made[0], np.float32))
 
 
 @contextlib.contextmanager

@@ -61,7 +61,10 @@ class Outcome:
 
 
 def eight_bits(pictures: np.ndarray) -> np.ndarray:
-    """[0, 1] → uint8."""
+    """float (n, height, width, 3) in [0, 1] → uint8; of videos (n, frames, …) the first, middle and last frame side by side."""
+    if pictures.ndim == 5:
+        frames = pictures.shape[1]
+        pictures = np.concatenate([pictures[:, i] for i in (0, frames // 2, frames - 1)], axis=2)
     return np.round(255 * pictures).astype(np.uint8)
 
 

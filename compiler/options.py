@@ -24,6 +24,8 @@ class CompileOptions:
     negative_prompt: str = ""
     height: int | None = None
     width: int | None = None
+    num_frames: int | None = None
+    """Of a video."""
     max_sequence_length: int | None = None
     reference_budget: int | None = None
     """Default: two fifths of the steps."""
@@ -75,6 +77,8 @@ class CompileOptions:
         for name, side in (("--height", self.height), ("--width", self.width)):
             if side is not None and side < 8:
                 raise UsageError(f"{name} is {side}: expected 8 or more pixels")
+        if self.num_frames is not None and self.num_frames < 1:
+            raise UsageError(f"--num-frames is {self.num_frames}: expected 1 or more")
 
     @property
     def nominal_scale(self) -> float:

@@ -233,10 +233,18 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
     interface = probe(model.pipeline, call, options.nominal_scale, prompts)
     latents = torch.randn(2, *interface.latents_shape, generator=torch.Generator().manual_seed(0))
     pictures = decoded(model.pipeline, call, latents)
-    decoder = latent_decoder(model.pipeline, latents, pictures, call.height, call.width)
     name = type(model.pipeline).__name__
+    expected = (*(() if call.num_frames is None else (call.num_frames,)), call.height, call.width, 3)
+    if tuple(pictures.shape[1:]) != expected:
+        raise UsageError(
+            f"{name} draws {tuple(pictures.shape[1:])} where {expected} was asked for (frames, height, width, colours): "
+            "give a --height, --width and --num-frames that it accepts as they are"
+        )
+    decoder = latent_decoder(model.pipeline, latents, pictures, call.height, call.width)
     if encoders is None:
-        reporter.note(f"{name} has no export of its text encoders: the artifact takes what `otc encode` makes of prompts")
+        reporter.note(
+            f"{name} has no export of its text encoders: the artifact takes what `otc encode` makes of prompts"
+        )
     if decoder is None:
         reporter.note(f"{name} has no export of its decoder: the artifact makes latents")
     if not interface.guided and options.guidance_scale[0] != options.guidance_scale[1]:

@@ -170,10 +170,10 @@ def _passes(
     kept = searched and evaluated(session, held_out)
     yield planned("evaluate", evaluation_count(session, len(held_out)), 0, kept)
     trunk = _stage_count(session.model.transformer)
-    encoders, _, _ = session.encoders
+    modules = {EXPORTS[1]: session.encoders and session.encoders.module, EXPORTS[2]: session.decoder}
     weights = {
         "cut": (0, 0), EXPORTS[0]: (trunk, _weight_bytes(session.model.transformer)),
-        EXPORTS[1]: (1, _weight_bytes(encoders)), EXPORTS[2]: (1, _weight_bytes(session.decoder)),
+        **{name: (1, _weight_bytes(module)) if module else (0, 0) for name, module in modules.items()},
     }  # fmt: skip
     yield planned("cut", 0, 0, False, other_s=CUT_S_PER_STAGE * (trunk + 2))
     whole = 0

@@ -59,5 +59,45 @@ def _call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any
     return node
 
 
-REWRITES: tuple[Callable[[fx.GraphModule], None], ...] = (complex_rotation,)
+def layout_free_view(module: fx.GraphModule) -> None:
+    """`view` as `reshape`: a view holds for the memory layout that one attention kernel leaves, others copy."""
+    for node in module.graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+
+
+def boolean_choice(module: fx.GraphModule) -> None:
+    """`where` and `masked_fill` on booleans as logic: ONNX Runtime's CPU provider has no `Where` for them.
+
+    Attention masks of HunyuanVideo's token refiner.
+    """
+    for node in list(module.graph.nodes):
+        if not isinstance(value := node.meta.get("val"), torch.Tensor) or value.dtype != torch.bool:
+            continue
+        with module.graph.inserting_before(node):
+            if node.target is aten.masked_fill.Scalar:
+                kept, mask, filled = node.args
+                if filled:
+                    new = _call(module.graph, node, aten.logical_or.default, kept, mask)
+                else:
+                    new = _both(module.graph, node, kept, _not(module.graph, node, mask))
+            elif node.target is aten.where.self:
+                mask, first, second = node.args
+                rest = _both(module.graph, node, second, _not(module.graph, node, mask))
+                new = _call(module.graph, node, aten.logical_or.default, _both(module.graph, node, first, mask), rest)
+            else:
+                continue
+        node.replace_all_uses_with(new)
+    module.graph.eliminate_dead_code()
+
+
+def _not(graph: fx.Graph, like: fx.Node, value: Any) -> fx.Node:
+    return _call(graph, like, aten.logical_not.default, value)
+
+
+def _both(graph: fx.Graph, like: fx.Node, first: Any, second: Any) -> fx.Node:
+    return _call(graph, like, aten.logical_and.default, first, second)
+
+
+REWRITES: tuple[Callable[[fx.GraphModule], None], ...] = (complex_rotation, layout_free_view, boolean_choice)
 """In the order in which they are applied."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from otcache.schemas.errors import HostError, OTCacheError
+from otcache.schemas.errors import HostError, OTCacheError, UsageError
 
 from .cli_options import artifact_argument, json_option
 from .cli_options import print_json as _print_json
@@ -182,7 +182,9 @@ Examples:
 @artifact_argument
 @click.option("--budget", required=True, metavar="N|full[,…]", shell_complete=complete_budgets,
               help="Model evaluations to spend; `otc inspect` lists them. Several give a column each.")  # fmt: skip
-@click.option("--prompt", required=True, multiple=True, help="What to draw; may be given several times.")
+@click.option("--prompt", multiple=True, help="What to draw; may be given several times.")
+@click.option("--conditioning", type=click.Path(path_type=Path, dir_okay=False),
+              help="What `otc encode` made of prompts, instead of --prompt.")  # fmt: skip
 @click.option("--negative-prompt", default=None, help="What to steer away from; default: the artifact's.")
 @click.option("--seed", type=int, default=0, show_default=True, help="As a torch CPU generator's seed in diffusers.")
 @click.option("-n", "--images", "images", type=click.IntRange(min=1), default=1, show_default=True, help="Per prompt.")
@@ -190,7 +192,8 @@ Examples:
     "--guidance-scale", type=float, default=None, help="Within the calibrated range; default: the artifact's."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out.png"), show_default=True,
-              help="PNG, JPEG or WebP; several pictures make one contact sheet.")  # fmt: skip
+              help="PNG, JPEG or WebP; several pictures make one contact sheet. A video: GIF, MP4, or frames as pictures.")  # fmt: skip
+@click.option("--fps", type=click.IntRange(1, 50), default=15, show_default=True, help="Frames a second of a video.")
 @click.option("--separate", is_flag=True, help="Write numbered files instead of a contact sheet.")
 @click.option("--backend", default="auto", show_default=True, shell_complete=complete_backends,
               help="auto, onnxruntime, tensorrt or tensorrt-rtx.")  # fmt: skip
@@ -202,11 +205,13 @@ def run(
     artifact: Path,
     budget: str,
     prompt: tuple[str, ...],
+    conditioning: Path | None,
     negative_prompt: str | None,
     seed: int,
     images: int,
     guidance_scale: float | None,
     output: Path,
+    fps: int,
     separate: bool,
     backend: str,
     threads: int | None,
@@ -218,13 +223,25 @@ def run(
     import time
 
     from . import pictures
+    from .artifact import Artifact
+    from .conditioning import read_conditioning
     from .sampler import Sampler
     from .timing import Timer
 
+    if bool(prompt) == (conditioning is not None):
+        raise UsageError("expected --prompt or --conditioning, and not both: `otc encode` writes the latter")
+    if conditioning and (images > 1 or negative_prompt is not None):
+        raise UsageError("--conditioning holds its negative prompt and its samples: leave out --negative-prompt and -n")
+    manifest = Artifact.open(artifact).manifest
+    request = read_conditioning(conditioning, manifest) if conditioning else None
     budgets = [name.strip() for name in budget.split(",")]
-    total = images * len(prompt) * len(budgets)
+    count = images * len(prompt) if request is None else next(iter(request.values())).shape[1]
+    total = count * len(budgets)
     targets = pictures.numbered(output, total) if separate and total > 1 else [output]
-    pictures.check_targets(targets, force=force)
+    frames = manifest.conditions.num_frames
+    if frames is not None and output.suffix.lower() in pictures.SUFFIXES:
+        targets = [path for target in targets for path in pictures.numbered_frames(target, frames)]
+    pictures.check_targets(targets, force=force, video=frames is not None)
     begin = time.perf_counter()
     drawn, seconds, timings = {}, {}, {}
     with Sampler.load(artifact, backend, threads) as sampler:
@@ -235,25 +252,23 @@ def run(
         for name in budgets:
             start, timer = time.perf_counter(), Timer()
             with _progress_bar(f"budget {name}") as progress:
-                drawn[name] = sampler(
-                    list(prompt),
-                    budget=name,
-                    negative_prompt=negative_prompt,
-                    seed=seed,
-                    images_per_prompt=images,
-                    guidance_scale=guidance_scale,
-                    progress=progress,
-                    timer=timer,
-                )
+                options = {
+                    "budget": name,
+                    "seed": seed,
+                    "guidance_scale": guidance_scale,
+                    "progress": progress,
+                    "timer": timer,
+                }
+                if request is None:
+                    drawn[name] = sampler(
+                        list(prompt), negative_prompt=negative_prompt, images_per_prompt=images, **options
+                    )
+                else:
+                    drawn[name] = sampler.decode(sampler.sample(request, **options), timer=timer)
                 timings[name] = timer.timing()
             seconds[name] = time.perf_counter() - start
         used, load_stages_s = sampler.backend, sampler.load_s
-    if len(targets) > 1:
-        shown = [picture for part in drawn.values() for picture in pictures.to_uint8(part)]
-    else:
-        shown = [pictures.comparison(drawn) if len(drawn) > 1 else pictures.contact_sheet(drawn[budgets[0]])]
-    for picture, target in zip(shown, targets, strict=True):
-        pictures.save(picture, target)
+    pictures.save_all(drawn, targets, separate=separate, fps=fps)
     if as_json:
         _print_json(
             {

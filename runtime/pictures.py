@@ -1,18 +1,21 @@
-"""Pictures to files: one contact sheet, or numbered files."""
+"""Pictures and videos to files: one contact sheet, numbered files, or frames that move (GIF, MP4)."""
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from otcache.schemas.errors import UsageError
+from otcache.schemas.errors import HostError, UsageError
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 SUFFIXES = tuple(_FORMATS)
+VIDEO_SUFFIXES = (".gif", ".mp4")
 
 
 def numbered(path: Path, n: int) -> list[Path]:
@@ -20,11 +23,20 @@ def numbered(path: Path, n: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(1, n + 1)]
 
 
-def check_targets(paths: Sequence[Path], *, force: bool) -> None:
-    """Refuse, before any work is done, files that cannot or must not be written. Raises UsageError."""
+def numbered_frames(path: Path, n: int) -> list[Path]:
+    """`out.png` → `out-001.png`, …: as many digits everywhere, so that names sort."""
+    digits = len(str(n))
+    return [path.with_name(f"{path.stem}-{index:0{digits}}{path.suffix}") for index in range(1, n + 1)]
+
+
+def check_targets(paths: Sequence[Path], *, force: bool, video: bool = False) -> None:
+    """Refuse, before any work is done, files that cannot or must not be written. Raises UsageError, HostError."""
+    allowed = (*SUFFIXES, *VIDEO_SUFFIXES) if video else SUFFIXES
     for path in paths:
-        if path.suffix.lower() not in SUFFIXES:
-            raise UsageError(f"-o is {path}: expected a name that ends in {', '.join(SUFFIXES)}")
+        if path.suffix.lower() not in allowed:
+            raise UsageError(f"-o is {path}: expected a name that ends in {', '.join(allowed)}")
+        if path.suffix.lower() == ".mp4":
+            _av()
         if not path.parent.is_dir():
             raise UsageError(f"-o is {path}: its folder {path.parent} does not exist: create it, or choose another")
         if path.is_dir():
@@ -67,9 +79,79 @@ def comparison(columns: Mapping[str, NDArray[np.float32]], cell: int = 128, gap:
     return np.asarray(sheet)
 
 
+def save_all(drawn: Mapping[str, NDArray[np.float32]], targets: Sequence[Path], *, separate: bool, fps: int) -> None:
+    """Write what was drawn at each budget, float32 (n, [frames,] height, width, 3), to the targets.
+
+    One picture a target, or one sheet; of videos a moving one, or a file for each frame of each. Raises UsageError, HostError.
+    """
+    some = next(iter(drawn.values()))
+    if some.ndim == 4:
+        shown = sheets(drawn, separate=separate)
+        for picture, target in zip(shown, targets, strict=True):
+            save(picture, target)
+        return
+    moving = [
+        sheets({name: clips[:, i] for name, clips in drawn.items()}, separate=separate) for i in range(some.shape[1])
+    ]
+    videos = [np.stack(frames) for frames in zip(*moving, strict=True)]
+    if targets[0].suffix.lower() in VIDEO_SUFFIXES:
+        for video, target in zip(videos, targets, strict=True):
+            save_video(video, target, fps=fps)
+    else:
+        for frame, target in zip(np.concatenate(videos), targets, strict=True):
+            save(frame, target)
+
+
+def sheets(drawn: Mapping[str, NDArray[np.float32]], *, separate: bool) -> list[NDArray[np.uint8]]:
+    """Every picture, or one sheet of all: a column for each budget if there are several."""
+    if separate:
+        return [picture for part in drawn.values() for picture in to_uint8(part)]
+    return [comparison(drawn) if len(drawn) > 1 else contact_sheet(next(iter(drawn.values())))]
+
+
 def to_uint8(pictures: NDArray[np.float32]) -> NDArray[np.uint8]:
     """[0, 1] → [0, 255], rounded as diffusers does."""
     return np.round(pictures * 255).astype(np.uint8)
+
+
+def save_video(frames: NDArray[np.uint8], path: Path, *, fps: int) -> None:
+    """Write uint8 (frames, height, width, 3) as GIF or MP4, whole or not at all. Raises UsageError, HostError."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        (_write_gif if path.suffix.lower() == ".gif" else _write_mp4)(frames, partial, fps)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UsageError(f"-o is {path}: it cannot be written: {error.strerror or error}: choose another") from None
+
+
+def _write_gif(frames: NDArray[np.uint8], path: Path, fps: int) -> None:
+    """At most 256 colours a frame, shown for whole hundredths of a second."""
+    from PIL import Image
+
+    first, *rest = (Image.fromarray(frame).quantize(256) for frame in frames)
+    first.save(path, "GIF", save_all=True, append_images=rest, duration=max(20, round(1000 / fps)), loop=0)
+
+
+def _write_mp4(frames: NDArray[np.uint8], path: Path, fps: int) -> None:
+    """H.264; an odd side loses its last row or column, because colours are stored for two by two pixels."""
+    av = _av()
+    _, height, width, _ = frames.shape
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "18"})
+        stream.width, stream.height, stream.pix_fmt = width // 2 * 2, height // 2 * 2, "yuv420p"
+        for frame in frames[:, : stream.height, : stream.width]:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _av() -> Any:
+    try:
+        return importlib.import_module("av")
+    except ImportError as error:
+        raise HostError(
+            f"-o names an MP4, which needs a package that is missing ({error}): run pip install 'otcache[video]', or write a GIF"
+        ) from None
 
 
 def save(picture: NDArray[np.uint8], path: Path) -> None:

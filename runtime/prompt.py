@@ -40,7 +40,7 @@ class Tokenizers:
         """Token ids int64 (n, length) of every tokenizer: cut to its length, special tokens kept, padded on the right."""
         return {
             # One by one: a batch would wake a pool of threads for what takes microseconds, and keep it for ever.
-            entry.input_name: np.array([tokenizer.encode(text).ids for text in texts], np.int64)
+            entry.input_name: np.array([tokenizer.encode(entry.text(text)).ids for text in texts], np.int64)
             for entry, tokenizer in self._tokenizers
         }
 

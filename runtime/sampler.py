@@ -103,6 +103,8 @@ class Sampler:
     ) -> Float32:
         """Pictures, float32 (n, height, width, 3) in [0, 1], n = prompts · images_per_prompt, a prompt's side by side.
 
+        Of a video artifact, float32 (n, frames, height, width, 3).
+
         seed: one draws the noise of all n pictures in one go, a list of n draws each picture's on its own: as one
         generator and a list of generators do in diffusers. progress: called with (finished, all) steps after each
         step; what it raises ends the request. timer: `timer.timing()` says afterwards where the time went. Raises
@@ -230,7 +232,7 @@ class Sampler:
             raise HostError(f"no memory for {n} samples at once: ask for fewer, or use a larger host") from None
 
     def decode(self, latents: Array, *, timer: Timer | None = None) -> Float32:
-        """Pictures, float32 (n, height, width, 3) in [0, 1], from latents (n, *latents.shape)."""
+        """Pictures, float32 (n, [frames,] height, width, 3) in [0, 1], from latents (n, *latents.shape)."""
         stage = self._stage("decoder", "decode the latents of `sample` elsewhere")
         latents = _check_latents(latents, self.manifest.latents.shape)
         timer = timer or Timer()

@@ -196,9 +196,10 @@ def _check_decoder(manifest: Manifest, latents: tuple[int | str, ...]) -> None:
         return
     if len(decoder.inputs) != 1 or len(decoder.outputs) != 1:
         raise ValueError(f"stages: {decoder.name} is a decoder: expected one input and one output: compile it again")
-    height, width = manifest.conditions.height, manifest.conditions.width
+    height, width, frames = (getattr(manifest.conditions, name) for name in ("height", "width", "num_frames"))
     _expect(decoder.inputs[0], FLOATS, latents)
-    _expect(decoder.outputs[0], FLOATS, ("batch", height, width, 3), ("batch", 3, height, width))
+    pictures = [("batch", height, width, 3), ("batch", 3, height, width)]
+    _expect(decoder.outputs[0], FLOATS, *(pictures if frames is None else [("batch", frames, height, width, 3)]))
 
 
 def _only(manifest: Manifest, kind: str) -> Stage | None:

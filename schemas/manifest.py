@@ -15,9 +15,11 @@ from .consistency import SIGNATURE_NAME as SIGNATURE_NAME
 from .digest import digest_of_value
 from .program import MAX_STEPS, Coefficient, Frozen, Program
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 2
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 3
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 MAX_MANIFEST_BYTES = 16 << 20
+PLACE = "{}"
+"""Where a prompt stands in a template."""
 
 _PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._+-]*[A-Za-z0-9_+-])?\Z")
 _DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|\Z)", re.IGNORECASE)
@@ -95,6 +97,18 @@ class Tokenizer(Frozen):
     path: ArtifactPath
     length: int = Field(ge=1, le=65536)
     pad_id: int = Field(ge=0)
+    template: str = Field(default=PLACE, max_length=8192)
+    """Since 1.3: what is encoded, with the prompt in the place of the one `{}`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Tokenizer:
+        if self.template.count(PLACE) != 1:
+            raise ValueError(f"template of {self.input_name} has {self.template.count(PLACE)} {PLACE}: expected one")
+        return self
+
+    def text(self, prompt: str) -> str:
+        """What is encoded for a prompt."""
+        return self.template.replace(PLACE, prompt)
 
 
 class Latents(Frozen):
@@ -172,6 +186,8 @@ class Conditions(Frozen):
 
     height: Size
     width: Size
+    num_frames: Size | None = None
+    """Since 1.3: of a video; None for pictures."""
     max_sequence_length: int = Field(ge=1)
     dtype: DType
     objective: str

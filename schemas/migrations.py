@@ -39,7 +39,21 @@ def _from_1_1(value: Value) -> Value:
     return {**value, "model": {key: item for key, item in model.items() if key != "denoiser_digest"}}
 
 
-MIGRATIONS: dict[int, Callable[[Value], Value]] = {0: _from_1_0, 1: _from_1_1}
+def _from_1_2(value: Value) -> Value:
+    """1.3 has templates of tokenizers and frames of videos, which 1.2 did not know."""
+    conditions, tokenizers = value.get("conditions"), value.get("tokenizers")
+    result = dict(value)
+    if isinstance(conditions, dict):
+        result["conditions"] = {key: item for key, item in conditions.items() if key != "num_frames"}
+    if isinstance(tokenizers, list):
+        result["tokenizers"] = [
+            {key: item for key, item in entry.items() if key != "template"} if isinstance(entry, dict) else entry
+            for entry in tokenizers
+        ]
+    return result
+
+
+MIGRATIONS: dict[int, Callable[[Value], Value]] = {0: _from_1_0, 1: _from_1_1, 2: _from_1_2}
 """Of major version 1: minor version → function to the next one."""
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 from otcache.artifacts.training.text import POOLED_LENGTH, TEXT_LENGTH, make_encoders, make_tokenizers
+from otcache.compiler.capture import call_options, decoded
+from otcache.compiler.encoders import text_encoders
 from otcache.compiler.export import export_module
-from otcache.compiler.prompt import PROBES, latent_decoder, text_encoders, tokenizer_spec
+from otcache.compiler.prompt import PROBES, latent_decoder, tokenizer_spec
 from otcache.schemas.errors import ModelError
 
 
@@ -36,25 +36,33 @@ def pipeline():
 
 
 def test_text_encoders_reproduce_encode_prompt(pipeline):
-    module, example, specs = text_encoders(pipeline, 10)
-    assert [(spec.input_name, spec.length) for spec in specs] == [("input_ids", POOLED_LENGTH), ("input_ids_2", 10)]
-    assert {name: tuple(value.shape) for name, value in example.items()} == {
+    encoders = text_encoders(pipeline, 10)
+    assert [(spec.input_name, spec.length) for spec in encoders.tokenizers] == [
+        ("input_ids", POOLED_LENGTH),
+        ("input_ids_2", 10),
+    ]
+    assert {name: tuple(value.shape) for name, value in encoders.example.items()} == {
         "input_ids": (2, POOLED_LENGTH),
         "input_ids_2": (2, 10),
     }
     for prompt in PROBES:
-        ids = {spec.input_name: torch.tensor([spec.load().encode(prompt).ids]) for spec in specs}
         with torch.no_grad():
-            result = module(**ids)
+            result = encoders.module(**{spec.input_name: spec.ids([prompt]) for spec in encoders.tokenizers})
             hidden, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=10)
-        assert tuple(result) == module.output_names
+        assert tuple(result) == encoders.module.output_names
         assert torch.equal(result["pooled_projections"], pooled)
         assert torch.equal(result["encoder_hidden_states"], hidden)
 
 
 def test_text_encoders_export(pipeline, tmp_path):
-    module, example, _ = text_encoders(pipeline, TEXT_LENGTH)
-    exported = export_module(module, example, module.output_names, tmp_path / "text_encoder.onnx", kind="text_encoder")
+    encoders = text_encoders(pipeline, TEXT_LENGTH)
+    exported = export_module(
+        encoders.module,
+        encoders.example,
+        encoders.module.output_names,
+        tmp_path / "text_encoder.onnx",
+        kind="text_encoder",
+    )
     assert exported.max_relative_error < 1e-5
     assert [(info.name, info.dtype, info.shape) for info in (*exported.inputs, *exported.outputs)] == [
         ("input_ids", "int64", ("batch", POOLED_LENGTH)),
@@ -65,32 +73,44 @@ def test_text_encoders_export(pipeline, tmp_path):
 
 
 def test_latent_decoder_reproduces_the_pipeline(pipeline, tmp_path):
-    decoder, example = latent_decoder(pipeline, 16, 24)
-    assert example["latents"].shape == (2, 24, 16)
-    unpacked = pipeline._unpack_latents(example["latents"], 16, 24, pipeline.vae_scale_factor)
+    call = call_options(pipeline, num_inference_steps=4, height=16, width=24, max_sequence_length=8)
+    latents = torch.randn(2, 24, 16)
+    pictures = decoded(pipeline, call, latents)
+    unpacked = pipeline._unpack_latents(latents, 16, 24, pipeline.vae_scale_factor)
     with torch.no_grad():
-        decoded = pipeline.vae.decode(unpacked / 0.7 + 0.1, return_dict=False)[0]
-        images = decoder(**example)
-    expected = pipeline.image_processor.postprocess(decoded, output_type="pt").permute(0, 2, 3, 1)
-    assert images.dtype == torch.float32
-    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
-    exported = export_module(decoder, example, ("images",), tmp_path / "vae_decoder.onnx", kind="decoder")
+        expected = pipeline.vae.decode(unpacked / 0.7 + 0.1, return_dict=False)[0]
+    expected = pipeline.image_processor.postprocess(expected, output_type="pt").permute(0, 2, 3, 1)
+    torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-6)
+    decoder = latent_decoder(pipeline, latents, pictures, 16, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(latents), expected, rtol=0, atol=1e-6)
+    path = tmp_path / "vae_decoder.onnx"
+    exported = export_module(decoder, {"latents": latents}, ("images",), path, kind="decoder")
     assert exported.outputs[0].shape == ("batch", 16, 24, 3)
     assert exported.max_relative_error < 1e-5
 
 
-def test_size_must_fit_the_patches(pipeline):
-    with pytest.raises(ModelError, match="no multiple of 4"):
-        latent_decoder(pipeline, 16, 18)
+def test_a_decoder_that_differs_from_the_pipeline_is_not_exported(pipeline):
+    latents = torch.randn(2, 24, 16)
+    pictures = decoded(pipeline, call_options(pipeline, num_inference_steps=4, height=16, width=24), latents)
+    assert latent_decoder(pipeline, latents, pictures + 0.01, 16, 24) is None
+    assert latent_decoder(pipeline, latents[:, :20], pictures, 16, 24) is None
 
 
-def test_other_pipelines_are_refused():
-    class OtherPipeline(SimpleNamespace):
+def test_other_classes_have_no_encoders(pipeline):
+    class OtherPipeline(type(pipeline)):
         pass
 
-    for call in (lambda p: text_encoders(p, 16), lambda p: latent_decoder(p, 16, 16)):
-        with pytest.raises(ModelError, match=r"OtherPipeline.*only for FluxPipeline.*cut and exported"):
-            call(OtherPipeline())
+    assert text_encoders(OtherPipeline.__new__(OtherPipeline), 16) is None
+
+
+def test_a_missing_part_is_named(pipeline):
+    part, pipeline.tokenizer_2 = pipeline.tokenizer_2, None
+    try:
+        with pytest.raises(ModelError, match="FluxPipeline has no tokenizer_2"):
+            text_encoders(pipeline, 16)
+    finally:
+        pipeline.tokenizer_2 = part
 
 
 def test_tokenizer_that_json_cannot_express_is_refused():

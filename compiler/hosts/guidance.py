@@ -7,6 +7,7 @@ combination of them. Shapes: n samples, outputs (n, â€¦) of one branch or (2n, â
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,18 +36,23 @@ class Seen:
 
 
 class GuidanceProbe:
-    """Listens to a pipeline's transformer until it is closed; not to a model compiled in place, whose hooks do not run."""
+    """Listens to what this thread's calls of a pipeline's transformer give, until it is closed.
+
+    Hears nothing of a model that was compiled in place, whose hooks do not run.
+    """
 
     def __init__(self, pipeline: Any) -> None:
         self._seen = Seen()
+        self._thread = threading.get_ident()
         transformer = transformer_of(pipeline, "the pipeline")
         self._handle = None
         if getattr(transformer, "_compiled_call_impl", None) is None:
             self._handle = transformer.register_forward_hook(self._listen, with_kwargs=True)
 
     def _listen(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        self._seen.outputs.append(output[0] if isinstance(output, tuple) else output.sample)
-        self._seen.embedded = kwargs.get("guidance")
+        if threading.get_ident() == self._thread:
+            self._seen.outputs.append(output[0] if isinstance(output, tuple) else output.sample)
+            self._seen.embedded = kwargs.get("guidance")
 
     def close(self) -> Seen:
         """What was seen; nothing the second time."""

@@ -25,8 +25,6 @@ class Recipe(Frozen):
     latents_shape: tuple[int | str, ...]
     """Of one sample, as the scheduler sees them; text stands for a size that may vary."""
     initial_scale: Coefficient
-    timestep_input: str
-    timestep_scale: Coefficient
     blocks: int
     features: int
 
@@ -50,6 +48,5 @@ def recipe_from_manifest(manifest: Manifest, budget: int | str) -> Recipe:
     return Recipe(
         artifact=manifest.digest, budget=entry.budget, program=entry.program, sampler=manifest.sampler, model=manifest.model,
         guidance=manifest.guidance, latents_shape=manifest.latents.shape, initial_scale=manifest.latents.initial_scale,
-        timestep_input=manifest.timestep_input, timestep_scale=manifest.timestep_scale,
         blocks=sum(stage.kind == "block" for stage in manifest.stages), features=len(manifest.features),
     )  # fmt: skip

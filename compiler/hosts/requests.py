@@ -1,26 +1,25 @@
-"""The running requests of residual programs: which one a call of a transformer belongs to, and what its blocks have kept.
+"""The request that a call of a transformer belongs to, and what its blocks keep from step to step.
 
-A request is born in `ResidualScheduler.set_timesteps`, belongs to that scheduler and to the thread that called it, and dies with
-its last step, with the scheduler's next request, or with the scheduler. Nothing is kept on the transformer: pipelines that share
-one find their own request through their thread and through the time that they call the transformer with.
+Pipelines may share a transformer, in several threads or one inside the other (from a callback), and diffusers does not tell a
+transformer who calls it. So nothing is kept on the transformer: a request belongs to the scheduler of its pipeline, and the
+pipeline is found on the call stack.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import Tensor, nn
+from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from otcache.schemas.program import Step
 
 from .recipe import Recipe
-
-TIME_TOLERANCE = 2.0**-7
-"""Relative: pipelines hand times over in the model's type, and bfloat16 has eight bits."""
 
 
 class Branch:
@@ -33,10 +32,10 @@ class Branch:
 
 
 class Request:
-    """One call of a pipeline."""
+    """One call of a pipeline, from `set_timesteps` to the last step."""
 
-    def __init__(self, recipe: Recipe, transformer: nn.Module) -> None:
-        self.recipe, self.transformer = recipe, transformer
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
         self.position = 0
         self.calls: Counter[str] = Counter()
         """Calls of the transformer in this step, by the name of their cache context."""
@@ -45,11 +44,6 @@ class Request:
     @property
     def step(self) -> Step:
         return self.recipe.program.steps[self.position]
-
-    def expects(self, time: float) -> bool:
-        """Whether the transformer would be called with this time now."""
-        expected = self.step.timestep * self.recipe.timestep_scale
-        return abs(time - expected) <= TIME_TOLERANCE * abs(expected)
 
     def branch(self, context: str) -> Branch:
         """The branch of the transformer's next call: pipelines name their branches, or call them in a fixed order."""
@@ -64,37 +58,34 @@ class Request:
         return self.position < len(self.recipe.program.steps)
 
 
+def calling_pipeline() -> Any:
+    """The innermost pipeline that runs in this thread, or None."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",) and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
+            return frame.f_locals["self"]
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
 class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.requests: list[weakref.ref[Request]] = []
-        """Oldest first."""
-        self.call: tuple[Request, Branch] | None = None
+    call: tuple[Request, Branch] | None = None
 
 
 _thread = _Thread()
 
 
-def open_request(request: Request) -> None:
-    """Add a request of this thread. It is forgotten when its owner lets go of it."""
-    _thread.requests = [one for one in _thread.requests if one() is not None]
-    _thread.requests.append(weakref.ref(request))
-
-
-def request_of(transformer: nn.Module, time: float) -> Request | None:
-    """The newest request of this thread whose next call of the transformer has this time."""
-    living = [one() for one in reversed(_thread.requests)]
-    return next((one for one in living if one and one.transformer is transformer and one.expects(time)), None)
-
-
 @contextmanager
-def call_of(request: Request, context: str) -> Iterator[None]:
-    """The transformer runs for a request, which the hooks of its blocks then find."""
-    before, _thread.call = _thread.call, (request, request.branch(context))
+def call_of(request: Request | None, context: str) -> Iterator[None]:
+    """The transformer runs for a request, which the hooks of its blocks then find; or for none."""
+    before, call = _thread.call, None if request is None else (request, request.branch(context))
+    _thread.call = call
     try:
         yield
     finally:
-        _thread.call[1].source = None
         _thread.call = before
+        if call is not None:
+            call[1].source = None
 
 
 def running_call() -> tuple[Request, Branch] | None:

@@ -23,8 +23,7 @@ from otcache.schemas.errors import ModelError, UsageError
 
 from ..models import transformer_of
 from .blocks import Passage, block_lists
-from .recipe import Recipe
-from .requests import Branch, Request, call_of, open_request, request_of, running_call
+from .requests import Branch, Request, call_of, calling_pipeline, running_call
 from .scheduler import OTCacheScheduler
 
 HOOK = "otcache_residual"
@@ -61,8 +60,9 @@ class ResidualScheduler(OTCacheScheduler):
     payload = "residual"
     replaced: Any = None
     """The pipeline's scheduler from before."""
-    _transformer: nn.Module | None = None
-    _request: Request | None = None
+    request: Request | None = None
+    """The one that is running, with all that is kept for it."""
+    _attached = False
 
     def attach(self, pipeline: Any) -> None:
         """Put hooks on the pipeline's transformer, unless they are there."""
@@ -76,33 +76,31 @@ class ResidualScheduler(OTCacheScheduler):
         passages = [Passage(block) for block in blocks]
         root = HookRegistry.check_if_exists_or_initialize(transformer)
         if root.get_hook(HOOK) is None:
-            root.register_hook(_TransformerHook(self._recipe), HOOK)
+            _register(transformer, _TransformerHook())
             for place, (block, passage) in enumerate(zip(blocks, passages, strict=True)):
-                hook = _BlockHook(passage, first=place == 0, last=place == len(blocks) - 1)
-                HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, HOOK)
+                _register(block, _BlockHook(passage, first=place == 0, last=place == len(blocks) - 1))
             root.invalidate_child_registries_cache()
         before = pipeline.scheduler
         self.replaced = before.replaced if isinstance(before, ResidualScheduler) else before
-        self._transformer = transformer
+        self._attached = True
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
-        request = self._request
+        request = self.request
         if request is None or not request.calls:
             raise ModelError(
-                f"step {self._step_index or 0} of {self._recipe} has no call of the transformer at its time: expected the "
-                "pipeline's own, in the thread that called set_timesteps"
+                f"step {self._step_index or 0} of {self._recipe} had no call of the transformer from the pipeline's own __call__: "
+                "expected one with the hooks of apply_residual_cache in place: apply it again"
             )
         result = super().step(model_output, timestep, sample, return_dict)
         if not request.advance():
-            self._request = None
+            self.request = None
         return result
 
     def _begin_request(self) -> None:
         super()._begin_request()
-        if self._transformer is None:
+        if not self._attached:
             raise UsageError(f"{self._recipe} needs hooks on the pipeline's transformer: use apply_residual_cache")
-        self._request = Request(self._recipe, self._transformer)
-        open_request(self._request)
+        self.request = Request(self._recipe)
 
 
 class _ThreadContext(StateManager):  # type: ignore[misc]
@@ -125,17 +123,14 @@ class _TransformerHook(ModelHook):  # type: ignore[misc]
     _is_stateful = True
     fn_ref: Any
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self._context = _ThreadContext()
-        self._timestep_input = recipe.timestep_input
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        time = kwargs.get(self._timestep_input)
-        request = None if time is None else request_of(module, float(torch.as_tensor(time).flatten()[0]))
-        if request is None:
-            return self.fn_ref.original_forward(*args, **kwargs)
+        scheduler = getattr(calling_pipeline(), "scheduler", None)
+        request = scheduler.request if isinstance(scheduler, ResidualScheduler) else None
         with call_of(request, self._context.name):
             return self.fn_ref.original_forward(*args, **kwargs)
 
@@ -168,6 +163,18 @@ class _BlockHook(ModelHook):  # type: ignore[misc]
             return output
         hidden_states = _forecast(request, branch) if self._last else self._passage.source(args, kwargs)
         return self._passage.output(hidden_states, args, kwargs)
+
+
+def _register(module: nn.Module, hook: ModelHook) -> None:
+    """Put a hook on a module, beneath those of accelerate: pipelines take these off and put them on again at every call."""
+    outer = getattr(module, "_hf_hook", None)
+    if outer is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(module)
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+    if outer is not None:
+        add_hook_to_module(module, outer)
 
 
 def _keep(request: Request, branch: Branch, result: Tensor) -> None:

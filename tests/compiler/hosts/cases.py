@@ -27,6 +27,7 @@ class Case:
     guidance: float | None = 4.0
     """None: one branch."""
     guidance_argument: str = "guidance_scale"
+    blocks: int = 2
 
     def __call__(self, pipeline: Any, steps: int = STEPS, seed: int = 0, **changed: Any) -> Any:
         guided = {} if self.guidance is None else {self.guidance_argument: self.guidance}

@@ -14,6 +14,7 @@ from otcache.compiler.identity import denoiser_digest, plain_options
 from otcache.compiler.lower import SolverTable, lower, program_from_table
 from otcache.compiler.models import transformer_of
 from otcache.schemas.manifest import MANIFEST_NAME, Manifest, core_digest
+from otcache.schemas.program import Program
 
 ZEROS = "sha256:" + "0" * 64
 BUDGET = 3
@@ -26,13 +27,16 @@ def full_run(case: Case, pipeline: Any) -> tuple[Tape, SolverTable]:
     return tape, lower(pipeline.scheduler)
 
 
-def write_manifest(folder: Path, case: Case, pipeline: Any, tape: Tape, table: SolverTable) -> Path:
-    """`folder`/manifest.json with the budgets `BUDGET` and `full`; stages are named and not there."""
+def write_manifest(
+    folder: Path, case: Case, pipeline: Any, tape: Tape, table: SolverTable, programs: dict[str, Program] | None = None
+) -> Path:
+    """`folder`/manifest.json with `programs`, or with the budgets `BUDGET` and `full`; stages are named and not there."""
     shape = list(tape.samples[0].shape[1:])
     transformer = transformer_of(pipeline, "pipeline")
     few = extrapolated_program(table, uniform_schedule(BUDGET, STEPS), order=1)
-    programs = {"full": program_from_table(table), str(BUDGET): few}
+    programs = programs or {"full": program_from_table(table), str(BUDGET): few}
     scale = case.guidance or 1.0
+    stages = _stages(["batch", *shape], case.blocks)
     policy = {"schedule": [0], "num_inference_steps": STEPS, "source": "test"}
     value = {
         "producer": {}, "model": {
@@ -51,29 +55,31 @@ def write_manifest(folder: Path, case: Case, pipeline: Any, tape: Tape, table: S
             "noise_shape": shape, "split": shape, "permutation": list(range(len(shape))), "shape": shape,
             "initial_scale": table.initial_scale,
         },
-        "timestep_scale": 1.0, "latents_input": "latents", "timestep_input": "timestep", "output": "out",
+        "timestep_scale": 1.0, "latents_input": "latents", "timestep_input": "timestep", "output": "head_out",
         "guidance": {"kind": "none" if case.guidance is None else "cfg", "scale": scale, "minimum": scale, "maximum": scale},
-        "stages": _stages(["batch", *shape]), "features": [], "tokenizers": [], "reference": policy, "anchor": policy,
+        "stages": stages, "features": [{"source": "embed_out", "result": stages[-2]["outputs"][0]["name"]}], "tokenizers": [], "reference": policy, "anchor": policy,
         "programs": [{"budget": budget, "program": program.model_dump(mode="json")} for budget, program in programs.items()],
-        "files": [{"path": f"{kind}.onnx", "size_bytes": 0, "digest": ZEROS} for kind in ("embed", "block", "head")],
+        "files": [{"path": stage["onnx"], "size_bytes": 0, "digest": ZEROS} for stage in stages],
         "digest": ZEROS,
     }  # fmt: skip
     value = Manifest.model_validate(value).model_dump(mode="json")
     value["digest"] = core_digest(value)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / MANIFEST_NAME).write_text(json.dumps(value))
     return folder
 
 
-def _stages(shape: list[Any]) -> list[dict[str, Any]]:
-    """Embed, block and head in a row."""
-    names = ("latents", "first", "second", "out")
-    tensors = [{"name": name, "dtype": "float32", "shape": shape} for name in names]
+def _stages(shape: list[Any], blocks: int) -> list[dict[str, Any]]:
+    """Embed, blocks and head in a row."""
+    names = ["embed", *(f"block_{place}" for place in range(blocks)), "head"]
+    tensors = [
+        {"name": name, "dtype": "float32", "shape": shape} for name in ("latents", *(f"{name}_out" for name in names))
+    ]
     time = {"name": "timestep", "dtype": "float32", "shape": ["batch"]}
     return [
         {
-            "name": kind, "kind": kind, "onnx": f"{kind}.onnx", "max_relative_error": 0.0,
-            "inputs": [tensors[place], *([time] if kind == "embed" else [])], "outputs": [tensors[place + 1]],
+            "name": name, "kind": name.split("_")[0], "onnx": f"{name}.onnx", "max_relative_error": 0.0,
+            "inputs": [tensors[place], *([time] if name == "embed" else [])], "outputs": [tensors[place + 1]],
         }
-        for place, kind in enumerate(("embed", "block", "head"))
+        for place, name in enumerate(names)
     ]  # fmt: skip

@@ -46,17 +46,30 @@ def check_files(manifest: Manifest) -> None:
     listed = {entry.path for entry in manifest.files}
     needed = {stage.onnx for stage in manifest.stages} | {tokenizer.path for tokenizer in manifest.tokenizers}
     needed |= {path for stage in manifest.stages for path in stage.external_data}
-    needed |= {path for engine in manifest.engines for path in engine.stages.values()}
+    needed |= {path for engine in manifest.engines for path in (*engine.stages.values(), *engine.combinations.values())}
     if missing := sorted(needed - listed):
         raise ValueError(f"files: {missing[0]} is used but not listed")
     for stage in manifest.stages:
         folder = stage.onnx.rpartition("/")[0]
         if odd := [path for path in stage.external_data if path.rpartition("/")[0] != folder]:
             raise ValueError(f"stages: {stage.name} has its external data at {odd[0]}: expected it beside {stage.onnx}")
-    names = {stage.name for stage in manifest.stages}
+    _check_engines(manifest)
+
+
+def _check_engines(manifest: Manifest) -> None:
+    """Every stage has an engine, made from the ONNX file that the artifact holds."""
+    digests = {entry.path: entry.digest for entry in manifest.files}
+    expected = {
+        stage.name: tuple(digests[path] for path in (stage.onnx, *stage.external_data)) for stage in manifest.stages
+    }
     for engine in manifest.engines:
-        if odd := sorted(names ^ set(engine.stages)):
+        if odd := sorted(set(expected) ^ set(engine.stages)):
             raise ValueError(f"engines: {odd[0]} is a stage or has an engine for {engine.target}, but not both")
+        for stage, source in engine.sources.items():
+            if source != expected.get(stage):
+                raise ValueError(
+                    f"engines: {stage} for {engine.target} was built from another ONNX file than the artifact's: build it again"
+                )
 
 
 def check_programs(manifest: Manifest) -> None:

@@ -15,7 +15,7 @@ from .consistency import SIGNATURE_NAME as SIGNATURE_NAME
 from .digest import digest_of_value
 from .program import MAX_STEPS, Coefficient, Frozen, Program
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 3
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 4
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 MAX_MANIFEST_BYTES = 16 << 20
 PLACE = "{}"
@@ -272,7 +272,20 @@ class Engine(Frozen):
     backend: Literal["onnx", "tensorrt", "tensorrt-rtx"]
     version: str
     target: str
+    """`any`, or the compute capability that plans were built for, such as `sm_89`."""
     stages: dict[str, ArtifactPath]
+    combinations: dict[str, ArtifactPath] = Field(default={}, max_length=4096)
+    """Since 1.4: a plan for each linear combination between the stages (`combinations.py`)."""
+    platform: str = Field(default="any", max_length=64)
+    """Since 1.4: system and machine whose code plans hold, such as `linux-x86_64`."""
+    profile: dict[str, tuple[Size, Size, Size]] = Field(default={}, max_length=8)
+    """Since 1.4: of each symbol the smallest, most frequent and largest size; `batch` counts samples."""
+    workspace_bytes: Count | None = None
+    """Since 1.4: the limit that plans were built under; None for the library's own."""
+    sources: dict[str, tuple[Digest, ...]] = Field(default={}, max_length=4096)
+    """Since 1.4: digests of what each stage's plan was built from: its ONNX file, then its external data."""
+    layers: dict[str, dict[str, Count]] = Field(default={}, max_length=8192)
+    """Since 1.4: of each plan the number of layers, by the type of what they write."""
 
 
 class Golden(Frozen):

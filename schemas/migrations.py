@@ -53,7 +53,19 @@ def _from_1_2(value: Value) -> Value:
     return result
 
 
-MIGRATIONS: dict[int, Callable[[Value], Value]] = {0: _from_1_0, 1: _from_1_1, 2: _from_1_2}
+def _from_1_3(value: Value) -> Value:
+    """1.4 says how plans were built, and has combinations, which 1.3 did not know."""
+    engines = value.get("engines")
+    if not isinstance(engines, list):
+        return value
+    new = ("combinations", "platform", "profile", "workspace_bytes", "sources", "layers")
+    return {**value, "engines": [
+        {key: item for key, item in entry.items() if key not in new} if isinstance(entry, dict) else entry
+        for entry in engines
+    ]}  # fmt: skip
+
+
+MIGRATIONS: dict[int, Callable[[Value], Value]] = {0: _from_1_0, 1: _from_1_1, 2: _from_1_2, 3: _from_1_3}
 """Of major version 1: minor version → function to the next one."""
 
 

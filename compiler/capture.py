@@ -54,6 +54,8 @@ class CallOptions:
         arguments: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, "output_type": "latent"}
         if "height" in self.accepted:
             arguments |= {"height": self.height, "width": self.width}
+        if "use_resolution_binning" in self.accepted:
+            arguments["use_resolution_binning"] = False  # else another size is drawn and then resized
         if self.num_frames is not None:
             arguments["num_frames"] = self.num_frames
         if self.max_sequence_length is not None and "max_sequence_length" in self.accepted:
@@ -474,8 +476,28 @@ def _run(
 ) -> Tape:
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     with record(pipeline, progress=progress) as tape, torch.no_grad():
-        pipeline(list(prompts), generator=generators, **options.arguments(guidance_scale, len(prompts)))
+        pipeline(_prompts(pipeline, prompts), generator=generators, **options.arguments(guidance_scale, len(prompts)))
+    if len(tape.samples[0]) == 2 * len(prompts):  # both branches, with the same latents, went to the scheduler
+        for steps in (tape.samples, tape.guided, tape.final):
+            steps[:] = [step[: len(prompts)] for step in steps]
     return tape
+
+
+def _prompts(pipeline: Any, prompts: Sequence[str]) -> list[Any]:
+    """The first argument of the pipeline's call: prompts, or the numbers of the labels that they name."""
+    labels = getattr(pipeline, "labels", None)
+    if not isinstance(labels, dict):
+        return list(prompts)
+    if unknown := [prompt for prompt in prompts if prompt not in labels]:
+        raise ModelError(f"{type(pipeline).__name__} has no label {unknown[0]!r}: expected one of {len(labels)}, such as "
+                         f"{', '.join(map(repr, list(labels)[:3]))}")  # fmt: skip
+    return [labels[prompt] for prompt in prompts]
+
+
+def _any_prompts(pipeline: Any, count: int) -> list[Any]:
+    """For a call whose result does not depend on its prompts."""
+    labels = getattr(pipeline, "labels", None)
+    return _prompts(pipeline, [next(iter(labels)) if isinstance(labels, dict) else ""] * count)
 
 
 def decoded(pipeline: Any, options: CallOptions, latents: Tensor) -> Tensor:
@@ -493,7 +515,9 @@ def decoded(pipeline: Any, options: CallOptions, latents: Tensor) -> Tensor:
     scheduler.step = step
     try:
         with torch.no_grad():
-            made = pipeline([""] * count, generator=[torch.Generator() for _ in range(count)], **arguments)
+            made = pipeline(
+                _any_prompts(pipeline, count), generator=[torch.Generator() for _ in range(count)], **arguments
+            )
     finally:
         del scheduler.step
     return torch.from_numpy(np.asarray(made[0], np.float32))
@@ -558,8 +582,9 @@ def _find_timestep(tape: Tape, name: str) -> tuple[str, float, float]:
         found = [float(call[0][key].float().flatten()[0]) for call in tape.calls[:2]]
         scale = (found[1] - found[0]) / (times[1] - times[0])
         offset = found[0] - scale * times[0]
-        if abs(offset) <= 1e-4 * abs(found[0]):
-            return key, float(f"{found[0] / times[0]:.6g}"), 0.0
+        if abs(offset) <= 1e-4 * max(map(abs, found)):
+            largest = max((0, 1), key=lambda index: abs(times[index]))
+            return key, float(f"{found[largest] / times[largest]:.6g}"), 0.0
         if abs(offset - round(offset)) <= 1e-4 * max(1.0, abs(offset)):
             return key, float(f"{scale:.4g}"), float(round(offset))
     raise ModelError(f"{name} passes no argument that follows the scheduler's timestep: not supported")
@@ -671,7 +696,7 @@ def prepare_scheduler(pipeline: Any, options: CallOptions, scheduler: Any, num_i
     call = dataclasses.replace(options, num_inference_steps=num_inference_steps).arguments(1.0, 1)
     try:
         with contextlib.suppress(_Prepared), torch.no_grad():
-            pipeline([""], generator=[torch.Generator().manual_seed(0)], **call)
+            pipeline(_any_prompts(pipeline, 1), generator=[torch.Generator().manual_seed(0)], **call)
     finally:
         handle.remove()
         pipeline.scheduler = original

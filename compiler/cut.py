@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 
 from otcache.schemas.errors import ModelError
 
-from .rewrites import REWRITES
+from .rewrites import REWRITES, replaced
 from .wiring import PLAIN, Output, arguments
 
 StageKind = Literal["embed", "block", "head"]
@@ -119,7 +119,8 @@ def cut(
     subject = type(module).__name__
     _check_arguments(subject, module, kwargs)
     bound = Bound(module, constants, output=output).eval()
-    graph_module = _captured(subject, bound, kwargs)
+    with replaced(module):
+        graph_module = _captured(subject, bound, kwargs)
     graph = _Graph(subject, graph_module, tuple(kwargs))
     stages = _split(graph, _labels(graph, _trunk(subject, module, graph)))
     _check_exact(subject, bound, stages, kwargs)
@@ -532,7 +533,7 @@ class _Builder:
         attributes: dict[str, Any] = {}
         copies: dict[fx.Node, fx.Node] = {}
         for node in inputs:
-            copies[node] = made.placeholder(self.names[node])
+            copies[node] = made.placeholder(self.names[node].replace(".", "_"))
             copies[node].meta = dict(node.meta)
 
         def copied(node: fx.Node) -> fx.Node:

@@ -28,7 +28,9 @@ class Encoders:
     """What turns prompts into conditioning."""
 
     module: nn.Module
-    """Token ids by keyword → dict of conditioning tensors, named by its `output_names`."""
+    """Token ids by keyword → dict of conditioning tensors."""
+    output_names: tuple[str, ...]
+    """Of the module's results."""
     tokenizers: tuple[TokenizerSpec, ...]
 
     @property
@@ -95,6 +97,7 @@ class FluxEncoders(nn.Module):
 def _flux(pipeline: Any, max_sequence_length: int) -> Encoders:
     return Encoders(
         FluxEncoders(pipeline),
+        FluxEncoders.output_names,
         (
             tokenizer_spec(pipeline.tokenizer, "input_ids", pipeline.tokenizer_max_length),
             tokenizer_spec(pipeline.tokenizer_2, "input_ids_2", max_sequence_length),
@@ -125,7 +128,7 @@ class QwenImageEncoders(nn.Module):
 def _qwen_image(pipeline: Any, max_sequence_length: int) -> Encoders:
     length = pipeline.prompt_template_encode_start_idx + max_sequence_length
     specification = tokenizer_spec(pipeline.tokenizer, "input_ids", length, pipeline.prompt_template_encode)
-    return Encoders(QwenImageEncoders(pipeline), (specification,))
+    return Encoders(QwenImageEncoders(pipeline), QwenImageEncoders.output_names, (specification,))
 
 
 # --- HunyuanVideo --------------------------------------------------------------------------------------------------------
@@ -153,9 +156,11 @@ class HunyuanVideoEncoders(nn.Module):
 def _hunyuan_video(pipeline: Any, max_sequence_length: int) -> Encoders:
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
-    template, dropped = str(DEFAULT_PROMPT_TEMPLATE["template"]), int(DEFAULT_PROMPT_TEMPLATE["crop_start"])
+    template: Any = DEFAULT_PROMPT_TEMPLATE["template"]
+    dropped: Any = DEFAULT_PROMPT_TEMPLATE["crop_start"]
     return Encoders(
         HunyuanVideoEncoders(pipeline, dropped),
+        HunyuanVideoEncoders.output_names,
         (
             tokenizer_spec(pipeline.tokenizer, "input_ids", dropped + max_sequence_length, template),
             tokenizer_spec(pipeline.tokenizer_2, "input_ids_2", CLIP_LENGTH),

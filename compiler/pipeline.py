@@ -126,8 +126,12 @@ class Prepared:
         prepare_scheduler(self.session.model.pipeline, self.session.call, scheduler, steps)
 
 
-def compile_model(options: CompileOptions, reporter: Reporter | None = None) -> tuple[Path, schema.Manifest]:
+def compile_model(
+    options: CompileOptions, reporter: Reporter | None = None, live: Model | None = None
+) -> tuple[Path, schema.Manifest]:
     """Compile a model into an artifact. Returns its folder and manifest.
+
+    live: the model where it is in memory, rather than to be loaded as `options.model` says.
 
     Raises OTCacheError (UsageError, ModelError, ArtifactError, HostError) and then leaves no artifact behind; what was
     computed stays in the workspace, so that the same options go on where they stopped.
@@ -137,7 +141,7 @@ def compile_model(options: CompileOptions, reporter: Reporter | None = None) -> 
     recover(target)
     check_target(target, force=options.force)
     with contextlib.ExitStack() as held:
-        return target, _compiled(prepare(options, recorder, held), target, recorder.passes)
+        return target, _compiled(prepare(options, recorder, held, live), target, recorder.passes)
 
 
 def target_of(options: CompileOptions) -> Path:
@@ -169,13 +173,17 @@ def _compiled(prepared: Prepared, target: Path, passes: Sequence[PassEvidence]) 
         return emit(target, fill, fields, force=options.force, attachments=ATTACHMENTS)
 
 
-def begin(options: CompileOptions, reporter: Reporter) -> tuple[Session, list[str], list[str]]:
+def begin(
+    options: CompileOptions, reporter: Reporter, live: Model | None = None
+) -> tuple[Session, list[str], list[str]]:
     """The passes that are never kept: load and probe. Returns the prompts of calibration and held-out ones as well."""
-    own = read_prompts(options.prompts) if options.prompts else None
+    own = read_prompts(options.prompts) if isinstance(options.prompts, Path) else options.prompts
     if options.objective == "lpips":
         metrics.lpips_metric()  # where it is missing, say so before anything is loaded
     with reporter.on("load", options.model):
-        model = load_model(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        model = live or load_model(
+            options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
     prompts, held_out = split_prompts(
         own or model.prompts or default_prompts(), options.calibration_prompts, options.evaluation_prompts
     )
@@ -183,12 +191,17 @@ def begin(options: CompileOptions, reporter: Reporter) -> tuple[Session, list[st
         return _session(options, model, prompts, reporter), prompts, held_out
 
 
-def prepare(options: CompileOptions, reporter: Reporter, held: contextlib.ExitStack | None = None) -> Prepared:
+def prepare(
+    options: CompileOptions,
+    reporter: Reporter,
+    held: contextlib.ExitStack | None = None,
+    live: Model | None = None,
+) -> Prepared:
     """The passes up to the searches: load, probe, capture, lower, cut.
 
     held: keeps other compiles out of the workspace until it is closed; without it they may work at the same time.
     """
-    session, prompts, held_out = begin(options, reporter)
+    session, prompts, held_out = begin(options, reporter, live)
     model = session.model
     lpips = metrics.lpips_metric() if options.objective == "lpips" else None
     if held:
@@ -468,7 +481,7 @@ def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Expor
             path.write_text(specification.tokenizer_json, encoding="utf-8")
         path = folder / ENGINES / "text_encoder.onnx"
         with session.reporter.on("export", "text encoders"):
-            names = tuple(encoders.module.output_names)
+            names = encoders.output_names
             written = export_module(encoders.module, encoders.example, names, path, kind="text_encoder")
             _describe(folder, [written])
 
@@ -506,15 +519,17 @@ def export_key(session: Session) -> Any:
 
 def _describe(folder: Path, written: Sequence[ExportedStage], chain: float | None = None) -> None:
     """Write what the manifest says of exported stages; `chain` is the error of all of them one after the other."""
-    stages = [
-        {
-            "name": stage.name, "kind": stage.kind, "onnx": f"{ENGINES}/{stage.path.name}",
-            "max_relative_error": stage.max_relative_error,
-            "inputs": _tensors(stage.inputs), "outputs": _tensors(stage.outputs),
-        }
-        for stage in written
-    ]  # fmt: skip
+    stages = [described(stage) for stage in written]
     (folder / DESCRIPTION).write_text(json.dumps({"stages": stages, "chain": chain}), encoding="utf-8")
+
+
+def described(stage: ExportedStage) -> dict[str, Any]:
+    """What the manifest says of an exported stage."""
+    return {
+        "name": stage.name, "kind": stage.kind, "onnx": f"{ENGINES}/{stage.path.name}",
+        "max_relative_error": stage.max_relative_error,
+        "inputs": _tensors(stage.inputs), "outputs": _tensors(stage.outputs),
+    }  # fmt: skip
 
 
 def _tensors(tensors: Sequence[TensorInfo]) -> list[dict[str, Any]]:

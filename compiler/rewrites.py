@@ -1,16 +1,19 @@
-"""Rewrites of captured graphs: equal forms of what ONNX cannot express. Pass `cut` applies them all.
+"""Rewrites: equal forms of what cannot be captured or what ONNX cannot express. Pass `cut` applies them all.
 
-Each has a name and a reason, matches a pattern of operators rather than a model, and is proven where it is applied:
-`cut` compares the stages with the model as it was, bit for bit.
+Each has a name and a reason, and is proven where it is applied: `cut` compares the stages with the model as it was, bit for
+bit. `REWRITES` match patterns of operators in a captured graph, whatever the model. `REPLACEMENTS` are for Python that
+cannot be traced: they stand in for one method of one class of diffusers while it is traced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 aten = torch.ops.aten
 
@@ -101,3 +104,29 @@ def _both(graph: fx.Graph, like: fx.Node, first: Any, second: Any) -> fx.Node:
 
 REWRITES: tuple[Callable[[fx.GraphModule], None], ...] = (complex_rotation, layout_free_view, boolean_choice)
 """In the order in which they are applied."""
+
+
+def chroma_timestep(self: Any, timestep: Tensor) -> Tensor:
+    """`ChromaCombinedTimestepTextProjEmbeddings.forward` with zeros of the batch's size for a Python list of them."""
+    batch, length = timestep.shape[0], self.mod_proj.shape[0]
+    time = self.time_proj(timestep).to(timestep.dtype)
+    guidance = self.guidance_proj(torch.zeros_like(timestep, dtype=torch.int64)).to(timestep.dtype)
+    modulation = self.mod_proj.to(time.dtype).repeat(batch, 1, 1)
+    return torch.cat([torch.cat([time, guidance], dim=1).unsqueeze(1).repeat(1, length, 1), modulation], dim=-1)
+
+
+REPLACEMENTS: dict[str, Callable[..., Any]] = {"ChromaCombinedTimestepTextProjEmbeddings": chroma_timestep}
+"""Class → its `forward` while it is traced."""
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module) -> Iterator[None]:
+    """While it lasts, submodules of the classes in `REPLACEMENTS` run what stands there."""
+    parts = [part for part in model.modules() if type(part).__name__ in REPLACEMENTS]
+    for part in parts:
+        part.forward = types.MethodType(REPLACEMENTS[type(part).__name__], part)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.forward

@@ -252,7 +252,7 @@ def run(
         for name in budgets:
             start, timer = time.perf_counter(), Timer()
             with _progress_bar(f"budget {name}") as progress:
-                options = {
+                options: dict[str, Any] = {
                     "budget": name,
                     "seed": seed,
                     "guidance_scale": guidance_scale,

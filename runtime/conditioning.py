@@ -22,9 +22,9 @@ from .strict_json import parse_object
 MAX_BYTES = 1 << 32
 MAX_HEADER_BYTES = 1 << 20
 DTYPES: dict[str, Any] = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "BOOL": np.bool_,
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "BOOL": np.bool_, "BF16": np.uint16,
 }  # fmt: skip
-"""Types by their names in the format; `BF16` is widened to float32."""
+"""Types by their names in the format; `BF16` is read as its bits and widened to float32."""
 
 
 def read_conditioning(path: Path, manifest: Manifest) -> dict[str, Array]:
@@ -71,14 +71,13 @@ def _start(entry: Any) -> int:
 
 def _tensor(path: Path, name: str, entry: Any, body: memoryview, end: int) -> tuple[Array, int]:
     """The tensor whose data begin at `end`, and where they end."""
-    fields = entry if isinstance(entry, dict) else {}
-    shape, kind, offsets = (fields.get(key) for key in ("shape", "dtype", "data_offsets"))
-    plain = (
-        isinstance(shape, list) and len(shape) <= 8 and all(type(size) is int and 0 <= size < 1 << 32 for size in shape)
-    )
-    dtype = np.dtype(np.uint16 if kind == "BF16" else DTYPES[kind]) if kind == "BF16" or kind in DTYPES else None
-    if not plain or dtype is None:
-        raise _refused(path, f"{name} of type {kind!r} and shape {shape!r}", f"one of {', '.join([*DTYPES, 'BF16'])}")
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    shape, kind, offsets = fields.get("shape"), fields.get("dtype"), fields.get("data_offsets")
+    known = DTYPES.get(kind) if isinstance(kind, str) else None
+    plain = isinstance(shape, list) and len(shape) <= 8
+    if known is None or not plain or not all(type(size) is int and 0 <= size < 1 << 32 for size in shape or ()):
+        raise _refused(path, f"{name} of type {kind!r} and shape {shape!r}", f"one of {', '.join(DTYPES)}")
+    dtype, shape = np.dtype(known), tuple(shape or ())
     size = math.prod(shape) * dtype.itemsize
     if offsets != [end, end + size] or end + size > len(body):
         raise _refused(path, f"{name} at {offsets!r}", f"[{end}, {end + size}]")

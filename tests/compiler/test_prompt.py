@@ -49,7 +49,7 @@ def test_text_encoders_reproduce_encode_prompt(pipeline):
         with torch.no_grad():
             result = encoders.module(**{spec.input_name: spec.ids([prompt]) for spec in encoders.tokenizers})
             hidden, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=10)
-        assert tuple(result) == encoders.module.output_names
+        assert tuple(result) == encoders.output_names
         assert torch.equal(result["pooled_projections"], pooled)
         assert torch.equal(result["encoder_hidden_states"], hidden)
 
@@ -59,7 +59,7 @@ def test_text_encoders_export(pipeline, tmp_path):
     exported = export_module(
         encoders.module,
         encoders.example,
-        encoders.module.output_names,
+        encoders.output_names,
         tmp_path / "text_encoder.onnx",
         kind="text_encoder",
     )

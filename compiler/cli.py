@@ -69,7 +69,7 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
     show_default=True,
     help="Edges of the residual payload's graph: free, or replayed as in LeMiCa.",
 )
-@click.option("--calibration-prompts", default=48, show_default=True, help="Prompts to calibrate on, at most.")
+@click.option("--calibration-prompts", default=32, show_default=True, help="Prompts to calibrate on, at most.")
 @click.option("--evaluation-prompts", default=32, show_default=True, help="Prompts to hold out, at most.")
 @click.option("--seed", default=0, show_default=True, help="Of the calibration's noise and the anchor search.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.  [default: its main branch]")

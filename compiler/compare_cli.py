@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="What otcache's searches maximise.",
 )
-@click.option("--calibration-prompts", default=48, show_default=True, help="Prompts to calibrate on, at most.")
+@click.option("--calibration-prompts", default=32, show_default=True, help="Prompts to calibrate on, at most.")
 @click.option("--evaluation-prompts", default=32, show_default=True, help="Prompts to hold out, at most.")
 @click.option("--seed", default=0, show_default=True, help="Seed of searches and of the first prompt's noise.")
 @click.option(

@@ -35,7 +35,7 @@ class CompileOptions:
     objective: Literal["ssim", "psnr", "lpips"] = "ssim"
     payload: Literal["auto", "output", "residual"] = "auto"
     edge_costs: Literal["statistics", "end-to-end"] = "statistics"
-    calibration_prompts: int = 48
+    calibration_prompts: int = 32
     evaluation_prompts: int = 32
     seed: int = 0
     revision: str | None = None

@@ -20,7 +20,8 @@ class CompileOptions:
     num_inference_steps: int = 50
     guidance_scale: tuple[float, float] = (4.0, 4.0)
     """Lowest and highest scale that will be served."""
-    prompts: Path | None = None
+    prompts: Path | tuple[str, ...] | None = None
+    """A text file with one a line, or the prompts themselves."""
     negative_prompt: str = ""
     height: int | None = None
     width: int | None = None

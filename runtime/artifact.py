@@ -266,18 +266,24 @@ def read_small(root: Path, name: str, limit: int) -> bytes:
 
 def parse_manifest(data: bytes) -> Manifest:
     """The manifest in the bytes of `manifest.json`, as of the newest minor version. Raises ArtifactError, ValueError."""
-    value = parse_object(data, MANIFEST_NAME)
-    minor = _check_version(value.get("schema_version"))
-    found, stated = core_digest(value), value.get("digest")
-    if found != stated:
-        raise damaged(MANIFEST_NAME, f"digest {found}", f"digest {one_line(stated, 80)} as it states")
+    value = manifest_value(data)
     try:
-        return Manifest.model_validate_json(canonical_json(migrate(value, minor, SCHEMA_MINOR)), strict=True)
+        return Manifest.model_validate_json(canonical_json(value), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "structure"
         problem = one_line(first["msg"].removeprefix("Value error, "))
         raise damaged(MANIFEST_NAME, f"{one_line(place)}: {problem}", "a valid manifest") from None
+
+
+def manifest_value(data: bytes) -> dict[str, Any]:
+    """The JSON value in the bytes of `manifest.json`, migrated but not compared with the schema. Raises ArtifactError."""
+    value = parse_object(data, MANIFEST_NAME)
+    minor = _check_version(value.get("schema_version"))
+    found, stated = core_digest(value), value.get("digest")
+    if found != stated:
+        raise damaged(MANIFEST_NAME, f"digest {found}", f"digest {one_line(stated, 80)} as it states")
+    return migrate(value, minor, SCHEMA_MINOR)
 
 
 def _check_version(version: object) -> int:

@@ -11,7 +11,6 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from otcache.schemas.errors import ArtifactError, UsageError
 from otcache.schemas.manifest import MANIFEST_NAME, core_digest
 
 from .artifact import Artifact
+from .manifest_file import replace_manifest
 from .messages import one_line
 from .sampler import LATENCY, Sampler
 from .timing import PARTS, StepTiming, Timer, Timing
@@ -112,7 +112,6 @@ def save_latencies(artifact: Artifact, latencies_s: Mapping[str, float]) -> None
     target = artifact.folder / MANIFEST_NAME
     if Artifact.open(artifact.folder).manifest.digest != artifact.manifest.digest:
         raise ArtifactError(f"{artifact.folder}: it has changed while it was measured: measure it again")
-    partial = target.with_name(f".{MANIFEST_NAME}.{os.getpid()}.partial")
     try:
         value = json.loads(target.read_bytes())
         names = {LATENCY + budget for budget in latencies_s}
@@ -121,22 +120,11 @@ def save_latencies(artifact: Artifact, latencies_s: Mapping[str, float]) -> None
         value["measurements"] = kept + new
         if core_digest(value) != artifact.manifest.digest:
             raise ArtifactError(f"{artifact.folder}: it has changed while it was measured: measure it again")
-        _write(partial, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
-        os.replace(partial, target)
+        replace_manifest(artifact.folder, value)
     except OSError as error:
         raise UsageError(
             f"--save: {target} cannot be written: {one_line(error.strerror or error)}: copy the artifact to where it can"
         ) from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _cpu_name() -> str:

@@ -1,0 +1,140 @@
+"""One plan: an ONNX file or a combination, a target and shapes → a file. Runs in a worker process (`build_workers`)."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from otcache.schemas.combinations import Combination
+from otcache.schemas.digest import digest_of_bytes
+from otcache.schemas.errors import HostError
+
+from .messages import one_line
+from .tensorrt_library import buildable_targets, library
+from .tensorrt_network import NetworkError, add_combination, create_network, layers_by_type, parse_stage
+
+Extent = tuple[int, ...]
+Range = tuple[Extent, Extent, Extent]
+"""Smallest, most frequent and largest shape."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildJob:
+    """What becomes a plan."""
+
+    name: str
+    """Of the stage or combination."""
+    source: Path | Combination
+    backend: str
+    target: str
+    shapes: dict[str, Range]
+    """Of the inputs whose shape varies."""
+    workspace_bytes: int | None
+    output: Path
+    timing_cache: Path
+    """Kept from plan to plan; the library for RTX has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A plan that was written."""
+
+    size_bytes: int
+    digest: str
+    build_s: float
+    layers: dict[str, int]
+    """Number of layers by the type of what they write."""
+
+
+def build_plan(job: BuildJob) -> Built:
+    """Build and write the plan, whole or not at all. Raises HostError, OSError."""
+    begin = time.perf_counter()
+    trt = library(job.backend)
+    log = _log(trt)
+    builder = trt.Builder(log)
+    network = create_network(builder, trt)
+    try:
+        if isinstance(job.source, Combination):
+            add_combination(trt, network, job.source)
+        else:
+            parse_stage(trt, network, job.source, log)
+    except NetworkError as error:
+        fix = "serve it with --backend onnxruntime, or replace the operator in the model and compile it again"
+        raise _error(job, trt, f"{error}: expected an operator that it has: {fix}") from None
+    config = _config(job, trt, builder)
+    timings = _timing_cache(job, trt, config)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        reason = one_line(log.errors[-1] if log.errors else "it gives no reason")
+        fix = "build for another --target or type, or serve it with --backend onnxruntime"
+        if "memory" in reason.lower():
+            fix = "give it more with --workspace, or build fewer at once with --jobs 1"
+        raise _error(job, trt, f"{reason}: {fix}")
+    data = memoryview(plan)
+    _write(job.output, data)
+    if timings is not None:
+        _write(job.timing_cache, memoryview(timings.serialize()))
+    seconds = time.perf_counter() - begin
+    return Built(
+        size_bytes=data.nbytes, digest=digest_of_bytes(data), build_s=seconds, layers=layers_by_type(network)
+    )  # fmt: skip
+
+
+def _config(job: BuildJob, trt: Any, builder: Any) -> Any:
+    config = builder.create_builder_config()
+    if job.target in buildable_targets(trt):
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, job.target.replace("sm_", "SM")), 0)
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 in the manifest means float32
+    if job.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
+    if job.shapes:
+        profile = builder.create_optimization_profile()
+        for name, (smallest, usual, largest) in job.shapes.items():
+            profile.set_shape(name, smallest, usual, largest)
+        config.add_optimization_profile(profile)
+    return config
+
+
+def _timing_cache(job: BuildJob, trt: Any, config: Any) -> Any:
+    """The cache that the build reads and adds to; None for RTX, which measures nothing while it builds."""
+    if buildable_targets(trt):
+        return None
+    before = job.timing_cache.read_bytes() if job.timing_cache.is_file() else b""
+    cache = config.create_timing_cache(before)
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _error(job: BuildJob, trt: Any, reason: str) -> HostError:
+    return HostError(f"{job.name}: {job.backend} {trt.__version__} cannot build it for {job.target}: {reason}")
+
+
+def _write(path: Path, data: memoryview) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _log(trt: Any) -> Any:
+    """A logger that keeps errors and is silent."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message)
+
+    return Log()

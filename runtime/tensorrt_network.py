@@ -1,0 +1,146 @@
+"""Networks for TensorRT: a stage from its ONNX file, a combination from its description. Strongly typed on every version.
+
+`trt` is the module of either library; types in a network are those of the file or the manifest, and nothing changes them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from otcache.schemas.combinations import COEFS, Combination
+
+from .messages import one_line
+
+TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
+"""TensorRT's names of the manifest's types."""
+_NAMES = {trt_name: name for name, trt_name in TYPES.items()}
+_SMALLEST_SQUARE = 1e-30
+"""What `cfg_norm` divides by at least, as `loop.guided`."""
+
+
+class NetworkError(Exception):
+    """What cannot become a network; the message names the node."""
+
+
+def create_network(builder: Any, trt: Any) -> Any:
+    """An empty network whose types are what it is given. Always so from 11 on, where the flag may be gone."""
+    strongly = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return builder.create_network(0 if strongly is None else 1 << int(strongly))
+
+
+def parse_stage(trt: Any, network: Any, path: Path, logger: Any) -> None:
+    """Fill the network from an ONNX file. Raises NetworkError with the node that cannot be expressed."""
+    parser = trt.OnnxParser(network, logger)
+    if parser.parse_from_file(str(path)):
+        return
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    found = [error for error in errors if error.node_operator()] or errors
+    if not found:
+        raise NetworkError("the parser gives no reason")
+    node = f"node {one_line(found[0].node_name() or '(unnamed)', 80)} ({one_line(found[0].node_operator(), 40)})"
+    raise NetworkError(f"{node}: {one_line(found[0].desc())}")
+
+
+def add_combination(trt: Any, network: Any, combination: Combination) -> None:
+    """Fill the network with a linear combination; see `otcache.schemas.combinations`."""
+    inputs = {
+        tensor.name: network.add_input(
+            tensor.name,
+            getattr(trt.DataType, TYPES[tensor.dtype]),
+            tuple(-1 if isinstance(size, str) else size for size in tensor.shape),
+        )
+        for tensor in combination.inputs
+    }
+    ops = _Operations(trt, network, inputs.pop(COEFS, None), rank=len(combination.total.shape))
+    terms = [ops.cast(term, trt.DataType.FLOAT) for term in inputs.values()]
+    sizes = tuple(size for size in combination.total.shape if isinstance(size, int))
+    if combination.kind == "spread":
+        one = ops.reshape(ops.times(terms[0], 0), (1, -1, *sizes))
+        total = ops.reshape(ops.joined([one] * combination.branches), (-1, *sizes))
+    elif combination.kind == "residual":
+        total = ops.apply(terms[0], terms[1], trt.ElementWiseOperation.SUB)
+    elif combination.kind == "forecast":
+        total = ops.add(terms[0], ops.weighed(terms[1:], first_coef=0))
+    elif combination.kind == "guide":
+        branches = ops.reshape(terms[0], (combination.branches, -1, *sizes))
+        each = [ops.row(branches, index) for index in range(combination.branches)]
+        total = ops.weighed(each, first_coef=0)
+        if combination.keep_norm:
+            total = ops.as_long_as(total, each[-1])
+    else:
+        total = ops.times(terms[0], 0)
+        if terms[1:]:
+            total = ops.add(total, ops.weighed(terms[1:], first_coef=1))
+    total = ops.cast(total, getattr(trt.DataType, TYPES[combination.total.dtype]))
+    if total.is_network_input:
+        total = network.add_identity(total).get_output(0)
+    total.name = combination.total.name
+    network.mark_output(total)
+
+
+def layers_by_type(network: Any) -> dict[str, int]:
+    """How many layers there are by the type of what they write; types are fixed, so this holds for the plan."""
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    types = Counter(layer.get_output(0).dtype.name for layer in layers if layer.num_outputs)
+    return {_NAMES.get(name, name.lower()): count for name, count in sorted(types.items())}
+
+
+class _Operations:
+    """Arithmetic on a network's tensors, float32 unless said otherwise."""
+
+    def __init__(self, trt: Any, network: Any, coefs: Any, *, rank: int) -> None:
+        self.trt, self.network, self.coefs, self.rank = trt, network, coefs, rank
+
+    def cast(self, tensor: Any, dtype: Any) -> Any:
+        return tensor if tensor.dtype == dtype else self.network.add_cast(tensor, dtype).get_output(0)
+
+    def apply(self, a: Any, b: Any, operation: Any) -> Any:
+        return self.network.add_elementwise(a, b, operation).get_output(0)
+
+    def add(self, a: Any, b: Any) -> Any:
+        return self.apply(a, b, self.trt.ElementWiseOperation.SUM)
+
+    def reshape(self, tensor: Any, shape: tuple[int, ...]) -> Any:
+        layer = self.network.add_shuffle(tensor)
+        layer.reshape_dims = shape
+        return layer.get_output(0)
+
+    def joined(self, tensors: list[Any]) -> Any:
+        layer = self.network.add_concatenation(tensors)
+        layer.axis = 0
+        return layer.get_output(0)
+
+    def times(self, tensor: Any, coef: int) -> Any:
+        """The tensor times a coefficient."""
+        one = self.network.add_slice(self.coefs, (coef,), (1,), (1,)).get_output(0)
+        return self.apply(tensor, self.reshape(one, (1,) * self.rank), self.trt.ElementWiseOperation.PROD)
+
+    def weighed(self, terms: list[Any], *, first_coef: int) -> Any:
+        """Σ coefs · terms, in order."""
+        total = self.times(terms[0], first_coef)
+        for index, term in enumerate(terms[1:], start=first_coef + 1):
+            total = self.add(total, self.times(term, index))
+        return total
+
+    def row(self, tensor: Any, index: int) -> Any:
+        """tensor[index]."""
+        import numpy as np
+
+        which = self.network.add_constant((), np.array(index, np.int32)).get_output(0)
+        return self.network.add_gather(tensor, which, 0).get_output(0)
+
+    def as_long_as(self, tensor: Any, other: Any) -> Any:
+        """The tensor, its vectors along the last axis as long as the other's."""
+        import numpy as np
+
+        floor = self.network.add_constant((1,) * self.rank, np.full((1,) * self.rank, _SMALLEST_SQUARE, np.float32))
+        operation = self.trt.ElementWiseOperation
+        own = self.apply(self._length(tensor), floor.get_output(0), operation.MAX)
+        return self.apply(tensor, self.apply(self._length(other), own, operation.DIV), operation.PROD)
+
+    def _length(self, tensor: Any) -> Any:
+        square = self.apply(tensor, tensor, self.trt.ElementWiseOperation.PROD)
+        total = self.network.add_reduce(square, self.trt.ReduceOperation.SUM, 1 << (self.rank - 1), True).get_output(0)
+        return self.network.add_unary(total, self.trt.UnaryOperation.SQRT).get_output(0)

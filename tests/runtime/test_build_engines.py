@@ -1,0 +1,223 @@
+"""`otc build-engines` with the real library for RTX, which needs no GPU: plans, the manifest, interruptions, bad input."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_artifact as small
+from click.testing import CliRunner
+from onnx import TensorProto, helper
+
+from otcache.runtime import Sampler, cli
+from otcache.runtime.artifact import Artifact
+from otcache.runtime.build_engines import build_engines
+from otcache.runtime.verify import verify
+from otcache.schemas.combinations import combinations
+from otcache.schemas.errors import ArtifactError, HostError, UsageError
+from otcache.schemas.manifest import SCHEMA_VERSION
+
+pytest.importorskip("tensorrt_rtx")
+RTX = "tensorrt-rtx"
+
+
+def otc(*arguments):
+    return CliRunner().invoke(cli.main, ["build-engines", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def built(artifact_folder, tmp_path_factory):
+    """The small artifact with plans for sm_89. Not to be changed."""
+    folder = Path(shutil.copytree(artifact_folder, tmp_path_factory.mktemp("artifacts") / "small"))
+    build_engines(folder, backend=RTX, targets=("sm_89",))
+    return folder
+
+
+@pytest.fixture
+def copy(built, tmp_path):
+    return Path(shutil.copytree(built, tmp_path / "small"))
+
+
+def entries(folder):
+    return {(e.backend, e.target): e for e in Artifact.open(folder).manifest.engines}
+
+
+def test_plans_are_listed(built):
+    artifact = Artifact.open(built)
+    manifest = artifact.manifest
+    (engine,) = manifest.engines
+    assert (engine.backend, engine.target, engine.profile) == (RTX, "sm_89", {"batch": (1, 1, 4)})
+    assert set(engine.stages) == {stage.name for stage in manifest.stages}
+    assert set(engine.combinations) == {combination.name for combination in combinations(manifest)}
+    assert manifest.schema_version == SCHEMA_VERSION and engine.version in engine.stages["embed"]
+    assert engine.layers["embed"]["float32"] >= 2 and engine.layers["text"]["float32"] >= 1
+    times = {m.name for m in manifest.measurements if m.name.startswith("build_s/tensorrt-rtx/sm_89/")}
+    assert len(times) == len(engine.stages) + len(engine.combinations)
+    assert verify(built).unlisted == (), "no records are left"
+
+
+def test_plans_are_reproducible(built, artifact_folder, tmp_path):
+    again = Path(shutil.copytree(artifact_folder, tmp_path / "again"))
+    build_engines(again, backend=RTX, targets=("sm_89",), jobs=2)
+    assert Artifact.open(again).manifest.digest == Artifact.open(built).manifest.digest
+
+
+def test_the_artifact_is_served_as_before(built, artifact_folder):
+    pictures = []
+    for folder in (built, artifact_folder):
+        with Sampler.load(folder, "onnxruntime") as sampler:
+            pictures.append(sampler("a red ring", budget=3, seed=1))
+    np.testing.assert_array_equal(*pictures)
+
+
+def test_nothing_is_built_twice_and_targets_stay(copy):
+    events = []
+    (kept, added) = build_engines(copy, backend=RTX, targets=("sm_89", "sm_120"), progress=events.append)
+    assert (kept.reused, kept.build_s, added.reused) == (kept.plans, 0, 0) and kept.plans == 13
+    assert set(entries(copy)) == {(RTX, "sm_89"), (RTX, "sm_120")}
+    assert [event.done for event in events] == [*range(1, 14), *range(1, 14)]
+    assert [event.reused for event in events] == [True] * 13 + [False] * 13
+
+
+def test_another_profile_takes_the_place(copy):
+    before = set(entries(copy)[RTX, "sm_89"].stages.values())
+    result = otc(
+        copy, "--backend", RTX, "--target", "sm_89", "--profile", "batch=1:2:2", "--workspace", "64MiB", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["engines"][0]
+    engine = entries(copy)[RTX, "sm_89"]
+    assert engine.profile == {"batch": (1, 2, 2)} and engine.workspace_bytes == 64 << 20 and found["reused"] == 0
+    assert not any((copy / path).exists() for path in before) and verify(copy).unlisted == ()
+    assert json.loads(result.stderr.splitlines()[0])["event"] == "engine"
+
+
+def test_an_interrupted_build_goes_on(damaged):
+    manifest = (damaged / "manifest.json").read_bytes()
+
+    def stop(event):
+        if event.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(damaged, backend=RTX, targets=("sm_89",), progress=stop)
+    assert (damaged / "manifest.json").read_bytes() == manifest and not multiprocessing.active_children()
+    with Sampler.load(damaged) as sampler:
+        assert sampler("a ring", budget=2).shape == (1, 4, 4, 3)
+    (result,) = build_engines(damaged, backend=RTX, targets=("sm_89",))
+    assert result.reused == 3 and verify(damaged).unlisted == ()
+
+
+def test_a_build_that_is_killed_says_what_may_help(damaged):
+    def kill(event):
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+
+    with pytest.raises(HostError, match=r"block_0: its build for sm_89 ended with code -9.*--jobs 1.*is kept"):
+        build_engines(damaged, backend=RTX, targets=("sm_89",), progress=kill)
+    assert not Artifact.open(damaged).manifest.engines
+
+
+@pytest.mark.parametrize("how", ["truncated", "gone"])
+def test_a_damaged_plan_is_refused_and_built_again(copy, how):
+    path = copy / entries(copy)[RTX, "sm_89"].stages["block_1"]
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=r"block_1\.plan"):
+        verify(copy)
+    (result,) = build_engines(copy, backend=RTX, targets=("sm_89",))
+    assert result.reused == 12 and verify(copy, "digests").files
+
+
+def test_plans_of_another_artifact_are_refused(copy):
+    value = small.read_manifest(copy)
+    value["engines"][0]["sources"]["block_0"] = value["engines"][0]["sources"]["block_1"]
+    small.write_manifest(copy, value)
+    with pytest.raises(ArtifactError, match="block_0 for sm_89 was built from another ONNX file"):
+        Artifact.open(copy)
+
+
+def test_a_stage_that_cannot_be_built_names_its_node(damaged):
+    hidden = helper.make_tensor_value_info
+    node = helper.make_node("Det", ["h1"], ["d"], name="the_determinant")
+    graph = helper.make_graph(
+        [node, helper.make_node("Add", ["h1", "d"], ["h2"])], "block_1",
+        [hidden("h1", TensorProto.FLOAT, list(small.HIDDEN))], [hidden("h2", TensorProto.FLOAT, list(small.HIDDEN))],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    (damaged / "engines/onnx/block_1.onnx").write_bytes(model.SerializeToString())
+    small.reseal_file(damaged, "engines/onnx/block_1.onnx")
+    result = otc(damaged, "--backend", RTX, "--target", "sm_89")
+    assert result.exit_code == 6 and len(result.stderr.splitlines()) == 1
+    for words in ("block_1: tensorrt-rtx", "sm_89", "the_determinant (Det)", "--backend onnxruntime"):
+        assert words in result.stderr
+    assert not Artifact.open(damaged).manifest.engines
+
+
+def test_a_signed_artifact_is_refused(copy):
+    (copy / "manifest.sig").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"is signed.*--unsign"):
+        build_engines(copy, backend=RTX, targets=("sm_86",))
+    build_engines(copy, backend=RTX, targets=("sm_86",), unsign=True)
+    assert not (copy / "manifest.sig").exists() and (RTX, "sm_86") in entries(copy)
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "words"),
+    [
+        (["--target", "sm_90"], 2, "sm_90: tensorrt-rtx builds for sm_75"),
+        (["--target", "89"], 2, "such as sm_89"),
+        (["--target", "sm_89", "--profile", "batch=2:1:4"], 2, "increasing sizes"),
+        (["--target", "sm_89", "--profile", "tokens=1:1:4"], 2, "expected batch"),
+        (["--target", "sm_89", "--profile", "batch"], 2, "batch=1:1:4"),
+        (["--target", "sm_89", "--workspace", "much"], 2, "4GB"),
+    ],
+)
+def test_options_that_are_refused(artifact_folder, options, exit_code, words):
+    before = sorted(artifact_folder.rglob("*"))
+    result = otc(artifact_folder, "--backend", RTX, *options)
+    assert result.exit_code == exit_code and words in result.stderr
+    assert sorted(artifact_folder.rglob("*")) == before
+
+
+def test_without_a_gpu_a_target_is_needed(artifact_folder, monkeypatch):
+    monkeypatch.setattr("otcache.runtime.gpu.why_no_gpu", lambda: ("no driver", None))
+    with pytest.raises(UsageError, match="no GPU here: expected some of sm_75"):
+        build_engines(artifact_folder, backend=RTX)
+
+
+def test_the_full_library_is_named_where_it_is_missing(artifact_folder):
+    if importlib.util.find_spec("tensorrt"):
+        pytest.skip("tensorrt is installed")
+    result = otc(artifact_folder, "--backend", "tensorrt")
+    assert (
+        result.exit_code == 6
+        and "tensorrt is not installed: expected its package: pip install tensorrt" in result.stderr
+    )
+
+
+@pytest.fixture
+def flux(tmp_path):
+    """A real export: CLIP and T5, blocks with attention and rotation, the decoder's convolutions; float32."""
+    newest = max((Path(__file__).parents[1] / "golden").glob("1.*"), key=lambda path: int(path.name[2:]))
+    return Path(shutil.copytree(newest / "artifact", tmp_path / "flux"))
+
+
+@pytest.mark.slow
+def test_a_compiled_flux(flux):
+    (result,) = build_engines(flux, backend=RTX, targets=("sm_86",))
+    manifest = Artifact.open(flux).manifest
+    assert result.plans == len(manifest.stages) + len(combinations(manifest))
+
+
+def test_a_layer_that_a_target_has_not_is_named(flux):
+    with pytest.raises(HostError, match=r"embed: .*sm_75.*'node_MatMul_\w+'.*FP32.*another --target or type"):
+        build_engines(flux, backend=RTX, targets=("sm_75",))

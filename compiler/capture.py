@@ -302,7 +302,19 @@ def _find_latents(tape: Tape, name: str) -> tuple[str, bool]:
             ratio = value.shape[0] // sample.shape[0]
             if ratio in (1, 2) and _proportional(value[: sample.shape[0]].float(), sample):
                 return key, ratio == 2
-    raise ModelError(f"{name} does not hand the scheduler's latents to its transformer as they are: not supported")
+    lists = [
+        key for key, value in tape.calls[0][0].items() if isinstance(value, list) and any(map(torch.is_tensor, value))
+    ]
+    if lists:
+        raise ModelError(
+            f"{name} passes {', '.join(lists)} as lists of one tensor a sample: expected one tensor for all, because a list "
+            "fixes the batch that stages are made for"
+        )
+    shapes = {key: tuple(value.shape) for key, value in tape.calls[0][0].items() if isinstance(value, Tensor)}
+    raise ModelError(
+        f"{name} does not hand the scheduler's latents {tuple(sample.shape)} to its transformer as they are ({shapes}): "
+        "not supported"
+    )
 
 
 def _sorted_arguments(
@@ -476,25 +488,28 @@ def _run(
 ) -> Tape:
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     with record(pipeline, progress=progress) as tape, torch.no_grad():
-        pipeline(_prompts(pipeline, prompts), generator=generators, **options.arguments(guidance_scale, len(prompts)))
+        arguments = options.arguments(guidance_scale, len(prompts))
+        pipeline(**_prompts(pipeline, prompts), generator=generators, **arguments)
     if len(tape.samples[0]) == 2 * len(prompts):  # both branches, with the same latents, went to the scheduler
         for steps in (tape.samples, tape.guided, tape.final):
             steps[:] = [step[: len(prompts)] for step in steps]
     return tape
 
 
-def _prompts(pipeline: Any, prompts: Sequence[str]) -> list[Any]:
-    """The first argument of the pipeline's call: prompts, or the numbers of the labels that they name."""
+def _prompts(pipeline: Any, prompts: Sequence[str]) -> dict[str, list[Any]]:
+    """Prompts as the pipeline's call takes them: texts, or the numbers of the labels that they name."""
     labels = getattr(pipeline, "labels", None)
     if not isinstance(labels, dict):
-        return list(prompts)
+        return {"prompt": list(prompts)}
     if unknown := [prompt for prompt in prompts if prompt not in labels]:
-        raise ModelError(f"{type(pipeline).__name__} has no label {unknown[0]!r}: expected one of {len(labels)}, such as "
-                         f"{', '.join(map(repr, list(labels)[:3]))}")  # fmt: skip
-    return [labels[prompt] for prompt in prompts]
+        raise ModelError(
+            f"{type(pipeline).__name__} has no label {unknown[0]!r}: expected one of {len(labels)}, such as "
+            f"{', '.join(map(repr, list(labels)[:3]))}"
+        )
+    return {"class_labels": [labels[prompt] for prompt in prompts]}
 
 
-def _any_prompts(pipeline: Any, count: int) -> list[Any]:
+def _any_prompts(pipeline: Any, count: int) -> dict[str, list[Any]]:
     """For a call whose result does not depend on its prompts."""
     labels = getattr(pipeline, "labels", None)
     return _prompts(pipeline, [next(iter(labels)) if isinstance(labels, dict) else ""] * count)
@@ -516,7 +531,7 @@ def decoded(pipeline: Any, options: CallOptions, latents: Tensor) -> Tensor:
     try:
         with torch.no_grad():
             made = pipeline(
-                _any_prompts(pipeline, count), generator=[torch.Generator() for _ in range(count)], **arguments
+                **_any_prompts(pipeline, count), generator=[torch.Generator() for _ in range(count)], **arguments
             )
     finally:
         del scheduler.step
@@ -696,7 +711,7 @@ def prepare_scheduler(pipeline: Any, options: CallOptions, scheduler: Any, num_i
     call = dataclasses.replace(options, num_inference_steps=num_inference_steps).arguments(1.0, 1)
     try:
         with contextlib.suppress(_Prepared), torch.no_grad():
-            pipeline(_any_prompts(pipeline, 1), generator=[torch.Generator().manual_seed(0)], **call)
+            pipeline(**_any_prompts(pipeline, 1), generator=[torch.Generator().manual_seed(0)], **call)
     finally:
         handle.remove()
         pipeline.scheduler = original

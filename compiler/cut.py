@@ -418,7 +418,9 @@ def _labels(graph: _Graph, trunk: Mapping[str, int]) -> _Labels:
         if _is_item(node):
             stage[node] = earliest  # a tuple never crosses a cut
         elif position > end:
-            stage[node] = head
+            # Of a joint sequence of text and picture the head reads a part: cut off, it is what the features evolve to.
+            cut_off = node.target is torch.ops.aten.slice.Tensor and node in graph.features
+            stage[node] = earliest if cut_off and earliest == head - 1 else head
         elif path is not None:
             stage[node] = max(earliest, trunk[path] + 1)
         else:

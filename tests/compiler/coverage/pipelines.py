@@ -261,8 +261,69 @@ def stable_diffusion_xl() -> Any:
     )
 
 
+def flux_2() -> Any:
+    tokenizer = small.chat_tokenizer()
+    encoder = small.language_model(tokenizer, layers=30, width=16)  # its layers 10, 20 and 30 are read
+    vae = d.AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=16, mid_block_add_attention=False,
+    )  # fmt: skip
+    transformer = d.Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), mlp_ratio=2.0,
+    )  # fmt: skip
+    return d.Flux2Pipeline(small.flow(), vae, encoder, tokenizer, transformer)
+
+
+def z_image() -> Any:
+    tokenizer = small.chat_tokenizer()
+    transformer = d.ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=64,
+        axes_dims=[4, 6, 6], axes_lens=[128, 32, 32],
+    )  # fmt: skip
+    return d.ZImagePipeline(
+        small.flow(), small.vae(shift_factor=0.1), small.language_model(tokenizer), tokenizer, transformer
+    )
+
+
+def hunyuan_video_15() -> Any:
+    tokenizer = small.chat_tokenizer()
+    _, second = small.t5()
+    vae = d.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(8, 8, 8), layers_per_block=1, spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+    )  # fmt: skip
+    transformer = d.HunyuanVideo15Transformer3DModel(
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2, num_refiner_layers=1,
+        mlp_ratio=2.0, text_embed_dim=64, text_embed_2_dim=64, image_embed_dim=8, rope_axes_dim=(4, 6, 6), target_size=32,
+        task_type="t2v",
+    )  # fmt: skip
+    pipeline = d.HunyuanVideo15Pipeline(
+        small.language_model(tokenizer, layers=3), tokenizer, transformer, vae, small.flow(), second, small.tokenizers()[1],
+        d.ClassifierFreeGuidance(guidance_scale=4.0),
+    )  # fmt: skip
+    pipeline.tokenizer_max_length, pipeline.tokenizer_2_max_length = 12, 8
+    return pipeline
+
+
+def kandinsky_5() -> Any:
+    clip, clip_encoder = small.clip()
+    processor = small.Processor()
+    vae = hunyuan_video().vae
+    transformer = d.Kandinsky5Transformer3DModel(
+        in_visual_dim=4, in_text_dim=64, in_text_dim2=64, time_dim=16, out_visual_dim=4, model_dim=32, ff_dim=32,
+        num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6),
+    )  # fmt: skip
+    pipeline = d.Kandinsky5T2VPipeline(
+        transformer, vae, small.language_model(processor.tokenizer), processor, clip_encoder, clip, small.flow()
+    )
+    pipeline.prompt_template, pipeline.prompt_template_encode_start_idx = "a {}", 1
+    return pipeline
+
+
 CASES = {
     "FluxPipeline": Case(make=flux),
+    "Flux2Pipeline": Case(make=flux_2),
     "QwenImagePipeline": Case(make=qwen_image, call={"height": 32, "width": 32, "max_sequence_length": 12}),
     "HunyuanVideoPipeline": Case(make=hunyuan_video, call={**VIDEO, "height": 32, "width": 32}),
     "StableDiffusion3Pipeline": Case(make=stable_diffusion_3),
@@ -276,11 +337,16 @@ CASES = {
     "CogView4Pipeline": Case(make=cogview_4, call={"height": 16, "width": 16, "max_sequence_length": 16}),
     "ChromaPipeline": Case(make=chroma),
     "HunyuanDiTPipeline": Case(make=hunyuan_dit, call={"height": 16, "width": 16}),
-    "MochiPipeline": Case(make=mochi, call={**VIDEO, "num_frames": 7}),
     "StableDiffusionPipeline": Case(make=stable_diffusion, call={"height": 16, "width": 16}),
     "StableDiffusionXLPipeline": Case(make=stable_diffusion_xl, call={"height": 16, "width": 16}),
 }
 REFUSED = {
+    "HunyuanVideo15Pipeline": Case(make=hunyuan_video_15, call={"height": 32, "width": 32, "num_frames": 5}),
+    "Kandinsky5T2VPipeline": Case(
+        make=kandinsky_5, call={**VIDEO, "height": 32, "width": 32, "max_sequence_length": 24}
+    ),
     "Lumina2Pipeline": Case(make=lumina_2),
+    "MochiPipeline": Case(make=mochi, call={**VIDEO, "num_frames": 7}),
+    "ZImagePipeline": Case(make=z_image),
 }
 """Classes that cannot be compiled; the suite holds the reason that the user is given."""

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    LlamaConfig,
+    LlamaModel,
+    T5EncoderModel,
+)
 
 from otcache.artifacts.training import text
 
@@ -32,6 +39,39 @@ def tokenizers() -> tuple[Any, Any]:
 def t5() -> tuple[Any, T5EncoderModel]:
     clip, tokenizer = tokenizers()
     return tokenizer, text.make_encoders(clip, tokenizer)[1]
+
+
+CHAT = "{% set said = messages[-1]['content'] %}{{ said if said is string else said[0]['text'] }}"
+"""A chat template that leaves the prompt as it is."""
+
+
+class Processor:
+    """A tokenizer with the call of a vision-language processor."""
+
+    def __init__(self) -> None:
+        self.tokenizer = chat_tokenizer()
+
+    def __call__(self, text: list[str], images: None = None, videos: None = None, **options: Any) -> Any:
+        return self.tokenizer(text, **options)
+
+    def decode(self, ids: Any) -> str:
+        return str(self.tokenizer.decode(ids))
+
+
+def chat_tokenizer() -> Any:
+    tokenizer, _ = text.make_tokenizers()[::-1]
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def language_model(tokenizer: Any, layers: int = 2, width: int = WIDTH) -> LlamaModel:
+    """A causal model in the place of Mistral, Qwen or Gemma."""
+    return LlamaModel(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=layers,
+            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
 
 
 def clip(projection: bool = False, length: int = 77) -> tuple[Any, CLIPTextModel]:

@@ -10,6 +10,9 @@ Every branch of guidance has its own residuals. See `requests` for how a request
 from __future__ import annotations
 
 import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +49,19 @@ def apply_residual_cache(
 
 
 def remove_residual_cache(pipeline: Any) -> None:
-    """Undo `apply_residual_cache`: the scheduler is the one from before. Hooks that other pipelines may use stay, idle."""
-    if not isinstance(pipeline.scheduler, ResidualScheduler):
+    """Undo `apply_residual_cache`: the scheduler is the one from before, and hooks that no other pipeline uses are gone."""
+    scheduler = pipeline.scheduler
+    if not isinstance(scheduler, ResidualScheduler):
         raise UsageError(
-            f"the pipeline's scheduler is a {type(pipeline.scheduler).__name__}: expected that of apply_residual_cache"
+            f"the pipeline's scheduler is a {type(scheduler).__name__}: expected that of apply_residual_cache"
         )
-    pipeline.scheduler = pipeline.scheduler.replaced
+    pipeline.scheduler = scheduler.replaced
+    transformer = unwrap_module(transformer_of(pipeline, "the pipeline"))
+    hook = _hook_of(transformer)
+    if hook is not None:
+        hook.users.discard(scheduler)
+        if not hook.users:
+            _remove_hooks(transformer)
 
 
 class ResidualScheduler(OTCacheScheduler):
@@ -74,12 +84,14 @@ class ResidualScheduler(OTCacheScheduler):
                 f"expected {self._recipe.blocks}, as the artifact, and one: use a budget of payload 'output'"
             )
         passages = [Passage(block) for block in blocks]
-        root = HookRegistry.check_if_exists_or_initialize(transformer)
-        if root.get_hook(HOOK) is None:
-            _register(transformer, _TransformerHook())
+        hook = _hook_of(transformer)
+        if hook is None:
+            hook = _TransformerHook()
+            _register(transformer, hook)
             for place, (block, passage) in enumerate(zip(blocks, passages, strict=True)):
                 _register(block, _BlockHook(passage, first=place == 0, last=place == len(blocks) - 1))
-            root.invalidate_child_registries_cache()
+            HookRegistry.check_if_exists_or_initialize(transformer).invalidate_child_registries_cache()
+        hook.users.add(self)
         before = pipeline.scheduler
         self.replaced = before.replaced if isinstance(before, ResidualScheduler) else before
         self._attached = True
@@ -126,6 +138,8 @@ class _TransformerHook(ModelHook):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self._context = _ThreadContext()
+        self.users: weakref.WeakSet[ResidualScheduler] = weakref.WeakSet()
+        """Schedulers that need the hooks."""
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -165,15 +179,38 @@ class _BlockHook(ModelHook):  # type: ignore[misc]
         return self._passage.output(hidden_states, args, kwargs)
 
 
-def _register(module: nn.Module, hook: ModelHook) -> None:
-    """Put a hook on a module, beneath those of accelerate: pipelines take these off and put them on again at every call."""
-    outer = getattr(module, "_hf_hook", None)
-    if outer is not None:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+def _hook_of(transformer: nn.Module) -> _TransformerHook | None:
+    found: _TransformerHook | None = HookRegistry.check_if_exists_or_initialize(transformer).get_hook(HOOK)
+    return found
 
-        remove_hook_from_module(module)
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
-    if outer is not None:
+
+def _register(module: nn.Module, hook: ModelHook) -> None:
+    with _without_accelerate(module):
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+
+
+def _remove_hooks(transformer: nn.Module) -> None:
+    for module in transformer.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and registry.get_hook(HOOK) is not None:
+            with _without_accelerate(module):
+                registry.remove_hook(HOOK, recurse=False)
+    HookRegistry.check_if_exists_or_initialize(transformer).invalidate_child_registries_cache()
+
+
+@contextmanager
+def _without_accelerate(module: nn.Module) -> Iterator[None]:
+    """Work beneath accelerate's hook on a module: pipelines take that off and put it on again at every call."""
+    outer = getattr(module, "_hf_hook", None)
+    if outer is None:
+        yield
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(module)
+    try:
+        yield
+    finally:
         add_hook_to_module(module, outer)
 
 

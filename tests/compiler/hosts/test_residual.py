@@ -184,6 +184,18 @@ def test_a_call_that_failed_within_a_call(pipelines, expected):
     assert distance(draw(second), expected("3")) < 3e-6
 
 
+def test_hooks_go_with_their_last_user(pipelines, expected):
+    first, second = pipelines
+    first.enable_model_cpu_offload(device="cpu")
+    remove_residual_cache(first)
+    assert distance(draw(second), expected("3")) < 3e-6
+    remove_residual_cache(second)
+    assert not any(
+        module._diffusers_hook.hooks for module in first.transformer.modules() if hasattr(module, "_diffusers_hook")
+    )
+    assert distance(draw(first), draw(flux())) < 3e-6
+
+
 def test_nothing_is_kept_after_a_call(pipelines):
     first, _ = pipelines
     draw(first)

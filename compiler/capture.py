@@ -54,6 +54,8 @@ class CallOptions:
         arguments: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, "output_type": "latent"}
         if "height" in self.accepted:
             arguments |= {"height": self.height, "width": self.width}
+        if "clean_caption" in self.accepted:
+            arguments["clean_caption"] = False  # it takes packages that a server would need as well
         if "use_resolution_binning" in self.accepted:
             arguments["use_resolution_binning"] = False  # else another size is drawn and then resized
         if self.num_frames is not None:

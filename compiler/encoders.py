@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import tokenizers
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +37,8 @@ class Encoders:
     @property
     def example(self) -> dict[str, Tensor]:
         """Inputs of the module for two prompts."""
-        device = next(self.module.parameters()).device
+        parameter = next(self.module.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
         return {spec.input_name: spec.ids(PROBES[1 : 1 + EXAMPLE_BATCH]).to(device) for spec in self.tokenizers}
 
 
@@ -168,6 +170,92 @@ def _hunyuan_video(pipeline: Any, max_sequence_length: int) -> Encoders:
     )
 
 
+# --- Stable Diffusion 3 --------------------------------------------------------------------------------------------------
+
+
+class StableDiffusion3Encoders(nn.Module):
+    """Two CLIPs side by side, padded to T5's width and followed by T5; both CLIPs' projections as pooled output."""
+
+    output_names = ("encoder_hidden_states", "pooled_projections")
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__()
+        self.text_encoder, self.text_encoder_2 = pipeline.text_encoder, pipeline.text_encoder_2
+        self.text_encoder_3 = pipeline.text_encoder_3
+
+    def forward(self, input_ids: Tensor, input_ids_2: Tensor, input_ids_3: Tensor) -> dict[str, Tensor]:
+        first = self.text_encoder(input_ids, output_hidden_states=True)
+        second = self.text_encoder_2(input_ids_2, output_hidden_states=True)
+        third = self.text_encoder_3(input_ids_3)[0]
+        clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        clip = nn.functional.pad(clip, (0, third.shape[-1] - clip.shape[-1]))
+        hidden, pooled = torch.cat([clip, third], dim=-2), torch.cat([first[0], second[0]], dim=-1)
+        return dict(zip(self.output_names, (hidden, pooled), strict=True))
+
+
+def _stable_diffusion_3(pipeline: Any, max_sequence_length: int) -> Encoders:
+    length = pipeline.tokenizer_max_length
+    return Encoders(
+        StableDiffusion3Encoders(pipeline),
+        StableDiffusion3Encoders.output_names,
+        (
+            tokenizer_spec(pipeline.tokenizer, "input_ids", length),
+            tokenizer_spec(pipeline.tokenizer_2, "input_ids_2", length),
+            tokenizer_spec(pipeline.tokenizer_3, "input_ids_3", max_sequence_length),
+        ),
+    )
+
+
+# --- one T5: PixArt-Sigma, Wan -------------------------------------------------------------------------------------------
+
+
+class T5Encoder(nn.Module):
+    """Hidden states of T5 and the mask of its tokens; without the mask as output, hidden states are zero at padding."""
+
+    def __init__(self, pipeline: Any, *, masked: bool) -> None:
+        super().__init__()
+        self.text_encoder = pipeline.text_encoder
+        self.pad_id = pipeline.tokenizer.pad_token_id
+        self.masked = masked
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        mask = _mask(input_ids, self.pad_id)
+        hidden = self.text_encoder(input_ids, attention_mask=mask)[0]
+        if self.masked:
+            return {"encoder_hidden_states": hidden * mask[..., None].to(hidden.dtype)}
+        return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+
+
+def _pixart_sigma(pipeline: Any, max_sequence_length: int) -> Encoders:
+    specification = tokenizer_spec(pipeline.tokenizer, "input_ids", max_sequence_length, lower=True)
+    names = ("encoder_hidden_states", "encoder_attention_mask")
+    return Encoders(T5Encoder(pipeline, masked=False), names, (specification,))
+
+
+def _wan(pipeline: Any, max_sequence_length: int) -> Encoders:
+    specification = tokenizer_spec(pipeline.tokenizer, "input_ids", max_sequence_length)
+    return Encoders(T5Encoder(pipeline, masked=True), ("encoder_hidden_states",), (specification,))
+
+
+# --- DiT -----------------------------------------------------------------------------------------------------------------
+
+NULL_LABEL = 1000
+"""What DiTPipeline gives the negative branch; here also what an unknown label is."""
+
+
+class Labels(nn.Module):
+    """The token is the label."""
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"class_labels": input_ids[:, 0]}
+
+
+def _dit(pipeline: Any, _: int) -> Encoders:
+    words = tokenizers.models.WordLevel({**pipeline.labels, "": NULL_LABEL}, unk_token="")
+    specification = TokenizerSpec("input_ids", tokenizers.Tokenizer(words).to_str(), 1, NULL_LABEL)
+    return Encoders(Labels(), ("class_labels",), (specification,))
+
+
 CLIP_LENGTH = 77
 """What HunyuanVideoPipeline pads CLIP's prompts to."""
 _TWO = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
@@ -175,5 +263,9 @@ FAMILIES = {
     "FluxPipeline": Family(_TWO, _flux),
     "QwenImagePipeline": Family(_TWO[:2], _qwen_image),
     "HunyuanVideoPipeline": Family(_TWO, _hunyuan_video),
+    "StableDiffusion3Pipeline": Family((*_TWO, "tokenizer_3", "text_encoder_3"), _stable_diffusion_3),
+    "PixArtSigmaPipeline": Family(_TWO[:2], _pixart_sigma),
+    "WanPipeline": Family(_TWO[:2], _wan),
+    "DiTPipeline": Family(("labels",), _dit),
 }
 """Pipelines that are served from the prompt on, by class name. To add one: encoders as a module, and their tokenizers."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import tokenizers
 import torch
+from tokenizers import normalizers
 from torch import Tensor, nn
 
 from otcache.schemas.errors import ModelError
@@ -121,8 +122,12 @@ def latent_decoder(pipeline: Any, latents: Tensor, pictures: Tensor, height: int
 # --- tokenizers ----------------------------------------------------------------------------------------------------------
 
 
-def tokenizer_spec(tokenizer: Any, input_name: str, length: int, template: str = PLACE) -> TokenizerSpec:
+def tokenizer_spec(
+    tokenizer: Any, input_name: str, length: int, template: str = PLACE, *, lower: bool = False
+) -> TokenizerSpec:
     """A transformers tokenizer as JSON, proven to give the ids of `tokenizer(prompt, padding="max_length", …)`.
+
+    lower: the pipeline gives it prompts in lower case, without white space at either end.
 
     Raises:
         ModelError: the tokenizer has no fast backend, or the ids differ on one of `PROBES`.
@@ -135,10 +140,13 @@ def tokenizer_spec(tokenizer: Any, input_name: str, length: int, template: str =
     plain = tokenizers.Tokenizer.from_str(backend.to_str())
     plain.no_truncation()
     plain.no_padding()
+    if lower:
+        own = [plain.normalizer] if plain.normalizer is not None else []
+        plain.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Lowercase(), *own])
     spec = TokenizerSpec(input_name, plain.to_str(), length, tokenizer.pad_token_id, template)
     received = spec.ids(PROBES)
     expected = tokenizer(
-        [template.replace(PLACE, prompt) for prompt in PROBES], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        [template.replace(PLACE, prompt.lower().strip() if lower else prompt) for prompt in PROBES], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids  # fmt: skip
     for prompt, ours, theirs in zip(PROBES, received, expected, strict=True):
         if not torch.equal(ours, theirs):

@@ -69,6 +69,14 @@ def layout_free_view(module: fx.GraphModule) -> None:
             node.target = aten.reshape.default
 
 
+def idle_squeeze(module: fx.GraphModule) -> None:
+    """`squeeze` of an axis that is longer than one: torch leaves it, ONNX refuses it (PixArt's head)."""
+    for node in list(module.graph.nodes):
+        if node.target is aten.squeeze.dim and node.args[0].meta["val"].shape[node.args[1]] != 1:
+            node.replace_all_uses_with(node.args[0])
+    module.graph.eliminate_dead_code()
+
+
 def boolean_choice(module: fx.GraphModule) -> None:
     """`where` and `masked_fill` on booleans as logic: ONNX Runtime's CPU provider has no `Where` for them.
 
@@ -102,7 +110,12 @@ def _both(graph: fx.Graph, like: fx.Node, first: Any, second: Any) -> fx.Node:
     return _call(graph, like, aten.logical_and.default, first, second)
 
 
-REWRITES: tuple[Callable[[fx.GraphModule], None], ...] = (complex_rotation, layout_free_view, boolean_choice)
+REWRITES: tuple[Callable[[fx.GraphModule], None], ...] = (
+    complex_rotation,
+    layout_free_view,
+    idle_squeeze,
+    boolean_choice,
+)
 """In the order in which they are applied."""
 
 

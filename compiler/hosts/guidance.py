@@ -28,7 +28,7 @@ class Seen:
     """What the transformer did in the first step."""
 
     outputs: list[Tensor] = field(default_factory=list)
-    embedded: Tensor | None = None
+    embedded: float | None = None
     """The scale that a guidance-distilled model was given."""
 
     def __bool__(self) -> bool:
@@ -44,6 +44,9 @@ class GuidanceProbe:
     def __init__(self, pipeline: Any) -> None:
         self._seen = Seen()
         self._thread = threading.get_ident()
+        self._scale = getattr(
+            pipeline, "guidance_scale", None
+        )  # as it was called; what the model is given may be a multiple
         transformer = transformer_of(pipeline, "the pipeline")
         self._handle = None
         if getattr(transformer, "_compiled_call_impl", None) is None:
@@ -52,7 +55,8 @@ class GuidanceProbe:
     def _listen(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if threading.get_ident() == self._thread:
             self._seen.outputs.append(output[0] if isinstance(output, tuple) else output.sample)
-            self._seen.embedded = kwargs.get("guidance")
+            if kwargs.get("guidance") is not None:
+                self._seen.embedded = self._scale
 
     def close(self) -> Seen:
         """What was seen; nothing the second time."""
@@ -69,7 +73,7 @@ def guidance_fault(seen: Seen, guided: Tensor, recipe: Recipe) -> RequestError |
     if scale is not None and math.isnan(scale):
         return None
     if scale is None and seen.embedded is not None and expected.kind == "none":
-        scale = float(seen.embedded.flatten()[0])
+        scale = seen.embedded
     elif expected.kind == "none":
         if scale is None:
             return None

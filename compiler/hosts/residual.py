@@ -180,8 +180,8 @@ class _BlockHook(ModelHook):  # type: ignore[misc]
 
 
 def _hook_of(transformer: nn.Module) -> _TransformerHook | None:
-    found: _TransformerHook | None = HookRegistry.check_if_exists_or_initialize(transformer).get_hook(HOOK)
-    return found
+    found = HookRegistry.check_if_exists_or_initialize(transformer).get_hook(HOOK)
+    return found if isinstance(found, _TransformerHook) else None
 
 
 def _register(module: nn.Module, hook: ModelHook) -> None:

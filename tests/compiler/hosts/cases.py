@@ -20,18 +20,18 @@ WIDTH = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A pipeline with the arguments of its call; guidance is what they amount to."""
+    """A pipeline with the arguments of its call."""
 
     make: Callable[[], Any]
     arguments: dict[str, Any] = field(default_factory=dict)
-    guidance: float | None = 4.0
-    """None: one branch."""
+    guidance: float = 4.0
     guidance_argument: str = "guidance_scale"
+    guidance_kind: str = "cfg"
+    """`none`: one branch, with the scale embedded."""
     blocks: int = 2
 
     def __call__(self, pipeline: Any, steps: int = STEPS, seed: int = 0, **changed: Any) -> Any:
-        guided = {} if self.guidance is None else {self.guidance_argument: self.guidance}
-        arguments = {"output_type": "latent", **guided, **self.arguments, **changed}
+        arguments = {"output_type": "latent", self.guidance_argument: self.guidance, **self.arguments, **changed}
         generator = torch.Generator().manual_seed(seed)
         return pipeline(num_inference_steps=steps, generator=generator, **arguments)[0]
 
@@ -79,7 +79,9 @@ def golden_folder() -> Path:
 def flux() -> Any:
     from diffusers import FluxPipeline
 
-    return FluxPipeline.from_pretrained(golden_folder())
+    folder = golden_folder()
+    torch.manual_seed(0)  # the first time, making the folder has drawn numbers
+    return FluxPipeline.from_pretrained(folder)
 
 
 @made
@@ -100,6 +102,15 @@ def flux_controlnet() -> Any:
     for layer in (*controlnet.controlnet_blocks, *controlnet.controlnet_single_blocks):
         torch.nn.init.normal_(layer.weight, std=0.5)  # zero until it is trained
     return FluxControlNetPipeline(**{**components, "controlnet": controlnet})
+
+
+@made
+def flux_embedded() -> Any:
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    components = flux().components
+    config = {**components["transformer"].config, "guidance_embeds": True}
+    return FluxPipeline(**{**components, "transformer": FluxTransformer2DModel.from_config(config)})
 
 
 @made
@@ -223,6 +234,7 @@ CASES = {
         make=flux_controlnet, guidance_argument="true_cfg_scale",
         arguments={**FLUX, "control_image": normal(1, 3, 16, 16).clamp(0, 1), "controlnet_conditioning_scale": 1.0},
     ),
+    "flux-embedded": Case(make=flux_embedded, arguments={**FLUX, "negative_prompt": None}, guidance_kind="none"),
     "sd3": Case(make=stable_diffusion_3, arguments={**_embeds(pooled=True), **SMALL}),
     "pixart-sigma": Case(
         make=pixart_sigma, arguments={**_embeds(mask="attention_mask"), **SMALL, "negative_prompt": None, "use_resolution_binning": False}

@@ -35,7 +35,6 @@ def write_manifest(
     transformer = transformer_of(pipeline, "pipeline")
     few = extrapolated_program(table, uniform_schedule(BUDGET, STEPS), order=1)
     programs = programs or {"full": program_from_table(table), str(BUDGET): few}
-    scale = case.guidance or 1.0
     stages = _stages(["batch", *shape], case.blocks)
     policy = {"schedule": [0], "num_inference_steps": STEPS, "source": "test"}
     value = {
@@ -56,7 +55,7 @@ def write_manifest(
             "initial_scale": table.initial_scale,
         },
         "timestep_scale": 1.0, "latents_input": "latents", "timestep_input": "timestep", "output": "head_out",
-        "guidance": {"kind": "none" if case.guidance is None else "cfg", "scale": scale, "minimum": scale, "maximum": scale},
+        "guidance": {"kind": case.guidance_kind, **dict.fromkeys(("scale", "minimum", "maximum"), case.guidance)},
         "stages": stages, "features": [{"source": "embed_out", "result": stages[-2]["outputs"][0]["name"]}], "tokenizers": [], "reference": policy, "anchor": policy,
         "programs": [{"budget": budget, "program": program.model_dump(mode="json")} for budget, program in programs.items()],
         "files": [{"path": stage["onnx"], "size_bytes": 0, "digest": ZEROS} for stage in stages],

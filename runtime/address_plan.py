@@ -2,8 +2,8 @@
 
 Consumes a `Listing`, produces an `AddressPlan`. Values that live from one step into another (latents, outputs, residuals,
 conditioning) get slots that stay: caches are kept in place, and latents go back and forth between two. What lives within a
-step is packed around them, also into slots that are free at that moment. Steps whose slots are in the same state get
-the same offsets, so that few addresses change from step to step.
+step is packed beside them, at the same offsets in every step of a kind, so that few addresses change from step to step; only
+where that takes more than `WORTH_STABILITY` allows, it is packed into slots as well that are free at that moment.
 
 No two values overlap in memory while both are needed; a launch needs what it reads and what it writes.
 """
@@ -20,6 +20,8 @@ from .launches import Listing, Value, list_launches
 
 ALIGNMENT = 256
 """Bytes; TensorRT reads and writes at such addresses."""
+WORTH_STABILITY = 1.05
+"""How much more than the lower bound a plan may take whose steps are alike."""
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 
 
@@ -58,26 +60,47 @@ def plan_addresses(manifest: Manifest, program: Program, samples: int) -> Addres
     steps = [launch.step for launch in listing.launches]
     carried = [v for v, (first, last) in lives.items() if v in listing.brought or steps[first] != _step(steps, last)]
     slots = _carried_slots(carried, lives, sizes)
-    held = [Place(slots[value], sizes[value], *lives[value]) for value in carried]
-    places = dict(zip(carried, held, strict=True))
+    held = {value: Place(slots[value], sizes[value], *lives[value]) for value in carried}
+    bound = _lower_bound([Place(0, sizes[value], *lives[value]) for value in lives], len(steps))
+    plans = []
+    for stable in (True, False):
+        places = {**held, **_local_places(held, lives, sizes, steps, stable=stable)}
+        end = max(place.offset + place.size_bytes for place in places.values())
+        plans.append(AddressPlan(listing, places, end, bound))
+        if end <= WORTH_STABILITY * bound:
+            break
+    return min(plans, key=lambda plan: plan.size_bytes)
+
+
+def _local_places(
+    held: dict[Value, Place],
+    lives: dict[Value, tuple[int, int]],
+    sizes: dict[Value, int],
+    steps: Sequence[int],
+    *,
+    stable: bool,
+) -> dict[Value, Place]:
+    """Places of all values that live within a step. stable: slots count as taken for ever, so that all steps are alike."""
     local: dict[int, list[Value]] = {}
     for value, (first, _) in lives.items():
-        if value not in places:
+        if value not in held:
             local.setdefault(steps[first], []).append(value)
-    known: dict[object, list[int]] = {}
+    taken_for_ever = [Place(place.offset, place.size_bytes, 0, len(steps)) for place in held.values()]
     begins = {step: steps.index(step) for step in local}
+    known: dict[object, list[int]] = {}
+    found: dict[Value, Place] = {}
     for step, values in local.items():
         begin, end = begins[step], begins.get(step + 1, len(steps)) - 1
-        around = [Place(p.offset, p.size_bytes, max(p.first, begin) - begin, min(p.last, end) - begin)
-                  for p in held if p.first <= end and p.last >= begin]  # fmt: skip
-        wanted = [(sizes[value], lives[value][0] - begin, lives[value][1] - begin) for value in values]
-        key = (frozenset(around), tuple(wanted))
-        if key not in known:
-            known[key] = _pack(wanted, around)
-        for value, offset in zip(values, known[key], strict=True):
-            places[value] = Place(offset, sizes[value], *lives[value])
-    end = max(place.offset + place.size_bytes for place in places.values())
-    return AddressPlan(listing, places, end, _lower_bound(places.values(), len(steps)))
+        around = frozenset(taken_for_ever if stable else (
+            Place(place.offset, place.size_bytes, max(place.first, begin) - begin, min(place.last, end) - begin)
+            for place in held.values() if place.first <= end and place.last >= begin
+        ))  # fmt: skip
+        wanted = tuple((sizes[value], lives[value][0] - begin, lives[value][1] - begin) for value in values)
+        if (around, wanted) not in known:
+            known[around, wanted] = _pack(wanted, tuple(around))
+        for value, offset in zip(values, known[around, wanted], strict=True):
+            found[value] = Place(offset, sizes[value], *lives[value])
+    return found
 
 
 def size_of(manifest: Manifest, listing: Listing, value: Value, samples: int) -> int:

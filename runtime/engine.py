@@ -9,14 +9,19 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from otcache.schemas.combinations import Combination
 from otcache.schemas.errors import HostError, UsageError
 from otcache.schemas.manifest import Manifest, Stage
+from otcache.schemas.program import Program
+
+if TYPE_CHECKING:
+    from .artifact import Artifact
+    from .timing import Timer
 
 Array = NDArray[Any]
 
@@ -49,16 +54,63 @@ class Engine(Protocol):
         """Free what the engine holds; it cannot run afterwards."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a backend loads: a stage, or a combination between stages, and the file of the artifact that holds it."""
+
+    name: str
+    """Of the stage, or @ and that of the combination."""
+    contract: Stage | Combination
+    file: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be sampled, checked."""
+
+    budget: str
+    program: Program
+    latents: NDArray[np.float32]
+    """The first ones, (n, …)."""
+    conditioning: Mapping[str, Array]
+    """With a batch (g, n, …), others as the manifest has them."""
+    guidance_weights: Sequence[float]
+    timer: Timer
+    step_done: Callable[[int, int], None]
+    """Called with the number of finished steps and of all."""
+    watched: bool
+    """Whether each step has to have ended when `step_done` is called; else the device may be behind."""
+
+
+class Denoiser(Protocol):
+    """Runs programs on a device."""
+
+    def __call__(self, request: Request) -> NDArray[np.float32]:
+        """The final latents of a request, (n, …)."""
+
+    def close(self) -> None:
+        """Free what it has allocated."""
+
+
 class Backend(Protocol):
     """A device and a way to run stages on it."""
 
     name: str
 
-    def load(self, stage: Stage, path: Path) -> Engine:
-        """The stage in a verified file. Raises ArtifactError if the file does not hold it."""
+    def parts(self, manifest: Manifest) -> tuple[Part, ...]:
+        """What has to be loaded, stages first."""
+
+    def load(self, part: Part, artifact: Artifact) -> Engine:
+        """The part's engine, from its verified file. Raises ArtifactError if the file does not hold it, HostError."""
 
     def empty(self, shape: Sequence[int], dtype: str) -> Tensor:
         """A new tensor, content undefined. Raises HostError if the device has no room or no such type."""
+
+    def denoiser(self, manifest: Manifest, engines: Mapping[str, Any]) -> Denoiser:
+        """The loop over this backend's engines, by the parts' names."""
+
+    def check(self, samples: int) -> None:
+        """Raise RequestError if engines do not serve so many samples at once."""
 
 
 @dataclass(frozen=True)
@@ -69,55 +121,99 @@ class Selection:
     passed_over: dict[str, str]
 
 
-def select_backend(name: str, manifest: Manifest, *, threads: int | None = None) -> Selection:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a backend shall run."""
+
+    threads: int | None = None
+    """CPU threads of a stage; None takes one for each core."""
+    cuda_graph: bool = False
+    """Record each program once and replay it as a whole, where the backend keeps everything on a GPU."""
+
+
+def select_backend(name: str, manifest: Manifest, options: Options | None = None) -> Selection:
     """The named backend, or with `auto` the first of `BACKENDS` that this host and artifact allow.
 
     Raises UsageError for an unknown name, HostError with every reason if none can serve.
     """
     if name != "auto" and name not in BACKENDS:
         raise UsageError(f"backend is {name!r}: expected one of auto, {', '.join(BACKENDS)}")
+    options = options or Options()
     passed_over: dict[str, str] = {}
     for candidate in BACKENDS if name == "auto" else (name,):
         why_not, create = BACKENDS[candidate]
-        reason = why_not(manifest)
+        reason = _SLOW_TO_LOAD if name == "auto" and candidate in _ON_REQUEST else why_not(manifest)
+        if reason is None and options.cuda_graph and candidate not in _RESIDENT:
+            reason = "it has no CUDA graphs: leave cuda_graph out"
         if reason is None:
-            return Selection(create(threads), passed_over)
+            return Selection(create(manifest, options), passed_over)
         passed_over[candidate] = reason
     reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in passed_over.items())
     raise HostError(f"backend {name} cannot serve this artifact here: {reasons}")
 
 
-def _why_not_tensorrt(backend: str) -> Callable[[Manifest], str | None]:
+def _why_not_plans(backend: str) -> Callable[[Manifest], str | None]:
     def why_not(manifest: Manifest) -> str | None:
-        if not any(engine.backend == backend for engine in manifest.engines):
-            return "the artifact holds no engines for it"
-        return "this version of otcache does not run it: use --backend onnxruntime"
+        from .plan_hosts import usable_plans
+
+        return usable_plans(backend, manifest)[1]
 
     return why_not
 
 
-def _why_not_onnxruntime(manifest: Manifest) -> str | None:
-    if importlib.util.find_spec("onnxruntime") is None:
-        return "it is not installed: pip install onnxruntime"
-    tensors = [tensor for stage in manifest.stages for tensor in (*stage.inputs, *stage.outputs)]
-    if odd := [tensor for tensor in tensors if tensor.dtype not in DTYPES]:
-        return f"{odd[0].name} is {odd[0].dtype}: it serves {', '.join(DTYPES)}: compile in another dtype"
-    return None
+def _why_not_onnxruntime(provider: str | None) -> Callable[[Manifest], str | None]:
+    def why_not(manifest: Manifest) -> str | None:
+        if importlib.util.find_spec("onnxruntime") is None:
+            return "it is not installed: pip install onnxruntime"
+        tensors = [tensor for stage in manifest.stages for tensor in (*stage.inputs, *stage.outputs)]
+        if odd := [tensor for tensor in tensors if tensor.dtype not in DTYPES]:
+            return f"{odd[0].name} is {odd[0].dtype}: it serves {', '.join(DTYPES)}: compile in another dtype"
+        if provider is not None:
+            from .onnx_engine import available_providers
+
+            if provider not in available_providers():
+                return f"this build of ONNX Runtime has no {provider}: pip install onnxruntime-gpu"
+        return None
+
+    return why_not
 
 
-def _create_onnxruntime(threads: int | None) -> Backend:
-    from .onnx_engine import OnnxBackend
+def _create_plans(backend: str) -> Callable[[Manifest, Options], Backend]:
+    def create(manifest: Manifest, options: Options) -> Backend:
+        from .plan_hosts import usable_plans
+        from .tensorrt_engine import TensorrtBackend
 
-    return OnnxBackend(threads=threads)
+        plans, reason = usable_plans(backend, manifest)
+        if plans is None:
+            raise HostError(f"{backend}: {reason}")
+        return TensorrtBackend(plans, manifest, cuda_graph=options.cuda_graph)
+
+    return create
 
 
-def _create_nothing(threads: int | None) -> Backend:
-    raise HostError("this backend is not part of this version of otcache")
+def _create_onnxruntime(name: str, provider: str | None) -> Callable[[Manifest, Options], Backend]:
+    def create(manifest: Manifest, options: Options) -> Backend:
+        from .onnx_engine import OnnxBackend
+
+        return OnnxBackend(name, threads=options.threads, provider=provider)
+
+    return create
 
 
-BACKENDS: dict[str, tuple[Callable[[Manifest], str | None], Callable[[int | None], Backend]]] = {
-    "tensorrt-rtx": (_why_not_tensorrt("tensorrt-rtx"), _create_nothing),
-    "tensorrt": (_why_not_tensorrt("tensorrt"), _create_nothing),
-    "onnxruntime": (_why_not_onnxruntime, _create_onnxruntime),
+_PROVIDERS = {
+    "onnxruntime": None,
+    "onnxruntime-tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+}
+_RESIDENT = ("tensorrt-rtx", "tensorrt")
+_ON_REQUEST = ("onnxruntime-tensorrt-rtx", "onnxruntime-tensorrt")
+_SLOW_TO_LOAD = "it builds its engines while it loads: ask for it by name"
+
+BACKENDS: dict[str, tuple[Callable[[Manifest], str | None], Callable[[Manifest, Options], Backend]]] = {
+    **{name: (_why_not_plans(name), _create_plans(name)) for name in _RESIDENT},
+    **{
+        name: (_why_not_onnxruntime(provider), _create_onnxruntime(name, provider))
+        for name, provider in _PROVIDERS.items()
+    },
 }
 """In order of preference: why it cannot serve an artifact here (None if it can), and how to make it."""

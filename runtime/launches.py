@@ -39,7 +39,7 @@ class Launch:
 
     step: int
     engine: str
-    """Name of a stage, or of a combination."""
+    """Name of a stage, or @ and that of a combination."""
     reads: dict[str, Value]
     """By the engine's own names."""
     writes: dict[str, Value]
@@ -146,7 +146,7 @@ class _Unroller:
             reads[COEFS] = GUIDANCE
         elif coefs:
             reads[COEFS] = Value("@coefs", len(self.launches))
-        self.launches.append(Launch(number, name, reads, {TOTAL: total}, coefs or ()))
+        self.launches.append(Launch(number, "@" + name, reads, {TOTAL: total}, coefs or ()))
 
     def trunk_value(self, name: str, number: int) -> Value:
         self.now[name] = self.value(name, number, self.info[name])

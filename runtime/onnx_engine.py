@@ -24,9 +24,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from otcache.schemas.errors import ArtifactError, HostError
-from otcache.schemas.manifest import Stage, TensorInfo
+from otcache.schemas.manifest import Manifest, Stage, TensorInfo
 
-from .engine import DTYPES, Array, Engine, Tensor
+from .artifact import Artifact
+from .engine import DTYPES, Array, Denoiser, Engine, Part, Tensor
 from .messages import one_line
 
 _ONNX_TYPES = {
@@ -101,19 +102,31 @@ class OnnxEngine:
 class OnnxBackend:
     """ONNX Runtime with one device.
 
-    threads: of each stage, one stage at a time; None leaves it to ONNX Runtime (one for each core).
+    threads: of each stage, one stage at a time; None leaves it to ONNX Runtime (one for each core). provider: what is
+    asked before CUDA and the CPU.
     """
 
-    name = "onnxruntime"
-
-    def __init__(self, *, threads: int | None = None) -> None:
-        self.device = "cuda" if "CUDAExecutionProvider" in ort.get_available_providers() else "cpu"
-        self._providers = ["CUDAExecutionProvider"] if self.device == "cuda" else []
-        self._providers.append("CPUExecutionProvider")
+    def __init__(self, name: str = "onnxruntime", *, threads: int | None = None, provider: str | None = None) -> None:
+        self.name = name
+        self.device = "cuda" if "CUDAExecutionProvider" in available_providers() else "cpu"
+        wanted = [provider, "CUDAExecutionProvider" if self.device == "cuda" else None, "CPUExecutionProvider"]
+        self._providers = [one for one in wanted if one is not None]
         self._options = _session_options(threads)
 
-    def load(self, stage: Stage, path: Path) -> Engine:
-        return OnnxEngine(stage, path, self._options, self._providers)
+    def parts(self, manifest: Manifest) -> tuple[Part, ...]:
+        return tuple(Part(stage.name, stage, stage.onnx) for stage in manifest.stages)
+
+    def load(self, part: Part, artifact: Artifact) -> Engine:
+        assert isinstance(part.contract, Stage)
+        return OnnxEngine(part.contract, artifact.engine_path(part.file), self._options, self._providers)
+
+    def denoiser(self, manifest: Manifest, engines: Mapping[str, Engine]) -> Denoiser:
+        from .trunk import HostLoop
+
+        return HostLoop(manifest, engines, self)
+
+    def check(self, samples: int) -> None:
+        """Graphs take any batch."""
 
     def empty(self, shape: Sequence[int], dtype: str) -> OnnxTensor:
         try:
@@ -123,6 +136,11 @@ class OnnxBackend:
                 f"no room for a {dtype} tensor of shape {tuple(shape)} on {self.device} ({one_line(error)}): "
                 "ask for fewer images at once"
             ) from None
+
+
+def available_providers() -> list[str]:
+    """Execution providers of this build of ONNX Runtime."""
+    return list(ort.get_available_providers())
 
 
 def _session_options(threads: int | None) -> Any:

@@ -22,15 +22,14 @@ from numpy.typing import NDArray
 from otcache.schemas.errors import HostError, RequestError, UsageError
 from otcache.schemas.manifest import BudgetProgram, Manifest, Stage, TensorInfo
 
-from . import loop
 from .artifact import Artifact
-from .engine import Array, Engine, Selection, select_backend
+from .engine import Array, Denoiser, Engine, Options, Request, Selection, select_backend
 from .loop import Callback, Float32
 from .messages import one_line
 from .noise import SEED_MAXIMUM, SEED_MINIMUM, noise
 from .prompt import Tokenizers, check_prompts
 from .timing import Timer
-from .trunk import Trunk, check_trunk, run_stage
+from .trunk import check_trunk, run_stage
 
 LATENCY = "latency_s/"
 """Measurements of the manifest with this prefix say how long one picture takes at the budget that follows."""
@@ -57,28 +56,40 @@ class Sampler:
         self.load_s: dict[str, float] = {}
         """Seconds that loading took: of `tokenizers` and of every stage, its file's digest included."""
         self._engines: dict[str, Engine] = {}
+        self._denoise: Denoiser | None = None
         timer = Timer()
         try:
             with timer.part("encode", "tokenizers"):
                 self._tokenizers: Tokenizers | None = Tokenizers(artifact)
-            for stage in self.manifest.stages:
-                with timer.part("overhead", stage.name):
-                    self._engines[stage.name] = self._backend.load(stage, artifact.engine_path(stage.onnx))
+            for part in self._backend.parts(self.manifest):
+                with timer.part("overhead", part.name):
+                    self._engines[part.name] = self._backend.load(part, artifact)
+            self._denoise = self._backend.denoiser(self.manifest, self._engines)
         except BaseException:
             self.close()
             raise
         self.load_s = timer.timing().stages
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], backend: str = "auto", threads: int | None = None) -> Sampler:
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        backend: str = "auto",
+        threads: int | None = None,
+        *,
+        cuda_graph: bool = False,
+    ) -> Sampler:
         """Check the artifact's files, choose a backend and load every stage.
 
-        threads: CPU threads of a stage; None takes one for each core. Raises ArtifactError, HostError, UsageError.
+        threads: CPU threads of a stage; None takes one for each core. cuda_graph: on a backend that keeps everything on a
+        GPU, record each budget's loop on its first use and replay it as a whole after that; such requests cannot be
+        cancelled between steps. Raises ArtifactError, HostError, UsageError.
         """
         if threads is not None and (not _is_int(threads) or threads < 1):
             raise UsageError(f"threads is {threads!r}: expected a whole number of at least 1")
         artifact = Artifact.open(folder)
-        return cls(artifact, select_backend(backend, artifact.manifest, threads=threads))
+        options = Options(threads=threads, cuda_graph=cuda_graph)
+        return cls(artifact, select_backend(backend, artifact.manifest, options))
 
     @property
     def manifest(self) -> Manifest:
@@ -110,6 +121,7 @@ class Sampler:
         step; what it raises ends the request. timer: `timer.timing()` says afterwards where the time went. Raises
         RequestError for what the artifact does not serve.
         """
+        watched = progress is not None or timer is not None
         n = self.check(
             prompt,
             budget=budget,
@@ -124,9 +136,7 @@ class Sampler:
         if isinstance(negative, list | tuple):
             negative = [text for text in negative for _ in range(images_per_prompt)]
         conditioning = self.encode(prompts, negative_prompt=negative, timer=timer)
-        latents = self.sample(
-            conditioning, budget=budget, seed=seed, guidance_scale=guidance_scale, progress=progress, timer=timer
-        )
+        latents = self._sample(conditioning, budget, seed, None, guidance_scale, progress, timer, watched=watched)
         pictures = self.decode(latents, timer=timer)
         if n == 1:
             with self._latencies_lock:
@@ -151,6 +161,7 @@ class Sampler:
         prompts = check_prompts(prompt)
         self._check_negative(negative_prompt, len(prompts))
         _check_seed(seed, len(prompts) * images_per_prompt)
+        self._backend.check(len(prompts) * images_per_prompt)
         return len(prompts) * images_per_prompt
 
     def encode(
@@ -202,34 +213,10 @@ class Sampler:
         others in the manifest's shape. latents: noise (n, *latents.shape) to use instead of the seed's, before it is
         scaled for the sampler. Raises RequestError.
         """
-        timer = timer or Timer()
-        program = self._program(budget).program
-        weights = self._guidance_weights(guidance_scale)
-        n = self._count(conditioning, seed, latents)
-        try:
-            start = self._initial_latents(seed, latents, n)
-            with self._device(timer):
-                trunk = Trunk(self.manifest, self._engines, self._backend, n, timer)
-                trunk.condition(conditioning)
-                timer.begin_steps()
-
-                def step_done(done: int, total: int) -> None:
-                    step = program.steps[done - 1]
-                    timer.end_step(step.step_index, step.compute)
-                    if progress is not None:
-                        progress(done, total)
-
-                return loop.sample(
-                    trunk,
-                    program,
-                    start,
-                    guidance_weights=weights,
-                    keep_norm=self.manifest.guidance.kind == "cfg_norm",
-                    timestep_scale=self.manifest.timestep_scale,
-                    callback=step_done,
-                )
-        except MemoryError:
-            raise HostError(f"no memory for {n} samples at once: ask for fewer, or use a larger host") from None
+        watched = progress is not None or timer is not None
+        return self._sample(
+            conditioning, budget, seed, latents, guidance_scale, progress, timer or Timer(), watched=watched
+        )
 
     def decode(self, latents: Array, *, timer: Timer | None = None) -> Float32:
         """Pictures, float32 (n, [frames,] height, width, 3) in [0, 1], from latents (n, *latents.shape)."""
@@ -265,8 +252,11 @@ class Sampler:
     def close(self) -> None:
         """Free engines and tokenizers, once the request that is running has ended. Calls after it raise RequestError."""
         with self._lock:
+            if self._denoise is not None:
+                self._denoise.close()
             for engine in self._engines.values():
                 engine.close()
+            self._denoise = None
             self._engines = {}
             self._tokenizers = None
 
@@ -356,6 +346,42 @@ class Sampler:
         else:
             drawn = np.asarray(latents, np.float32)
         return np.float32(layout.initial_scale) * drawn.reshape(n, *layout.shape)
+
+    def _sample(
+        self,
+        conditioning: Mapping[str, Array],
+        budget: int | str,
+        seed: int | Sequence[int],
+        latents: Array | None,
+        guidance_scale: float | None,
+        progress: Callback | None,
+        timer: Timer,
+        *,
+        watched: bool,
+    ) -> Float32:
+        """As `sample`. watched: somebody looks at single steps."""
+        program = self._program(budget).program
+        weights = self._guidance_weights(guidance_scale)
+        n = self._count(conditioning, seed, latents)
+        self._backend.check(n)
+
+        def step_done(done: int, total: int) -> None:
+            step = program.steps[done - 1]
+            timer.end_step(step.step_index, step.compute)
+            if progress is not None:
+                progress(done, total)
+
+        try:
+            request = Request(
+                budget=str(budget), program=program, latents=self._initial_latents(seed, latents, n),
+                conditioning=conditioning, guidance_weights=weights, timer=timer, step_done=step_done, watched=watched,
+            )  # fmt: skip
+            with self._device(timer):
+                if self._denoise is None:
+                    raise _closed()
+                return self._denoise(request)
+        except MemoryError:
+            raise HostError(f"no memory for {n} samples at once: ask for fewer, or use a larger host") from None
 
     def _stage(self, kind: str, instead: str) -> Stage:
         stage = self.manifest.stage(kind)

@@ -13,7 +13,7 @@ from otcache.schemas.digest import digest_of_bytes
 from otcache.schemas.errors import HostError
 
 from .messages import one_line
-from .tensorrt_library import buildable_targets, library
+from .tensorrt_library import buildable_targets, error_log, library
 from .tensorrt_network import NetworkError, add_combination, create_network, layers_by_type, parse_stage
 
 Extent = tuple[int, ...]
@@ -53,7 +53,7 @@ def build_plan(job: BuildJob) -> Built:
     """Build and write the plan, whole or not at all. Raises HostError, OSError."""
     begin = time.perf_counter()
     trt = library(job.backend)
-    log = _log(trt)
+    log = error_log(trt)
     builder = trt.Builder(log)
     network = create_network(builder, trt)
     try:
@@ -123,18 +123,3 @@ def _write(path: Path, data: memoryview) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _log(trt: Any) -> Any:
-    """A logger that keeps errors and is silent."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(message)
-
-    return Log()

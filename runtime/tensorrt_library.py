@@ -59,3 +59,18 @@ def choose_targets(backend: str, trt: Any, asked: tuple[str, ...]) -> tuple[str,
         fix = "" if backend == "tensorrt" else ": data-centre GPUs are built for with --backend tensorrt on them"
         raise UsageError(f"--target is {wrong[0]}: {backend} builds for {', '.join(buildable)}{fix}")
     return tuple(dict.fromkeys(targets))
+
+
+def error_log(trt: Any) -> Any:
+    """A logger that is silent and keeps errors in `errors`, oldest first."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message)
+
+    return Log()

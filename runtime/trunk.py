@@ -15,8 +15,8 @@ from otcache.schemas.consistency import check_wiring
 from otcache.schemas.errors import ArtifactError
 from otcache.schemas.manifest import Manifest, Stage, TensorInfo
 
-from .engine import Array, Backend, Engine, Tensor
-from .loop import Float32, Residual
+from .engine import Array, Backend, Engine, Request, Tensor
+from .loop import Float32, Residual, sample
 from .timing import PART_OF_KIND, Timer
 
 
@@ -121,6 +121,31 @@ class Trunk:
     def _bind(self, stage: Stage, engine: Engine) -> Callable[[], None]:
         inputs = {tensor.name: self._buffers[tensor.name] for tensor in stage.inputs}
         return engine.bind(inputs, {tensor.name: self._buffers[tensor.name] for tensor in stage.outputs})
+
+
+class HostLoop:
+    """A `Denoiser` with its arithmetic on the host: engines run one after the other, each to its end."""
+
+    def __init__(self, manifest: Manifest, engines: Mapping[str, Engine], backend: Backend) -> None:
+        self._manifest, self._engines, self._backend = manifest, engines, backend
+
+    def __call__(self, request: Request) -> Float32:
+        manifest = self._manifest
+        trunk = Trunk(manifest, self._engines, self._backend, len(request.latents), request.timer)
+        trunk.condition(request.conditioning)
+        request.timer.begin_steps()
+        return sample(
+            trunk,
+            request.program,
+            request.latents,
+            guidance_weights=request.guidance_weights,
+            keep_norm=manifest.guidance.kind == "cfg_norm",
+            timestep_scale=manifest.timestep_scale,
+            callback=request.step_done,
+        )
+
+    def close(self) -> None:
+        """Buffers end with their request."""
 
 
 def run_stage(

@@ -96,7 +96,7 @@ def verify(
 def _run(
     artifact: Artifact, backend: str, threads: int | None, *, with_golden: bool
 ) -> tuple[HostCheck, GoldenCheck | None]:
-    from .engine import select_backend
+    from .engine import Options, select_backend
     from .sampler import Sampler as Loaded
 
     golden = artifact.manifest.golden
@@ -105,7 +105,7 @@ def _run(
             f"{artifact.folder} holds no golden request: expected one, as compiles since schema 1.1 write it: "
             "use --level host, or compile it again"
         )
-    selection = select_backend(backend, artifact.manifest, threads=threads)
+    selection = select_backend(backend, artifact.manifest, Options(threads=threads))
     with Loaded(artifact, selection) as sampler:
         host = HostCheck(backend=sampler.backend, passed_over=sampler.passed_over)
         return host, _run_golden(sampler, golden) if with_golden and golden else None

@@ -45,6 +45,11 @@ class Combination:
         return (vector, *self.terms) if self.coefs else self.terms
 
     @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        """The total."""
+        return (self.total,)
+
+    @property
     def counts_samples(self) -> bool:
         """Whether `batch` of the terms is the number of samples; else it is that of branches times samples."""
         return self.kind in ("spread", "update")

@@ -9,10 +9,18 @@ from pathlib import Path
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location("small_artifact", Path(__file__).with_name("small.py"))
-assert _spec is not None and _spec.loader is not None
-small = sys.modules.setdefault("small_artifact", importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(small)
+
+def _helper(name: str, file: str):
+    """A module beside this file, importable by its name from every test."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(file))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules.setdefault(name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    return module
+
+
+small = _helper("small_artifact", "small.py")
+_helper("host_device", "host_device.py")
 
 
 @pytest.fixture(scope="session")

@@ -31,10 +31,14 @@ def programs(draw, payload):
 def manifests(draw, artifact_folder):
     """Chains of blocks with a picture stream and a text stream, much wider than the latents, as transformers are."""
     payload = draw(st.sampled_from(["output", "residual"]))
-    dtype = draw(st.sampled_from(["float32", "float16"]))
-    width, tokens = draw(st.sampled_from([192, 256])), draw(st.integers(4, 32))
-    blocks, joined = draw(st.integers(1, 8)), draw(st.booleans())
+    return chain(
+        artifact_folder, draw(programs(payload)), dtype=draw(st.sampled_from(["float32", "float16"])),
+        width=draw(st.sampled_from([192, 256])), tokens=draw(st.integers(4, 32)), blocks=draw(st.integers(1, 8)),
+        joined=draw(st.booleans()), guided=draw(st.booleans()),
+    )  # fmt: skip
 
+
+def chain(artifact_folder, program, *, dtype, width, tokens, blocks, joined, guided):
     def tensor(name, *shape):
         return small.tensor(name, "batch", *shape, dtype=dtype)
 
@@ -52,12 +56,11 @@ def manifests(draw, artifact_folder):
     entry = value["stages"][0]
     value["stages"] = [{**entry, "name": n, "kind": k, "inputs": i, "outputs": o} for n, k, i, o in stages]
     value["features"] = [{"source": "a0", "result": f"a{blocks}"}]
-    program = draw(programs(payload))
-    nfe = sum(step["compute"] for step in program["steps"])
+    nfe = sum(step.get("compute", True) for step in program["steps"])
     value.update(tokenizers=[], programs=[{"budget": str(nfe), "program": program}])
     value["sampler"]["num_inference_steps"] = value["reference"]["num_inference_steps"] = 10
     value["anchor"]["num_inference_steps"] = 10
-    if draw(st.booleans()):
+    if not guided:
         value["guidance"] = {"kind": "none", "scale": 1.0, "minimum": 1.0, "maximum": 1.0}
     return Manifest.model_validate_json(small.canonical_json(value))
 
@@ -98,6 +101,18 @@ def test_random_programs(artifact_folder, data, samples):
     assert plan.lower_bound_bytes <= plan.size_bytes <= 1.1 * plan.lower_bound_bytes
 
 
+def test_stages_keep_their_addresses_from_step_to_step(artifact_folder):
+    manifest = chain(artifact_folder, small.output_program(tuple(range(6))),
+                     dtype="float16", width=256, tokens=16, blocks=8, joined=True, guided=True)  # fmt: skip
+    plan = plan_addresses(manifest, manifest.programs[0].program, 2)
+    found: dict[str, set] = {}
+    for launch in plan.listing.launches:
+        if not launch.engine.startswith("@"):
+            values = [v for v in (*launch.reads.values(), *launch.writes.values()) if not plan.listing.is_constant(v)]
+            found.setdefault(launch.engine, set()).add(tuple(plan.places[value].offset for value in values))
+    assert len(found) == 10 and all(len(offsets) == 1 for offsets in found.values())
+
+
 def test_of_the_small_artifact(artifact_folder):
     manifest = Artifact.open(artifact_folder).manifest
     for entry in manifest.programs:
@@ -126,16 +141,16 @@ def test_launches_are_of_stages_and_combinations(artifact_folder, data):
     outputs = {stage.name: {t.name for t in stage.outputs} for stage in manifest.trunk}
     counts = {}
     for combination in combinations(manifest):
-        inputs[combination.name] = {tensor.name for tensor in combination.inputs}
-        outputs[combination.name] = {combination.total.name}
-        counts[combination.name] = combination.coefs
+        inputs["@" + combination.name] = {tensor.name for tensor in combination.inputs}
+        outputs["@" + combination.name] = {combination.total.name}
+        counts["@" + combination.name] = combination.coefs
     for launch in listing.launches:
         assert set(launch.reads) == inputs[launch.engine] and set(launch.writes) == outputs[launch.engine]
-        assert len(launch.coefs) == (0 if launch.engine == "guide" else counts.get(launch.engine, 0))
+        assert len(launch.coefs) == (0 if launch.engine == "@guide" else counts.get(launch.engine, 0))
     names = [launch.engine for launch in listing.launches]
     assert names.count("head") == len(program.steps) and names.count("block_0") == program.nfe
     used = {value for launch in listing.launches for value in launch.reads.values()}
-    assert all(launch.writes["total"] in used for launch in listing.launches if launch.engine.startswith("residual"))
+    assert all(launch.writes["total"] in used for launch in listing.launches if launch.engine.startswith("@residual"))
 
 
 @pytest.mark.parametrize(("budget", "terms"), [("2", {1, 2}), ("3", {1}), ("full", {1, 2})])
@@ -144,4 +159,4 @@ def test_combinations_of_the_small_artifact(artifact_folder, budget, terms):
     names = [combination.name for combination in combinations(manifest)]
     assert names == ["spread", "residual_0", "forecast_0_1", "forecast_0_2", "guide", "update_1", "update_2"]
     listing = list_launches(manifest, manifest.program(budget).program)
-    assert {int(x.engine[-1]) for x in listing.launches if x.engine.startswith("update")} == terms
+    assert {int(x.engine[-1]) for x in listing.launches if x.engine.startswith("@update")} == terms

@@ -1,0 +1,275 @@
+"""The sampling loop with everything on the device: latents, features, caches and coefficients, from the first step to the last.
+
+Consumes engines that read and write at addresses, and the `AddressPlan` of a program; what a step needs of the host is to
+enqueue its launches, and to set the few addresses that differ from the step before. One stream; one workspace for all engines,
+because they run one after another; one arena for all programs, because requests do.
+
+Only the request's own tensors go up (conditioning, first latents, weights of guidance), and only the final latents come down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from otcache.schemas.combinations import combinations
+from otcache.schemas.manifest import Manifest, TensorInfo
+
+from .address_plan import AddressPlan, aligned, plan_addresses
+from .engine import DTYPES, Array, Denoiser, Request
+from .launches import GUIDANCE, Launch, Value
+from .trunk import shape_of
+
+Shape = tuple[int, ...]
+
+
+class Recording(Protocol):
+    """Launches that were recorded once."""
+
+    def __call__(self) -> None:
+        """Enqueue all of them."""
+
+    def close(self) -> None: ...
+
+
+class Device(Protocol):
+    """Memory of a GPU, and one stream on which everything happens in order."""
+
+    def activate(self) -> None:
+        """Make the calling thread use the device."""
+
+    def allocate(self, size_bytes: int) -> int:
+        """Address of new memory. Raises HostError if there is no room."""
+
+    def free(self, address: int) -> None: ...
+
+    def upload(self, address: int, array: Array) -> None:
+        """Copy to the device, in stream order; the array may change after the call."""
+
+    def download(self, address: int, array: Array) -> None:
+        """Fill the array from the device, after everything before it in the stream."""
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+
+    def record(self, launch: Callable[[], None]) -> Recording:
+        """What `launch` enqueues, as a graph that is enqueued as a whole. Nothing runs while recording."""
+
+
+class ResidentEngine(Protocol):
+    """An engine that works on memory it is told of."""
+
+    workspace_bytes: int
+    """What it needs beside its inputs and outputs, while it runs."""
+
+    def use_workspace(self, address: int, size_bytes: int) -> None: ...
+
+    def set_shape(self, tensor: str, shape: Shape) -> None: ...
+
+    def set_address(self, tensor: str, address: int) -> None: ...
+
+    def enqueue(self) -> None:
+        """Run on the device's stream. Raises HostError."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    engine: str
+    addresses: tuple[tuple[str, int], ...]
+    shapes: tuple[tuple[str, Shape], ...]
+
+
+@dataclass
+class _Prepared:
+    """A program for a number of samples, with the addresses of everything."""
+
+    plan: AddressPlan
+    arena: int
+    guidance: int
+    """Where the weights of the branches go."""
+    steps: tuple[tuple[_Call, ...], ...]
+    recording: Recording | None = None
+
+    def address(self, value: Value) -> int:
+        return self.arena + self.plan.places[value].offset
+
+
+class ResidentLoop:
+    """A `Denoiser` over resident engines. One request at a time."""
+
+    def __init__(
+        self, manifest: Manifest, engines: Mapping[str, ResidentEngine], device: Device, *, cuda_graph: bool = False
+    ) -> None:
+        self._manifest, self._engines, self._device, self._cuda_graph = manifest, engines, device, cuda_graph
+        self._info = {t.name: t for stage in manifest.trunk for t in (*stage.inputs, *stage.outputs)}
+        self._combinations = {"@" + combination.name: combination for combination in combinations(manifest)}
+        self._arena, self._arena_bytes = 0, 0
+        self._tables: list[int] = []
+        self._prepared: dict[tuple[str, int], _Prepared] = {}
+        self._set: dict[tuple[str, str], object] = {}
+        """The address and the shape that each engine's tensors have now."""
+        device.activate()
+        needed = max(engine.workspace_bytes for engine in engines.values())
+        self._workspace = device.allocate(needed) if needed else 0
+        for engine in engines.values():
+            engine.use_workspace(self._workspace, needed)
+
+    def __call__(self, request: Request) -> NDArray[np.float32]:
+        self._device.activate()
+        n = len(request.latents)
+        prepared = self._prepare(request, n)
+        self._upload(prepared, request)
+        request.timer.begin_steps()
+        total = len(prepared.steps)
+        if prepared.recording is not None:
+            prepared.recording()
+            self._device.synchronize()
+            for done in range(1, total + 1):
+                request.step_done(done, total)
+        else:
+            for done, calls in enumerate(prepared.steps, start=1):
+                self._enqueue(calls)
+                if request.watched:
+                    self._device.synchronize()
+                request.step_done(done, total)
+        final = np.empty(request.latents.shape, np.float32)
+        self._device.download(prepared.address(prepared.plan.listing.final), final)
+        if self._cuda_graph and prepared.recording is None:  # after one run, in which libraries have set themselves up
+            prepared.recording = self._device.record(lambda: self._enqueue_all(prepared))
+        return final
+
+    def close(self) -> None:
+        """Free what the loop has allocated."""
+        self._device.activate()
+        self._forget()
+        if self._workspace:
+            self._device.free(self._workspace)
+        self._workspace = 0
+
+    def _forget(self) -> None:
+        """Free the arena, and with it every program that was prepared in it."""
+        self._device.synchronize()
+        for prepared in self._prepared.values():
+            if prepared.recording is not None:
+                prepared.recording.close()
+        for address in (self._arena, *self._tables):
+            if address:
+                self._device.free(address)
+        self._prepared, self._tables, self._arena, self._arena_bytes = {}, [], 0, 0
+
+    def _prepare(self, request: Request, n: int) -> _Prepared:
+        key = (request.budget, n)
+        if key not in self._prepared:
+            plan = plan_addresses(self._manifest, request.program, n)
+            self._grow(plan.size_bytes)
+            tables, content = _tables(self._manifest, plan, request)
+            base = self._device.allocate(len(content))
+            self._tables.append(base)
+            self._device.upload(base, np.frombuffer(content, np.uint8))
+            self._prepared[key] = self._bound(plan, {value: base + offset for value, offset in tables.items()}, n)
+        return self._prepared[key]
+
+    def _grow(self, size_bytes: int) -> None:
+        """An arena of at least that size. A new one has other addresses, so what was prepared is prepared again."""
+        if size_bytes <= self._arena_bytes:
+            return
+        self._forget()
+        self._arena = self._device.allocate(size_bytes)
+        self._arena_bytes = size_bytes
+
+    def _bound(self, plan: AddressPlan, tables: Mapping[Value, int], n: int) -> _Prepared:
+        addresses = {value: self._arena + place.offset for value, place in plan.places.items()} | dict(tables)
+        steps: list[list[_Call]] = []
+        for launch in plan.listing.launches:
+            if launch.step == len(steps):
+                steps.append([])
+            both = (*launch.reads.items(), *launch.writes.items())
+            pairs = tuple((name, addresses[value]) for name, value in both)
+            steps[-1].append(_Call(launch.engine, pairs, self._shapes(launch, n)))
+        return _Prepared(plan, self._arena, tables[GUIDANCE], tuple(tuple(calls) for calls in steps))
+
+    def _shapes(self, launch: Launch, n: int) -> tuple[tuple[str, Shape], ...]:
+        rows = n * self._manifest.guidance.branches
+        inputs: Sequence[TensorInfo]
+        if combination := self._combinations.get(launch.engine):
+            rows = n if combination.counts_samples else rows
+            inputs = combination.inputs
+        else:
+            inputs = [self._info[name] for name in launch.reads]
+        return tuple((tensor.name, shape_of(tensor, rows)) for tensor in inputs if "batch" in tensor.shape)
+
+    def _upload(self, prepared: _Prepared, request: Request) -> None:
+        x, *_ = (value for value in prepared.plan.listing.brought if value.name == "@x")
+        self._device.upload(prepared.address(x), np.ascontiguousarray(request.latents, np.float32))
+        self._device.upload(prepared.guidance, np.array(request.guidance_weights, np.float32))
+        for tensor in self._manifest.conditioning:
+            array = as_type(request.conditioning[tensor.name], tensor.dtype)
+            self._device.upload(prepared.address(Value(tensor.name, 0)), array)
+
+    def _enqueue_all(self, prepared: _Prepared) -> None:
+        for calls in prepared.steps:
+            self._enqueue(calls)
+
+    def _enqueue(self, calls: Sequence[_Call]) -> None:
+        for call in calls:
+            engine = self._engines[call.engine]
+            for tensor, shape in call.shapes:
+                if self._changed(f"{call.engine} shape", tensor, shape):
+                    engine.set_shape(tensor, shape)
+            for tensor, address in call.addresses:
+                if self._changed(call.engine, tensor, address):
+                    engine.set_address(tensor, address)
+            engine.enqueue()
+
+    def _changed(self, engine: str, tensor: str, new: object) -> bool:
+        if self._set.get((engine, tensor)) == new:
+            return False
+        self._set[engine, tensor] = new
+        return True
+
+
+def _tables(manifest: Manifest, plan: AddressPlan, request: Request) -> tuple[dict[Value, int], bytes]:
+    """Offset of every constant of a program, and their content: timesteps, coefficients, room for guidance's weights."""
+    info = {tensor.name: tensor for tensor in manifest.trunk[0].inputs}.get(manifest.timestep_input) or next(
+        tensor for stage in manifest.trunk for tensor in stage.inputs if tensor.name == manifest.timestep_input
+    )
+    rows = len(request.latents) * manifest.guidance.branches
+    offsets: dict[Value, int] = {}
+    known: dict[bytes, int] = {}
+    content = bytearray(aligned(4 * manifest.guidance.branches))
+    offsets[GUIDANCE] = 0
+
+    def place(value: Value, array: Array) -> None:
+        data = array.tobytes()
+        if data not in known:
+            known[data] = len(content)
+            content.extend(data.ljust(aligned(len(data)), b"\0"))
+        offsets[value] = known[data]
+
+    for number, step in enumerate(request.program.steps):
+        time = np.full(shape_of(info, rows), step.timestep * manifest.timestep_scale, np.float32)
+        place(Value("@timestep", number), as_type(time, info.dtype))
+    for launch in plan.listing.launches:
+        for value in launch.reads.values():
+            if value.name == "@coefs":
+                place(value, np.array(launch.coefs, np.float32))
+    return offsets, bytes(content)
+
+
+def as_type(array: Array, dtype: str) -> Array:
+    """In C order and in one of the manifest's types; bfloat16, which numpy has not, as the 16 bits of each value."""
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(array, DTYPES[dtype])
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
+
+
+def resident_denoiser(manifest: Manifest, engines: Mapping[str, Any], device: Device, *, cuda_graph: bool) -> Denoiser:
+    """The loop over the engines that it needs: the trunk's and the combinations'."""
+    names = {stage.name for stage in manifest.trunk}
+    needed = {name: engine for name, engine in engines.items() if name in names or name.startswith("@")}
+    return ResidentLoop(manifest, needed, device, cuda_graph=cuda_graph)

@@ -1,0 +1,173 @@
+"""Plans of TensorRT and TensorRT for RTX, run on the device without torch.
+
+A plan is code: it is handed to the library only after backend, version, platform and compute capability have been compared with
+the manifest's (`plan_hosts`), and as the very bytes whose digest was checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from otcache.schemas.combinations import combinations
+from otcache.schemas.errors import ArtifactError, HostError, RequestError
+from otcache.schemas.manifest import Engine as Plans
+from otcache.schemas.manifest import Manifest
+
+from .address_plan import ITEM_BYTES
+from .artifact import Artifact
+from .engine import Array, Denoiser, Part, Tensor
+from .messages import one_line
+from .plan_hosts import why_not
+from .resident import Device, Shape, as_type, resident_denoiser
+from .tensorrt_library import error_log, library
+from .tensorrt_network import TYPES
+
+
+class DeviceTensor:
+    """A buffer of its own on the device."""
+
+    def __init__(self, device: Device, shape: Sequence[int], dtype: str) -> None:
+        self.shape, self._dtype, self._device = tuple(shape), dtype, device
+        self.address = device.allocate(max(1, int(np.prod(self.shape)) * ITEM_BYTES[dtype]))
+
+    def write(self, array: Array) -> None:
+        self._device.upload(self.address, as_type(np.broadcast_to(array, self.shape), self._dtype))
+
+    def read(self) -> Array:
+        """bfloat16 comes as float32, which holds each of its values."""
+        if self._dtype == "bfloat16":
+            bits = np.empty(self.shape, np.uint16)
+            self._device.download(self.address, bits)
+            return (bits.astype(np.uint32) << 16).view(np.float32)
+        array = as_type(np.zeros(self.shape), self._dtype)
+        self._device.download(self.address, array)
+        return array
+
+    def __del__(self) -> None:
+        if hasattr(self, "address"):
+            self._device.free(self.address)
+
+
+class TensorrtEngine:
+    """A plan that has been deserialised, with one execution context."""
+
+    def __init__(self, part: Part, engine: Any, trt: Any, log: Any, device: Any) -> None:
+        self._part, self._device, self._log = part, device, log
+        self._engine = engine
+        found = {engine.get_tensor_name(i): engine.get_tensor_dtype(engine.get_tensor_name(i)).name
+                 for i in range(engine.num_io_tensors)}  # fmt: skip
+        wanted = {t.name: TYPES[t.dtype] for t in (*part.contract.inputs, *part.contract.outputs)}
+        if found != wanted:
+            raise ArtifactError(
+                f"plan {part.file}: found tensors {one_line(found)}: expected {one_line(wanted)} as the manifest says: "
+                "build it again with otc build-engines"
+            )
+        self.workspace_bytes = int(engine.device_memory_size_v2)
+        self._context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._context is None:
+            raise self._failed("has no room for its context")
+
+    def use_workspace(self, address: int, size_bytes: int) -> None:
+        self._context.set_device_memory(address, size_bytes)
+
+    def set_shape(self, tensor: str, shape: Shape) -> None:
+        if not self._context.set_input_shape(tensor, shape):
+            raise self._failed(f"does not take {tensor} of shape {shape}")
+
+    def set_address(self, tensor: str, address: int) -> None:
+        if not self._context.set_tensor_address(tensor, address):
+            raise self._failed(f"does not take an address for {tensor}")
+
+    def enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._device.stream):
+            raise self._failed("failed")
+
+    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
+        """For a stage on its own: set up, run and wait."""
+
+        def run() -> None:
+            workspace = self._device.allocate(max(1, self.workspace_bytes))
+            try:
+                self.use_workspace(workspace, self.workspace_bytes)
+                for name, tensor in inputs.items():
+                    self.set_shape(name, tensor.shape)
+                for name, tensor in (*inputs.items(), *outputs.items()):
+                    self.set_address(name, tensor.address)  # type: ignore[attr-defined]
+                self.enqueue()
+                self._device.synchronize()
+            finally:
+                self._device.free(workspace)
+
+        return run
+
+    def close(self) -> None:
+        self._context = self._engine = None
+
+    def _failed(self, what: str) -> HostError:
+        reason = f" ({one_line(self._log.errors[-1])})" if self._log.errors else ""
+        return HostError(f"{self._part.name} {what}{reason}: ask for fewer pictures, or use --backend onnxruntime")
+
+
+class TensorrtBackend:
+    """One entry of the manifest's engines, on this host's GPU."""
+
+    def __init__(self, plans: Plans, manifest: Manifest, *, cuda_graph: bool = False) -> None:
+        """Raises HostError if this host cannot run the plans."""
+        if reason := why_not(plans):
+            raise HostError(f"{plans.backend} cannot run the artifact's plans for {plans.target}: {reason}")
+        from .cuda_device import CudaDevice
+
+        self.name: str = plans.backend
+        self._plans, self._cuda_graph = plans, cuda_graph
+        self._trt = library(plans.backend)
+        self._log = error_log(self._trt)
+        self._device = CudaDevice()
+        self._runtime = self._trt.Runtime(self._log)
+
+    def parts(self, manifest: Manifest) -> tuple[Part, ...]:
+        return plan_parts(self._plans, manifest)
+
+    def load(self, part: Part, artifact: Artifact) -> TensorrtEngine:
+        engine = self._runtime.deserialize_cuda_engine(artifact.read(part.file))
+        if engine is None:
+            reason = one_line(self._log.errors[-1] if self._log.errors else "it gives no reason")
+            raise HostError(
+                f"plan {part.file}: {self.name} {self._trt.__version__} cannot load it: {reason}: build it again with "
+                "otc build-engines, or use --backend onnxruntime"
+            )
+        return TensorrtEngine(part, engine, self._trt, self._log, self._device)
+
+    def empty(self, shape: Sequence[int], dtype: str) -> DeviceTensor:
+        return DeviceTensor(self._device, shape, dtype)
+
+    def denoiser(self, manifest: Manifest, engines: Mapping[str, Any]) -> Denoiser:
+        return resident_denoiser(manifest, engines, self._device, cuda_graph=self._cuda_graph)
+
+    def check(self, samples: int) -> None:
+        check_profile(self._plans, samples)
+
+
+def plan_parts(plans: Plans, manifest: Manifest) -> tuple[Part, ...]:
+    """A part for every stage and every combination. Raises ArtifactError for a combination without a plan."""
+    needed = combinations(manifest)
+    if missing := [one.name for one in needed if one.name not in plans.combinations]:
+        raise ArtifactError(
+            f"engines for {plans.target}: found no plan of the combination {missing[0]}: expected one: "
+            f"otc build-engines ARTIFACT --backend {plans.backend} --target {plans.target}"
+        )
+    stages = [Part(stage.name, stage, plans.stages[stage.name]) for stage in manifest.stages]
+    return (*stages, *(Part("@" + one.name, one, plans.combinations[one.name]) for one in needed))
+
+
+def check_profile(plans: Plans, samples: int) -> None:
+    """Raise RequestError if the plans do not take so many samples at once."""
+    smallest, usual, largest = plans.profile["batch"]
+    if not smallest <= samples <= largest:
+        wider = f"batch={min(smallest, samples)}:{usual}:{max(largest, samples)}"
+        raise RequestError(
+            f"{samples} pictures at once: expected {smallest} to {largest}, for which the engines were built: ask for fewer, or "
+            f"otc build-engines ARTIFACT --backend {plans.backend} --target {plans.target} --profile {wider}"
+        )

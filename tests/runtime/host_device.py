@@ -1,0 +1,211 @@
+"""A device that is this host's memory, and engines that check everything they are told before they run on it.
+
+What a GPU does at addresses happens here at addresses too: stages run on ONNX Runtime, combinations in numpy, on views of raw
+memory. So the whole resident loop runs without a GPU, and its result is that of the artifact.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+
+from otcache.runtime.address_plan import ALIGNMENT
+from otcache.runtime.engine import DTYPES, Part
+from otcache.runtime.resident import resident_denoiser
+from otcache.schemas.combinations import COEFS, combinations
+from otcache.schemas.errors import HostError
+
+
+class HostDevice:
+    """Memory full of NaN until it is written, a log of what was asked for, and graphs that are lists of calls."""
+
+    def __init__(self, capacity_bytes=1 << 30):
+        self.memory, self.left, self.calls, self.recorded = {}, capacity_bytes, Counter(), None
+
+    def activate(self):
+        self.calls["activate"] += 1
+
+    def allocate(self, size_bytes):
+        if size_bytes > self.left:
+            raise HostError("no room on the GPU: ask for fewer pictures at once")
+        self.left -= size_bytes
+        block = np.full(size_bytes + ALIGNMENT, 0xFF, np.uint8)
+        start = -block.ctypes.data % ALIGNMENT
+        self.memory[block.ctypes.data + start] = block[start : start + size_bytes]
+        return block.ctypes.data + start
+
+    def free(self, address):
+        self.left += self.memory.pop(address).nbytes
+
+    def view(self, address, shape, dtype):
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        for base, block in self.memory.items():
+            if base <= address and address + size <= base + block.nbytes:
+                return block[address - base : address - base + size].view(dtype).reshape(shape)
+        raise AssertionError(f"{address} is not in memory")
+
+    def upload(self, address, array):
+        assert array.flags.c_contiguous
+        self.view(address, array.shape, array.dtype)[...] = array
+        self.calls["upload"] += 1
+
+    def download(self, address, array):
+        array[...] = self.view(address, array.shape, array.dtype)
+        self.calls["download"] += 1
+
+    def synchronize(self):
+        assert self.recorded is None, "a stream that is recorded cannot be waited for"
+        self.calls["synchronize"] += 1
+
+    def record(self, launch):
+        self.recorded = recorded = []
+        launch()
+        self.recorded = None
+        return HostGraph(self, recorded)
+
+
+@dataclass
+class HostGraph:
+    device: HostDevice
+    runs: list
+
+    def __call__(self):
+        self.device.calls["replay"] += 1
+        for run in self.runs:
+            run()
+
+    def close(self):
+        self.runs = None
+
+
+class HostEngine:
+    """Runs a part on memory; refuses what a GPU would have silently spoilt."""
+
+    workspace_bytes = 4096
+
+    def __init__(self, part, run, device):
+        self.part, self.run, self.device = part, run, device
+        self.addresses, self.shapes, self.calls = {}, {}, Counter()
+
+    def use_workspace(self, address, size_bytes):
+        assert size_bytes >= self.workspace_bytes
+        self.workspace = self.device.view(address, (size_bytes,), np.uint8)
+
+    def set_shape(self, tensor, shape):
+        self.shapes[tensor] = shape
+        self.calls["set_shape"] += 1
+
+    def set_address(self, tensor, address):
+        assert address % ALIGNMENT == 0
+        self.addresses[tensor] = address
+        self.calls["set_address"] += 1
+
+    def enqueue(self):
+        self.calls["enqueue"] += 1
+        contract = self.part.contract
+        (rows,) = {shape[0] for shape in self.shapes.values()}
+        sides = []
+        for tensors, batch in ((contract.inputs, rows), (contract.outputs, self.output_rows(rows))):
+            side = {}
+            for tensor in tensors:
+                shape = tuple(batch if isinstance(size, str) else size for size in tensor.shape)
+                side[tensor.name] = self.device.view(self.addresses[tensor.name], shape, DTYPES[tensor.dtype])
+            sides.append(side)
+        inputs, outputs = sides
+        for name, output in outputs.items():
+            others = [*inputs.values(), *(other for key, other in outputs.items() if key != name)]
+            assert not any(np.may_share_memory(output, other) for other in others), (self.part.name, name)
+
+        def launch():
+            for name, array in inputs.items():
+                assert array.dtype.kind != "f" or np.isfinite(array).all(), f"{self.part.name} reads {name} unwritten"
+            for name, array in self.run({key: array.copy() for key, array in inputs.items()}).items():
+                outputs[name][...] = array
+            self.workspace[...] = 0xAA
+
+        if self.device.recorded is None:
+            launch()
+        else:
+            self.device.recorded.append(launch)
+
+    def output_rows(self, rows):
+        kind = getattr(self.part.contract, "kind", None)
+        branches = getattr(self.part.contract, "branches", 1)
+        return rows * branches if kind == "spread" else rows // branches if kind == "guide" else rows
+
+    def bind(self, inputs, outputs):
+        def run():
+            for name, array in self.run({name: tensor.host for name, tensor in inputs.items()}).items():
+                outputs[name].host = array
+
+        return run
+
+    def close(self):
+        self.run = None
+
+
+class HostTensor:
+    def __init__(self, shape, dtype):
+        self.shape, self.host = tuple(shape), np.empty(shape, DTYPES[dtype])
+
+    def write(self, array):
+        np.copyto(self.host, array, casting="unsafe")
+
+    def read(self):
+        return self.host
+
+
+class HostBackend:
+    """A `Backend` that is resident in this host's memory."""
+
+    name = "host"
+
+    def __init__(self, *, cuda_graph=False, capacity_bytes=1 << 30):
+        self.device, self.cuda_graph, self.engines = HostDevice(capacity_bytes), cuda_graph, {}
+
+    def parts(self, manifest):
+        stages = [Part(stage.name, stage, stage.onnx) for stage in manifest.stages]
+        return (*stages, *(Part("@" + one.name, one, "") for one in combinations(manifest)))
+
+    def load(self, part, artifact):
+        if part.file:
+            session = ort.InferenceSession(str(artifact.path(part.file)), providers=["CPUExecutionProvider"])
+            names = [tensor.name for tensor in part.contract.outputs]
+            run = lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))  # noqa: E731
+        else:
+            run = lambda inputs: {"total": combine(part.contract, **inputs)}  # noqa: E731
+        self.engines[part.name] = HostEngine(part, run, self.device)
+        return self.engines[part.name]
+
+    def empty(self, shape, dtype):
+        return HostTensor(shape, dtype)
+
+    def denoiser(self, manifest, engines):
+        return resident_denoiser(manifest, engines, self.device, cuda_graph=self.cuda_graph)
+
+    def check(self, samples):
+        pass
+
+
+def combine(combination, **inputs):
+    """A combination, from its specification."""
+    coefs = inputs.pop(COEFS, None)
+    terms = [inputs[f"term_{index}"].astype(np.float32) for index in range(len(inputs))]
+    if combination.kind == "spread":
+        total = np.concatenate([coefs[0] * terms[0]] * combination.branches)
+    elif combination.kind == "residual":
+        total = terms[0] - terms[1]
+    elif combination.kind == "forecast":
+        total = terms[0] + sum(c * term for c, term in zip(coefs, terms[1:], strict=True))
+    elif combination.kind == "guide":
+        branches = np.split(terms[0], combination.branches)
+        total = sum(c * branch for c, branch in zip(coefs, branches, strict=True))
+        if combination.keep_norm:
+            length = np.linalg.norm(total, axis=-1, keepdims=True)
+            total = total * (np.linalg.norm(branches[-1], axis=-1, keepdims=True) / np.maximum(length, 1e-30))
+    else:
+        total = coefs[0] * terms[0] + sum(c * term for c, term in zip(coefs[1:], terms[1:], strict=True))
+    return total.astype(DTYPES[combination.total.dtype])

@@ -1,0 +1,136 @@
+"""The resident loop on a device that is this host's memory: its results, its bindings, and what a step costs the host."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import host_device
+import numpy as np
+import pytest
+import small_artifact as small
+
+from otcache.runtime import HostError, Sampler
+from otcache.runtime.artifact import Artifact
+from otcache.runtime.engine import Selection
+from otcache.runtime.resident import as_type
+from otcache.runtime.timing import Timer
+
+FLUX = Path(__file__).parents[1] / "golden" / "1.4" / "artifact"
+
+
+def resident(folder, **options):
+    backend = host_device.HostBackend(**options)
+    return Sampler(Artifact.open(folder), Selection(backend, {})), backend
+
+
+@pytest.fixture(scope="module")
+def plain(artifact_folder):
+    with Sampler.load(artifact_folder, "onnxruntime", threads=1) as sampler:
+        yield sampler
+
+
+def draw(sampler, budget, n, **options):
+    texts = ["a red ring", "a blue star", "a"][:n]
+    return sampler.sample(sampler.encode(texts), budget=budget, seed=3, guidance_scale=3.0, **options)
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_latents_are_those_of_the_loop_on_the_host(artifact_folder, plain, cuda_graph):
+    sampler, backend = resident(artifact_folder, cuda_graph=cuda_graph)
+    for _ in range(3):  # the first time the arena grows, the second time all is recorded, the third time replayed
+        before = backend.device.calls["replay"]
+        for budget in sampler.budgets:
+            for n in (3, 1, 2):
+                found, expected = draw(sampler, budget, n), draw(plain, budget, n)
+                np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    assert backend.device.calls["replay"] - before == (9 if cuda_graph else 0)
+    sampler.close()
+    assert not backend.device.memory, "everything is freed"
+
+
+def test_a_real_export(plain):
+    """Blocks with two streams, of which a concatenation is one."""
+    with Sampler.load(FLUX, "onnxruntime", threads=1) as onnx:
+        sampler, _ = resident(FLUX)
+        for budget in sampler.budgets:
+            expected = onnx.sample(onnx.encode("a red ring"), budget=budget, seed=5)
+            found = sampler.sample(sampler.encode("a red ring"), budget=budget, seed=5)
+            np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_guidance_that_keeps_the_norm(damaged):
+    value = small.read_manifest(damaged)
+    value["guidance"]["kind"] = "cfg_norm"
+    small.write_manifest(damaged, value)
+    sampler, _ = resident(damaged)
+    with Sampler.load(damaged, "onnxruntime", threads=1) as onnx:
+        np.testing.assert_allclose(draw(sampler, 3, 2), draw(onnx, 3, 2), rtol=1e-4, atol=1e-4)
+
+
+def test_a_recorded_loop_gives_the_same_bits(artifact_folder):
+    sampler, _ = resident(artifact_folder, cuda_graph=True)
+    np.testing.assert_array_equal(draw(sampler, "full", 2), draw(sampler, "full", 2))
+
+
+def counts(backend):
+    total = Counter()
+    for engine in backend.engines.values():
+        total += engine.calls
+    return total
+
+
+def test_a_step_costs_the_host_the_same_every_time(artifact_folder):
+    """Per step: a launch for each stage and combination, a few addresses, no copy, and no wait unless somebody watches."""
+    sampler, backend = resident(artifact_folder)
+    seen = []
+
+    def step_done(done, total):
+        seen.append(counts(backend) + Counter({"upload": backend.device.calls["upload"]}))
+
+    draw(sampler, "full", 2, progress=step_done)
+    per_step = [after - before for before, after in itertools.pairwise(seen)]
+    launches = len(sampler.manifest.trunk) + 3
+    assert {step["enqueue"] for step in per_step} == {launches}
+    assert all(step["set_shape"] == step["upload"] == 0 for step in per_step[1:]), (
+        "update_2 runs from the second step on"
+    )
+    assert len({step["set_address"] for step in per_step[1:]}) == 1
+    before = backend.device.calls.copy()
+    draw(sampler, "full", 2)
+    used = backend.device.calls - before
+    brought = len(sampler.manifest.conditioning) + 2
+    assert (used["upload"], used["download"], used["synchronize"]) == (brought, 1, 0)
+    before = backend.device.calls.copy()
+    draw(sampler, "full", 2, timer=Timer())
+    assert (backend.device.calls - before)["synchronize"] == 6
+
+
+def test_progress_cancels_between_steps(artifact_folder, plain):
+    sampler, _ = resident(artifact_folder)
+
+    def cancel(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(sampler, "full", 1, progress=cancel)
+    np.testing.assert_allclose(draw(sampler, "full", 1), draw(plain, "full", 1), atol=1e-4)
+
+
+def test_a_device_without_room_says_so_and_goes_on(artifact_folder, plain):
+    sampler, _ = resident(artifact_folder, capacity_bytes=48 << 10)
+    expected = draw(plain, 3, 1)
+    np.testing.assert_allclose(draw(sampler, 3, 1), expected, atol=1e-4)
+    many = sampler.encode(["a"] * 64)
+    with pytest.raises(HostError, match="fewer pictures"):
+        sampler.sample(many, budget=3)
+    np.testing.assert_allclose(draw(sampler, 3, 1), expected, atol=1e-4)
+
+
+def test_bfloat16_is_rounded_to_nearest():
+    torch = pytest.importorskip("torch")
+    values = np.concatenate([np.random.default_rng(0).standard_normal(4096), [0, -0.0, 1e-40, 1.00390625, 3.0e38]])
+    expected = torch.tensor(values.astype(np.float32)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    np.testing.assert_array_equal(as_type(values, "bfloat16"), expected)

@@ -1,8 +1,9 @@
 """Rewrites: equal forms of what cannot be captured or what ONNX cannot express. Pass `cut` applies them all.
 
-Each has a name and a reason, and is proven where it is applied: `cut` compares the stages with the model as it was, bit for
-bit. `REWRITES` match patterns of operators in a captured graph, whatever the model. `REPLACEMENTS` are for Python that
-cannot be traced: they stand in for one method of one class of diffusers while it is traced.
+Each has a name and a reason, and is proven where it is applied: `cut` compares the stages with the model as it was.
+`REWRITES` match patterns of operators in a captured graph, whatever the model, and say whether values may now be rounded
+otherwise; without that the comparison is bit for bit. `REPLACEMENTS` are for Python that cannot be traced: they stand in for
+one method of one class of diffusers while it is traced.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from torch import Tensor, fx, nn
 aten = torch.ops.aten
 
 
-def complex_rotation(module: fx.GraphModule) -> None:
+def complex_rotation(module: fx.GraphModule) -> bool:
     """`view_as_real(view_as_complex(x) · f)` as (a·c − b·d, a·d + b·c): ONNX has no complex numbers.
 
     Rotary embeddings of Qwen-Image, Z-Image, Lumina2 and others. The factor f may be any complex tensor; where it is a
-    constant, its parts are folded.
+    constant, its parts are folded. Rounds otherwise where torch's complex product fuses its additions.
     """
+    changed = False
     for node in list(module.graph.nodes):
         if node.target is not aten.view_as_real.default or node.args[0].target is not aten.mul.Tensor:
             continue
@@ -39,7 +41,9 @@ def complex_rotation(module: fx.GraphModule) -> None:
                 module.graph, node, aten.add.Tensor, _product(module, node, a, d), _product(module, node, b, c)
             )
             node.replace_all_uses_with(_call(module.graph, node, aten.stack.default, [real, imaginary], -1))
+            changed = True
     module.graph.eliminate_dead_code()
+    return changed
 
 
 def _parts(graph: fx.Graph, value: fx.Node, like: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -62,22 +66,24 @@ def _call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any
     return node
 
 
-def layout_free_view(module: fx.GraphModule) -> None:
+def layout_free_view(module: fx.GraphModule) -> bool:
     """`view` as `reshape`: a view holds for the memory layout that one attention kernel leaves, others copy."""
     for node in module.graph.nodes:
         if node.target is aten.view.default:
             node.target = aten.reshape.default
+    return False
 
 
-def idle_squeeze(module: fx.GraphModule) -> None:
+def idle_squeeze(module: fx.GraphModule) -> bool:
     """`squeeze` of an axis that is longer than one: torch leaves it, ONNX refuses it (PixArt's head)."""
     for node in list(module.graph.nodes):
         if node.target is aten.squeeze.dim and node.args[0].meta["val"].shape[node.args[1]] != 1:
             node.replace_all_uses_with(node.args[0])
     module.graph.eliminate_dead_code()
+    return False
 
 
-def boolean_choice(module: fx.GraphModule) -> None:
+def boolean_choice(module: fx.GraphModule) -> bool:
     """`where` and `masked_fill` on booleans as logic: ONNX Runtime's CPU provider has no `Where` for them.
 
     Attention masks of HunyuanVideo's token refiner.
@@ -100,6 +106,7 @@ def boolean_choice(module: fx.GraphModule) -> None:
                 continue
         node.replace_all_uses_with(new)
     module.graph.eliminate_dead_code()
+    return False
 
 
 def _not(graph: fx.Graph, like: fx.Node, value: Any) -> fx.Node:
@@ -110,13 +117,13 @@ def _both(graph: fx.Graph, like: fx.Node, first: Any, second: Any) -> fx.Node:
     return _call(graph, like, aten.logical_and.default, first, second)
 
 
-REWRITES: tuple[Callable[[fx.GraphModule], None], ...] = (
+REWRITES: tuple[Callable[[fx.GraphModule], bool], ...] = (
     complex_rotation,
     layout_free_view,
     idle_squeeze,
     boolean_choice,
 )
-"""In the order in which they are applied."""
+"""In the order in which they are applied; each tells whether values may be rounded otherwise after it."""
 
 
 def chroma_timestep(self: Any, timestep: Tensor) -> Tensor:

@@ -1,0 +1,30 @@
+"""A pipeline's call from named tensors: nesting, constants for each sample, offsets, and what is taken of the output."""
+
+from __future__ import annotations
+
+import torch
+
+from otcache.compiler.wiring import PLAIN, Offset, Output, PerSample, arguments, flattened
+
+
+def test_names_with_dots_are_nested_and_flattened_again():
+    time = torch.ones(3)
+    made = arguments({"added.text": time}, {"added.ids": 4, "flag": None, "empty": {}})
+    assert made == {"added": {"text": time, "ids": 4}, "flag": None, "empty": {}}
+    assert flattened(made) == {"added.text": time, "added.ids": 4, "flag": None, "empty": {}}
+
+
+def test_a_constant_row_is_there_for_each_sample():
+    made = arguments({"x": torch.zeros(5, 2)}, {"scale": PerSample(torch.tensor([[7.0, 8.0]]))})
+    assert torch.equal(made["scale"], torch.tensor([[7.0, 8.0]] * 5))
+
+
+def test_an_offset_is_added_to_the_input_of_its_name():
+    made = arguments({"time": torch.tensor([-0.25])}, {"time": Offset(1.0)})
+    assert torch.equal(made["time"], torch.tensor([0.75]))
+
+
+def test_output():
+    result = torch.arange(12.0).reshape(1, 4, 3)
+    assert PLAIN(result) is result and PLAIN((result, None)) is result
+    assert torch.equal(Output(channels=2, scale=-1.0)((result,)), -result[:, :2])

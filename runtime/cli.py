@@ -287,16 +287,28 @@ def run(
 
 
 @main.command(
-    epilog="\b\nExamples:\n  otc inspect artifacts/shapes\n  otc inspect artifacts/shapes --json | jq .budgets\n"
+    epilog="""\b
+Examples:
+  otc inspect artifacts/shapes
+  otc inspect artifacts/shapes --json | jq .budgets
+  otc inspect artifacts/shapes --memory --images 4
+"""
 )
 @artifact_argument
+@click.option("--memory", is_flag=True, help="Show the device memory of each budget, and every address, instead.")
+@click.option("-n", "--images", type=click.IntRange(min=1), default=1, show_default=True, help="At once, for --memory.")
 @json_option
-def inspect(artifact: Path, as_json: bool) -> None:
-    """Show what ARTIFACT holds: model, stages, budgets, quality and every schedule."""
+def inspect(artifact: Path, memory: bool, images: int, as_json: bool) -> None:
+    """Show what ARTIFACT holds: model, stages, engines, budgets, quality and every schedule."""
     from .artifact import Artifact
+    from .engine_tables import memory_summary, memory_tables
 
     manifest = Artifact.open(artifact).manifest
-    if as_json:
+    if memory and as_json:
+        _print_json(memory_summary(manifest, images))
+    elif memory:
+        _print_tables(memory_tables(manifest, images))
+    elif as_json:
         _print_json(summary(manifest))
     else:
         _print_manifest(manifest)
@@ -332,14 +344,23 @@ def timeline(schedule: tuple[int, ...], total: int, width: int = 64) -> str:
 
 def summary(manifest: Manifest) -> dict[str, Any]:
     """What `otc inspect --json` prints."""
+    from .engine_tables import engine_summaries
+
     sizes = {entry.path: entry.size_bytes for entry in manifest.files}
     stages = [{**stage.model_dump(mode="json"), "size_bytes": sizes[stage.onnx]} for stage in manifest.stages]
     budgets = [_budget_summary(entry) for name in manifest.budgets if (entry := manifest.program(name))]
     parts = ("schema_version", "digest", "producer", "model", "sampler", "conditions", "guidance", "reference",
-             "anchor", "costs", "engines", "measurements")  # fmt: skip
+             "anchor", "costs", "measurements")  # fmt: skip
     dumped = manifest.model_dump(mode="json", include=set(parts))
     files = {"count": len(manifest.files), "size_bytes": sum(sizes.values())}
-    return {**{part: dumped[part] for part in parts}, "stages": stages, "budgets": budgets, "files": files}
+    engines = engine_summaries(manifest)
+    return {
+        **{part: dumped[part] for part in parts},
+        "engines": engines,
+        "stages": stages,
+        "budgets": budgets,
+        "files": files,
+    }
 
 
 def _budget_summary(entry: BudgetProgram) -> dict[str, Any]:
@@ -351,11 +372,20 @@ def _budget_summary(entry: BudgetProgram) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _print_tables(tables: Sequence[Any]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for table in tables:
+        console.print(table)
+
+
 def _print_manifest(manifest: Manifest) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from .engine_tables import engines_table
     from .messages import one_line, readable_size
 
     def safe(value: object) -> str:
@@ -386,6 +416,8 @@ def _print_manifest(manifest: Manifest) -> None:
         error = f"{stage.max_relative_error:.1e}"
         stages.add_row(safe(stage.name), stage.kind, reads, writes, readable_size(sizes[stage.onnx]), error)
     console.print(stages)
+    if manifest.engines:
+        console.print(engines_table(manifest))
     budgets = Table(title="Budgets", title_justify="left", box=None)
     for heading in ("budget", "payload", "PSNR dB", "worst", "SSIM", "schedule"):
         budgets.add_column(heading, no_wrap=True, justify="left" if heading in ("payload", "schedule") else "right")

@@ -26,14 +26,17 @@ def usable_plans(backend: str, manifest: Manifest) -> tuple[Engine | None, str |
     return None, ", ".join(f"{target}: {reason}" for target, reason in reasons.items())
 
 
-def why_not(plans: Engine) -> str | None:
-    """Why this host cannot run plans of the manifest, found without opening any; None if it can."""
+def why_not(plans: Engine, artifact: str = "ARTIFACT") -> str | None:
+    """Why this host cannot run plans of the manifest, found without opening any; None if it can.
+
+    artifact: what the command that mends it calls the artifact.
+    """
     if plans.backend not in MODULES:
         return None
     no_gpu, host = why_no_gpu()
     if host is None:
         return f"{no_gpu}: expected a GPU of compute capability {plans.target}"
-    again = f"otc build-engines ARTIFACT --backend {plans.backend} --target {host}"
+    again = f"otc build-engines {artifact} --backend {plans.backend} --target {host}"
     if plans.platform != host_platform():
         return f"built for {plans.platform}, and this is {host_platform()}: {again}"
     try:
@@ -44,6 +47,6 @@ def why_not(plans: Engine) -> str | None:
         return f"built with version {plans.version}, and here is {trt.__version__}: {again}"
     if plans.target != host:
         if plans.backend == "tensorrt-rtx" and host not in buildable_targets(trt):
-            again = f"otc build-engines ARTIFACT --backend tensorrt --target {host}"
+            again = f"otc build-engines {artifact} --backend tensorrt --target {host}"
         return f"built for {plans.target}, and this GPU is {host}: {again}"
     return None

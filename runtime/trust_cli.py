@@ -78,6 +78,10 @@ def _print_outcome(outcome: Outcome) -> None:
         click.echo(f"ok: signed with ed25519 {outcome.public_key}")
     if outcome.host:
         click.echo(f"ok: {outcome.host.backend} serves it here")
+        for plans in outcome.host.plans:
+            word, reason = ("ok", "run here") if plans.reason is None else ("note", f"do not run here: {plans.reason}")
+            said = one_line(f"{word}: {plans.backend} plans for {plans.target} {reason}", 400)
+            click.echo(said, err=plans.reason is not None)
     if golden := outcome.golden:
         click.echo(
             f"ok: golden request at budget {golden.budget}: relative error {golden.relative_error:.2g} "

@@ -20,12 +20,25 @@ from otcache.schemas.manifest import Golden
 
 from .artifact import Artifact
 from .messages import damaged
+from .plan_hosts import why_not
 from .signing import check_signature
+from .tensorrt_library import MODULES
 
 if TYPE_CHECKING:
     from .sampler import Sampler
 
 LEVELS = ("structure", "digests", "host", "golden")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlansCheck:
+    """Whether this host can run the plans of one backend and target."""
+
+    backend: str
+    version: str
+    target: str
+    reason: str | None
+    """Why it cannot, with the command that makes it so; None if it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +48,7 @@ class HostCheck:
     backend: str
     passed_over: dict[str, str]
     """Backends that were not taken, with the reason."""
+    plans: tuple[PlansCheck, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +121,16 @@ def _run(
         )
     selection = select_backend(backend, artifact.manifest, Options(threads=threads))
     with Loaded(artifact, selection) as sampler:
-        host = HostCheck(backend=sampler.backend, passed_over=sampler.passed_over)
+        host = HostCheck(backend=sampler.backend, passed_over=sampler.passed_over, plans=_check_plans(artifact))
         return host, _run_golden(sampler, golden) if with_golden and golden else None
+
+
+def _check_plans(artifact: Artifact) -> tuple[PlansCheck, ...]:
+    return tuple(
+        PlansCheck(backend=engine.backend, version=engine.version, target=engine.target,
+                   reason=why_not(engine, str(artifact.folder)))
+        for engine in artifact.manifest.engines if engine.backend in MODULES
+    )  # fmt: skip
 
 
 def _run_golden(sampler: Sampler, golden: Golden) -> GoldenCheck:

@@ -1,0 +1,109 @@
+"""What `otc inspect` says of plans, and with --memory of the device memory that programs take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from otcache.schemas.manifest import Engine, Manifest
+
+from .address_plan import AddressPlan, plan_addresses
+from .build_engines import BUILD_TIME
+from .messages import one_line, readable_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def engine_summaries(manifest: Manifest) -> list[dict[str, Any]]:
+    """Every entry of the manifest's engines, with the size of its files and, of plans, how long they took to build."""
+    return [{**engine.model_dump(mode="json"), **_facts(manifest, engine)} for engine in manifest.engines]
+
+
+def engines_table(manifest: Manifest) -> Table:
+    """A row for each backend and target."""
+    from rich.markup import escape
+
+    table = _table("Engines", "backend", "version", "target", "profile", ">plans", ">size", ">build s", "layers")
+    for engine in manifest.engines:
+        facts = _facts(manifest, engine)
+        profile = ",".join(f"{name}={':'.join(map(str, sizes))}" for name, sizes in engine.profile.items())
+        layers = ", ".join(f"{count} {dtype}" for dtype, count in facts["layers_by_type"].items())
+        table.add_row(
+            engine.backend, escape(one_line(engine.version)), escape(one_line(engine.target)), escape(profile) or "–", str(len({*_paths(engine)})),
+            readable_size(facts["size_bytes"]), f"{facts['build_s']:.1f}" if facts["build_s"] else "–",
+            escape(one_line(layers)) or "–",
+        )  # fmt: skip
+    return table
+
+
+def memory_summary(manifest: Manifest, samples: int) -> dict[str, Any]:
+    """Of every budget the arena's size, the least that any plan needs, and where each value lies."""
+    return {
+        "samples": samples,
+        "budgets": {name: _memory(plan) for name, plan in _plans(manifest, samples).items()},
+    }
+
+
+def memory_tables(manifest: Manifest, samples: int) -> list[Table]:
+    """Arena and lower bound of every budget; the addresses of the first and last step of the largest arena."""
+    plans = _plans(manifest, samples)
+    sizes = _table(f"Device memory beside weights, {samples} at once", ">budget", ">launches", ">arena", ">lower bound")
+    for name, plan in plans.items():
+        sizes.add_row(name, str(len(plan.listing.launches)), readable_size(plan.size_bytes),
+                      readable_size(plan.lower_bound_bytes))  # fmt: skip
+    name, plan = max(plans.items(), key=lambda item: item[1].size_bytes)
+    last = plan.listing.launches[-1].step
+    places = _table(f"Addresses at budget {name}, steps 0 and {last}", ">offset", ">bytes", "value", "from", "to")
+    for entry in _memory(plan)["values"]:
+        if entry["step"] in (0, last):
+            places.add_row(str(entry["offset"]), str(entry["size_bytes"]), f"{entry['name']} {entry['step']}",
+                           entry["from"], entry["to"])  # fmt: skip
+    return [sizes, places]
+
+
+def _plans(manifest: Manifest, samples: int) -> dict[str, AddressPlan]:
+    entries = [entry for name in manifest.budgets if (entry := manifest.program(name))]
+    return {entry.budget: plan_addresses(manifest, entry.program, samples) for entry in entries}
+
+
+def _memory(plan: AddressPlan) -> dict[str, Any]:
+    launches = [f"{launch.step}:{launch.engine}" for launch in plan.listing.launches]
+    ends = [*launches, "end"]
+    values = [
+        {
+            "name": value.name, "step": value.step, "offset": place.offset, "size_bytes": place.size_bytes,
+            "from": "start" if value in plan.listing.brought else launches[place.first], "to": ends[place.last],
+        }
+        for value, place in sorted(plan.places.items(), key=lambda item: (item[1].offset, item[1].first))
+    ]  # fmt: skip
+    facts = {"launches": len(launches), "size_bytes": plan.size_bytes, "lower_bound_bytes": plan.lower_bound_bytes}
+    return {**facts, "values": values}
+
+
+def _facts(manifest: Manifest, engine: Engine) -> dict[str, Any]:
+    sizes = {entry.path: entry.size_bytes for entry in manifest.files}
+    prefix = f"{BUILD_TIME}{engine.backend}/{engine.target}/"
+    times = [measurement.value for measurement in manifest.measurements if measurement.name.startswith(prefix)]
+    types: dict[str, int] = {}
+    for layers in engine.layers.values():
+        for dtype, count in layers.items():
+            types[dtype] = types.get(dtype, 0) + count
+    size = sum(sizes[path] for path in _paths(engine))
+    return {"size_bytes": size, "build_s": round(sum(times), 3), "layers_by_type": dict(sorted(types.items()))}
+
+
+def _paths(engine: Engine) -> set[str]:
+    return {*engine.stages.values(), *engine.combinations.values()}
+
+
+def _table(title: str, *headings: str) -> Table:
+    """Columns; those that begin with > are aligned to the right."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None)
+    for heading in headings:
+        wraps = heading == "layers"
+        table.add_column(
+            heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left", no_wrap=not wraps
+        )
+    return table

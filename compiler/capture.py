@@ -258,13 +258,18 @@ class Trajectory:
 
 def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: Sequence[str]) -> Interface:
     """Two short runs on different prompts and seeds tell arguments apart. Raises ModelError for what cannot be compiled."""
+    name = type(pipeline).__name__
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise ModelError(
+            f"{name} has two transformers that take turns (transformer, transformer_2): expected one, because an artifact has "
+            "one trunk; compile a pipeline with a single expert"
+        )
     prompts = list(dict.fromkeys(prompts))[: 2 * PROBE_SAMPLES]
     prompts += [f"probe {i}" for i in range(2 * PROBE_SAMPLES - len(prompts))]
     short = dataclasses.replace(options, num_inference_steps=3)
     with _recorded_noise() as drawn:
         first = _run(pipeline, short, guidance_scale, prompts[:PROBE_SAMPLES], range(PROBE_SAMPLES))
         second = _run(pipeline, short, guidance_scale, prompts[PROBE_SAMPLES:], range(100, 100 + PROBE_SAMPLES))
-    name = type(pipeline).__name__
     calls = first.calls[0]
     if len(calls) not in (1, 2):
         raise ModelError(

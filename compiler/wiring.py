@@ -53,7 +53,7 @@ def arguments(inputs: Mapping[str, Tensor], constants: Mapping[str, Any]) -> dic
     flat = {**constants, **inputs}
     for name, constant in constants.items():
         if isinstance(constant, PerSample):
-            flat[name] = constant.row.expand(batch, *constant.row.shape[1:])
+            flat[name] = constant.row.repeat(batch, *[1] * (constant.row.ndim - 1))  # contiguous, as pipelines make it
         elif isinstance(constant, Offset):
             flat[name] = inputs[name] + constant.value
     return _nested(flat)

@@ -1,0 +1,106 @@
+"""What `probe` finds out about pipelines of all kinds, and what it refuses; nothing is exported, so all of it is quick."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from otcache.compiler.capture import call_options, capture, denoiser_of, prepare_scheduler, probe
+from otcache.compiler.lower import lower, program_from_table
+from otcache.compiler.models import transformer_of
+from otcache.compiler.rollout import roll_out
+from otcache.compiler.wiring import Output, PerSample
+from otcache.schemas.errors import ModelError, UsageError
+
+from .pipelines import CASES, REFUSED
+
+
+def probed(name, **options):
+    case = {**CASES, **REFUSED}[name]
+    pipeline = case.pipeline()
+    call = call_options(pipeline, num_inference_steps=4, **{**case.call, **options})
+    return pipeline, call, probe(pipeline, call, 4.0, case.prompts)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_full_program_is_the_pipeline(name):
+    pipeline, call, interface = probed(name)
+    trajectory = capture(pipeline, interface, call, CASES[name].prompts[1:3], [1, 2], [4.0, 4.0])
+    prepare_scheduler(pipeline, call, pipeline.scheduler, 4)
+    denoiser = denoiser_of(transformer_of(pipeline, name), interface, trajectory)
+    final = roll_out(program_from_table(lower(pipeline.scheduler)), denoiser, trajectory.latents[0])
+    assert float((final - trajectory.latents[-1]).norm() / trajectory.latents[-1].norm()) < 1e-5
+
+
+def test_text_is_padded_to_one_length_behind_its_mask():
+    pipeline, call, interface = probed("QwenImagePipeline", max_sequence_length=16)
+    assert interface.text.names == ("encoder_hidden_states",) and interface.text.length == 16
+    prompts = ["a red ring on blue", "a large green star on a black background"]
+    trajectory = capture(pipeline, interface, call, prompts, [1, 2], [4.0, 4.0])
+    hidden, mask = (trajectory.conditioning[key] for key in ("encoder_hidden_states", interface.text.mask))
+    assert hidden.shape[:3] == mask.shape == (2, 2, 16)
+    counts = mask.sum(-1)
+    assert counts[0, 0] == counts[0, 1] < counts[1, 0] < counts[1, 1]  # negative prompts are empty
+    assert (hidden.abs().sum(-1) > 0).long().equal(mask.long())
+
+
+def test_the_default_length_is_the_pipelines_own():
+    case = CASES["QwenImagePipeline"]
+    pipeline = case.pipeline()
+    call = call_options(pipeline, num_inference_steps=3, height=32, width=32)
+    assert call.max_sequence_length == 512
+
+
+def test_embedded_guidance_is_a_constant_of_each_sample():
+    _, _, interface = probed("FluxPipeline")
+    assert interface.guidance_kind == "none"
+    assert torch.equal(interface.constants["guidance"].row, torch.tensor([4.0]))
+
+
+def test_unused_guidance_is_left_out_of_the_conditioning():
+    _, call, interface = probed("HunyuanVideoPipeline")
+    assert (call.num_frames, call.guidance_argument, interface.guidance_kind) == (5, "true_cfg_scale", "cfg")
+    assert isinstance(interface.constants["guidance"], PerSample) and "guidance" not in interface.conditioning
+
+
+def test_labels_latents_of_both_branches_and_predicted_variances():
+    pipeline, call, interface = probed("DiTPipeline")
+    assert interface.conditioning == ("class_labels",) and interface.output == Output(channels=4)
+    assert interface.stacked and interface.positive_first
+    with pytest.raises(ModelError, match=r"no label 'a ring': expected one of 1000, such as 'shape 0'"):
+        capture(pipeline, interface, call, ["a ring"], [0], [4.0])
+
+
+def test_a_time_that_runs_backwards_and_a_negated_output():
+    _, _, interface = probed("Lumina2Pipeline")
+    assert interface.timestep_scale == -1e-3 and interface.constants["timestep"].value == 1.0
+    assert interface.output.scale == -1.0
+
+
+def test_arguments_in_dicts_are_conditioning_too():
+    _, _, interface = probed("StableDiffusionXLPipeline")
+    assert interface.conditioning == ("encoder_hidden_states", "added_cond_kwargs.text_embeds")
+    assert isinstance(interface.constants["added_cond_kwargs.time_ids"], PerSample)
+
+
+def test_lists_of_samples_are_refused():
+    with pytest.raises(ModelError, match=r"ZImagePipeline passes x, cap_feats as lists of one tensor a sample"):
+        probed("ZImagePipeline")
+
+
+def test_latents_with_more_channels_are_refused():
+    with pytest.raises(ModelError, match=r"HunyuanVideo15Pipeline does not hand .* \(3, 9, 2, 8, 8\)"):
+        probed("HunyuanVideo15Pipeline")
+
+
+def test_experts_that_take_turns_are_refused():
+    pipeline = CASES["WanPipeline"].pipeline()
+    pipeline.transformer_2 = pipeline.transformer
+    call = call_options(pipeline, num_inference_steps=4, **CASES["WanPipeline"].call)
+    with pytest.raises(ModelError, match="two transformers that take turns"):
+        probe(pipeline, call, 4.0, [])
+
+
+def test_frames_are_for_videos():
+    with pytest.raises(UsageError, match="--num-frames is 5, but FluxPipeline draws pictures"):
+        probed("FluxPipeline", num_frames=5)

@@ -74,6 +74,9 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
 @click.option("--seed", default=0, show_default=True, help="Of the calibration's noise and the anchor search.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.  [default: its main branch]")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python that comes with MODEL; refused without this.")
+@click.option("--backend", "backends", default="onnx", show_default=True, metavar="onnx[,tensorrt-rtx]",
+              help="Engines: ONNX always, and plans of tensorrt or tensorrt-rtx as `otc build-engines` makes them.")  # fmt: skip
+@click.option("--target", "targets", default="", metavar="sm_NN[,…]", help="Compute capabilities to build plans for.")
 @click.option("--force", is_flag=True, help="Replace an existing artifact.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
 @click.option("-v", "--verbose", is_flag=True, help="A line per pass on stderr; also with OTC_LOG=info.")
@@ -89,6 +92,7 @@ def compile_command(ctx: click.Context, as_json: bool, dry_run: bool, verbose: b
 
       otc compile shapes --budgets 4,8,12,16 --force     # adds a budget to what the workspace knows
       otc compile shapes --dry-run
+      otc compile shapes --backend onnx,tensorrt-rtx --target sm_89,sm_120
 
     An interrupted compile goes on where it stopped when it is started again with the same options: Ctrl-C ends it with exit
     code 130, SIGTERM with 143, and neither leaves half an artifact. What it goes on from is kept in OTC_CACHE.
@@ -103,14 +107,28 @@ def compile_command(ctx: click.Context, as_json: bool, dry_run: bool, verbose: b
         ctx.exit(stop.exit_code)
 
 
-def _compile(as_json: bool, dry_run: bool, verbose: bool, budgets: str, guidance_scale: str, **choices: Any) -> None:
+def _compile(
+    as_json: bool,
+    dry_run: bool,
+    verbose: bool,
+    budgets: str,
+    guidance_scale: str,
+    backends: str,
+    targets: str,
+    **choices: Any,
+) -> None:
     check_packages("otc compile")
+    from . import engines
+
+    plans = engines.parse_backends(backends), engines.parse_targets(targets)
+    engines.check(*plans)
     from .options import CompileOptions, parse_budgets, parse_guidance
 
     options = CompileOptions(budgets=parse_budgets(budgets), guidance_scale=parse_guidance(guidance_scale), **choices)
     from .logs import asks_for_lines, quiet
 
     quiet()
+    from .manifest_file import read_manifest
     from .pipeline import compile_model
     from .progress import reporter_for
 
@@ -125,12 +143,15 @@ def _compile(as_json: bool, dry_run: bool, verbose: bool, budgets: str, guidance
             click.echo(json.dumps(plan.to_json()) if as_json else plan.text())
             return
         folder, manifest = compile_model(options, reporter)
+        added = engines.build(folder, *plans, reporter)
+        if added:
+            manifest, _ = read_manifest(folder)
     finally:
         reporter.close()
     seconds = time.monotonic() - start
     if as_json:
         summary = {
-            "artifact": str(folder), "digest": manifest.digest, "seconds": round(seconds, 1),
+            "artifact": str(folder), "digest": manifest.digest, "seconds": round(seconds, 1), "engines": added,
             "budgets": {
                 entry.budget: {
                     "schedule": entry.program.schedule, "payload": entry.program.payload,
@@ -144,6 +165,8 @@ def _compile(as_json: bool, dry_run: bool, verbose: bool, budgets: str, guidance
         return
     _print_table(manifest)
     click.echo(f"compiled in {seconds:.0f} s; report: {folder / 'report.html'}")
+    for part in added:
+        click.echo(f"plans: {folder / part}")
     click.echo(f"artifact: {folder}")
 
 

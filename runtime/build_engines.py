@@ -144,6 +144,11 @@ def build_engines(
     return tuple(results)
 
 
+def check_build(backend: str, targets: tuple[str, ...]) -> None:
+    """Raise HostError or UsageError if plans of the backend cannot be built here for the targets."""
+    choose_targets(backend, library(backend), targets)
+
+
 def _check_profile(manifest: Manifest, profile: Profile) -> None:
     tensors = [tensor for stage in manifest.stages for tensor in (*stage.inputs, *stage.outputs)]
     symbols = sorted({size for tensor in tensors for size in tensor.shape if isinstance(size, str)})

@@ -23,6 +23,7 @@ def encode(
     negative_prompt: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    lora: Path | None = None,
 ) -> dict[str, list[int]]:
     """Write the conditioning of n prompts to a safetensors file: each tensor (branches, n, …). Returns their shapes.
 
@@ -30,7 +31,7 @@ def encode(
     ArtifactError.
     """
     manifest, _ = read_manifest(artifact)
-    loaded = load_model(model, revision=revision, trust_remote_code=trust_remote_code)
+    loaded = load_model(model, revision=revision, trust_remote_code=trust_remote_code, lora=lora)
     if loaded.weights_digest != manifest.model.weights_digest:
         raise ModelError(
             f"MODEL {model!r} has weights {loaded.weights_digest[:19]}…, but {artifact} was compiled from "

@@ -20,6 +20,7 @@ from .cli import check_packages, complete_models
               show_default=True, help="safetensors file.")  # fmt: skip
 @click.option("--revision", help="Branch, tag or commit of a hub model.  [default: its main branch]")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python that comes with MODEL; refused without this.")
+@click.option("--lora", type=click.Path(path_type=Path), help="Folder of the LoRA that the artifact was compiled with.")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def encode_command(output: Path, force: bool, as_json: bool, **choices: Any) -> None:

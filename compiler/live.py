@@ -21,7 +21,7 @@ from .options import CompileOptions, parse_budgets, parse_guidance
 from .pipeline import compile_model
 from .progress import Reporter, reporter_for
 
-OF_LOADING = ("revision", "trust_remote_code")
+OF_LOADING = ("revision", "trust_remote_code", "lora")
 """Options that say how a model is loaded, and have no meaning for one that is."""
 
 

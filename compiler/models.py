@@ -19,6 +19,7 @@ from otcache.schemas.digest import digest_of_files, digest_of_value
 from otcache.schemas.errors import ModelError
 
 from .foreign import check_code, check_weights
+from .lora import fuse_lora
 
 _log = logging.getLogger(__name__)
 SAFE_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -112,11 +113,17 @@ def _reason(error: Exception) -> str:
 
 
 def load_model(
-    name: str, *, revision: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    lora: Path | None = None,
 ) -> Model:
     """Load a pipeline with its weights in `dtype` on the CPU. Raises ModelError with the reason.
 
     trust_remote_code: run Python that comes with the model. Without it such a model is refused unread.
+    lora: folder of a LoRA that is fused into the weights, and part of their digest.
     """
     folder = find_model(name, revision=revision, trust_remote_code=trust_remote_code)
     if not trust_remote_code:
@@ -141,6 +148,9 @@ def load_model(
         )  # fmt: skip
     except Exception as error:
         raise ModelError(f"MODEL {name!r} could not be loaded by diffusers: {_reason(error)}") from error
+    weights_digest = digest_of_files(folder, [p for p in folder.rglob("*.safetensors") if p.is_file()])
+    if lora is not None:
+        weights_digest = digest_of_value([weights_digest, fuse_lora(pipeline, lora)])
     pipeline.set_progress_bar_config(disable=True)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
@@ -156,7 +166,7 @@ def load_model(
             str(path.relative_to(folder)): json.loads(path.read_text())
             for path in sorted(folder.rglob("*config.json")) if path.is_file()
         }),
-        weights_digest=digest_of_files(folder, [p for p in folder.rglob("*.safetensors") if p.is_file()]),
+        weights_digest=weights_digest,
         denoiser_digest=denoiser_digest(transformer_of(pipeline, f"MODEL {name!r}")),
     )  # fmt: skip
 

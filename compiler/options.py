@@ -42,6 +42,8 @@ class CompileOptions:
     revision: str | None = None
     trust_remote_code: bool = False
     """Run Python that comes with the model."""
+    lora: Path | None = None
+    """Folder of a LoRA that is fused into the weights."""
     workspace: Path | None = None
     force: bool = False
 

@@ -182,7 +182,7 @@ def begin(
         metrics.lpips_metric()  # where it is missing, say so before anything is loaded
     with reporter.on("load", options.model):
         model = live or load_model(
-            options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
+            options.model, revision=options.revision, trust_remote_code=options.trust_remote_code, lora=options.lora
         )
     prompts, held_out = split_prompts(
         own or model.prompts or default_prompts(), options.calibration_prompts, options.evaluation_prompts

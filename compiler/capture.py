@@ -141,7 +141,8 @@ def record(pipeline: Any, *, keep_calls: int = 2, progress: Progress | None = No
 
     def after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if len(tape.guided) < keep_calls:
-            tape.calls[-1].append(flattened(_bound(signature, args, kwargs)))
+            call = flattened(_bound(signature, args, kwargs))
+            tape.calls[-1].append({key: _kept(value) for key, value in call.items()})
             tape.call_outputs[-1].append(PLAIN(output))
 
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -163,6 +164,11 @@ def record(pipeline: Any, *, keep_calls: int = 2, progress: Progress | None = No
     finally:
         handle.remove()
         del scheduler.step
+
+
+def _kept(value: Any) -> Any:
+    """A tensor as it is now: some pipelines change their latents in place afterwards."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -309,14 +315,14 @@ def _find_latents(tape: Tape, name: str) -> tuple[str, bool]:
             ratio = value.shape[0] // sample.shape[0]
             if ratio in (1, 2) and _proportional(value[: sample.shape[0]].float(), sample):
                 return key, ratio == 2
-    lists = [
-        key for key, value in tape.calls[0][0].items() if isinstance(value, list) and any(map(torch.is_tensor, value))
-    ]
-    if lists:
-        raise ModelError(
-            f"{name} passes {', '.join(lists)} as lists of one tensor a sample: expected one tensor for all, because a list "
-            "fixes the batch that stages are made for"
-        )
+    for key, value in tape.calls[0][0].items():
+        if isinstance(value, list) and any(
+            torch.is_tensor(each) and each.numel() == sample[0].numel() for each in value
+        ):
+            raise ModelError(
+                f"{name} passes {key} as a list of one tensor a sample: expected one tensor for all, because a list fixes the "
+                "batch that stages are made for"
+            )
     shapes = {key: tuple(value.shape) for key, value in tape.calls[0][0].items() if isinstance(value, Tensor)}
     raise ModelError(
         f"{name} does not hand the scheduler's latents {tuple(sample.shape)} to its transformer as they are ({shapes}): "

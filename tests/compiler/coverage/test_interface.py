@@ -84,7 +84,7 @@ def test_arguments_in_dicts_are_conditioning_too():
 
 
 def test_lists_of_samples_are_refused():
-    with pytest.raises(ModelError, match=r"ZImagePipeline passes x, cap_feats as lists of one tensor a sample"):
+    with pytest.raises(ModelError, match=r"ZImagePipeline passes x as a list of one tensor a sample"):
         probed("ZImagePipeline")
 
 

@@ -32,6 +32,7 @@ Examples:
               help="Requests of each before that, which do not count.")  # fmt: skip
 @click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt or tensorrt-rtx.")
 @click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads; default: one for each core.")
+@click.option("--cuda-graph", is_flag=True, help="Replay each budget's loop as one CUDA graph; TensorRT backends only.")
 @click.option("--save", is_flag=True,
               help="Write the median latency of one picture into the manifest's measurements.")  # fmt: skip
 @json_option
@@ -43,6 +44,7 @@ def bench(
     warmup: int,
     backend: str,
     threads: int | None,
+    cuda_graph: bool,
     save: bool,
     as_json: bool,
 ) -> None:
@@ -58,7 +60,7 @@ def bench(
     if save and 1 not in batches:
         raise UsageError(f"--save: received --batch {batch}: expected 1 among them: latency is that of one picture")
     start = time.perf_counter()
-    with Sampler.load(artifact, backend, threads) as sampler:
+    with Sampler.load(artifact, backend, threads, cuda_graph=cuda_graph) as sampler:
         load_s = time.perf_counter() - start
         budgets = [name.strip() for name in budget.split(",")] if budget else list(sampler.budgets)
         with _progress_bar("requests") as progress:
@@ -67,6 +69,7 @@ def bench(
             )
         result = {
             "artifact": str(artifact), "digest": sampler.manifest.digest, "backend": sampler.backend, "threads": threads,
+            "cuda_graph": cuda_graph,
             "host": host_facts(), "versions": versions(), "repeat": repeat, "warmup": warmup,
             "load": {"total_s": round(load_s, 6), "stages": {k: round(v, 6) for k, v in sampler.load_s.items()}},
             "results": found, "saved": save,

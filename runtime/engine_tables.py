@@ -23,7 +23,7 @@ def engines_table(manifest: Manifest) -> Table:
     """A row for each backend and target."""
     from rich.markup import escape
 
-    table = _table("Engines", "backend", "version", "target", "profile", ">plans", ">size", ">build s", "layers")
+    table = _table("Engines", "backend", "version", "target", "profile", ">files", ">size", ">build s", "layers")
     for engine in manifest.engines:
         facts = _facts(manifest, engine)
         profile = ",".join(f"{name}={':'.join(map(str, sizes))}" for name, sizes in engine.profile.items())

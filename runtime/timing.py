@@ -9,7 +9,8 @@ Every moment belongs to exactly one part, so that the parts add up to the total:
     decode      latents → pictures
     overhead    everything else: noise, updates of the latents, copies into buffers, the caller's progress callback
 
-A backend is expected to have finished a stage when its call returns, as ONNX Runtime has on the CPU and with CUDA.
+A backend is expected to have finished a stage when its call returns, as ONNX Runtime has on the CPU and with CUDA. One that keeps
+everything on a GPU (`resident`) has only whole steps to time: all of a step is `overhead` there.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from decimal import Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal, localcontext
 from pathlib import Path
 
 import pytest
@@ -89,13 +89,26 @@ def written_float(value):
     sign = "-" if str(value).startswith("-") else ""
     if value == 0:
         return sign + "0.0"
-    digits = next(text for text in (f"{abs(value):.{n}e}" for n in range(17)) if float(text) == abs(value))
-    mantissa, exponent = digits.split("e")
-    e, figures = int(exponent), mantissa.replace(".", "").rstrip("0") or "0"
+    shortest = next(found for found in (read_back(abs(value), figures) for figures in range(1, 18)) if found)
+    closest = min(shortest, key=lambda decimal: abs(decimal - Decimal(abs(value))))
+    e, figures = closest.adjusted(), "".join(map(str, closest.as_tuple().digits)).rstrip("0")
     if -4 <= e < 16:
         plain = format(Decimal(figures).scaleb(e - len(figures) + 1), "f")
         return sign + (plain if "." in plain else plain + ".0")
     return f"{sign}{figures[0]}{'.' + figures[1:] if figures[1:] else ''}e{'-' if e < 0 else '+'}{abs(e):02d}"
+
+
+def read_back(value, figures):
+    """Decimals of so many figures, next to the value from below and above, that are the same binary64.
+
+    The nearer one of a power of two may be another number: its neighbour below is half as far away as the one above.
+    """
+    exact = Decimal(value)
+    unit = Decimal(1).scaleb(exact.adjusted() - figures + 1)
+    with localcontext() as context:
+        context.prec = 1100
+        sides = [exact.quantize(unit, rounding) for rounding in (ROUND_FLOOR, ROUND_CEILING)]
+    return [decimal for decimal in sides if float(decimal) == value]
 
 
 VALUES = st.recursive(
@@ -107,7 +120,24 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-@example([1e16, 1e15, 1e-4, 9.9e-5, 123456.7, 1.5e16, 5e-324, -0.0, 1.7976931348623157e308, 0.1, 2.0**53, 1e22, 1e23])
+@example(
+    [
+        1e16,
+        1e15,
+        1e-4,
+        9.9e-5,
+        123456.7,
+        1.5e16,
+        5e-324,
+        -0.0,
+        1.7976931348623157e308,
+        0.1,
+        2.0**53,
+        1e22,
+        1e23,
+        2.0**-24,
+    ]
+)
 @example({"\ue000": 1, "\U0001f600": 2, "a": "\x7f\x1f\u2028/"})
 def test_canonical_form(value):
     assert canonical_json(value).decode() == written(value)

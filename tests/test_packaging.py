@@ -123,10 +123,10 @@ def test_extras_resolve(wheels):
 
 
 def python_310():
-    found = shutil.which("python3.10") or next(
-        iter(sorted(Path.home().glob(".pyenv/versions/3.10.*/bin/python"))), None
-    )
-    return found or sys.executable
+    """Python 3.10, or this one: pyenv's shim of a version that is not chosen is found, and fails."""
+    candidates = [*sorted(map(str, Path.home().glob(".pyenv/versions/3.10.*/bin/python"))), shutil.which("python3.10")]
+    found = (path for path in candidates if path and subprocess.run([path, "-V"], capture_output=True).returncode == 0)
+    return next(found, sys.executable)
 
 
 @pytest.mark.long

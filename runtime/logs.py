@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import sys
-from typing import TextIO
 
 from otcache.schemas.errors import UsageError
 
@@ -36,15 +35,14 @@ class JsonLines(logging.Formatter):
         return json.dumps(event, ensure_ascii=False)
 
 
-class _Handler(logging.StreamHandler[TextIO]):
+class _Handler(logging.Handler):
     """Writes to whatever stderr is at the time."""
 
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)
-
     def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
 
 
 def configure(*, as_json: bool = False) -> None:

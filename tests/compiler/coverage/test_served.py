@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from compiler.coverage.pipelines import CASES
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from conftest import otc
 
 from otcache.compiler.capture import call_options
 from otcache.compiler.models import load_model
 from otcache.runtime import Sampler
+
+from .pipelines import CASES
 
 SMALL = ("--budgets", "2", "--num-inference-steps", "5", "--calibration-prompts", "2", "--evaluation-prompts", "2", "--trials", "2")  # fmt: skip
 

@@ -12,7 +12,7 @@ import click
 from .cli import check_packages, complete_models
 
 if TYPE_CHECKING:
-    from .compare import Comparison
+    from .comparison import Comparison
 
 
 @click.command("compare", short_help="Measure otcache against caching libraries and few-step solvers.")
@@ -42,6 +42,12 @@ if TYPE_CHECKING:
 @click.option(
     "--claim/--no-claim", default=True, show_default=True, help="Also test interpolation against searches per budget."
 )
+@click.option(
+    "--robustness/--no-robustness",
+    default=True,
+    show_default=True,
+    help="Also measure other guidance scales and numbers of calibration prompts, at 8 evaluations.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing comparison.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON, events on stderr.")
 @click.pass_context
@@ -67,7 +73,7 @@ def compare_command(ctx: click.Context, **choices: Any) -> None:
 
 
 def _compare(
-    as_json: bool, budgets: str, guidance_scale: str, against: str | None, claim: bool, **choices: Any
+    as_json: bool, budgets: str, guidance_scale: str, against: str | None, claim: bool, robustness: bool, **choices: Any
 ) -> None:
     check_packages("otc compare")
     from otcache.schemas.errors import ArtifactError
@@ -88,7 +94,7 @@ def _compare(
     reporter = reporter_for(as_json=as_json, verbose=asks_for_lines())
     try:
         names = [name.strip() for name in against.split(",")] if against else None
-        comparison = compare(options, names, reporter, claim=claim)
+        comparison = compare(options, names, reporter, claim=claim, robust=robustness)
     finally:
         reporter.close()
     write_comparison(comparison, output)

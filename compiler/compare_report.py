@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from .compare import DEFAULT, FURTHER, Comparison
+from .comparison import DEFAULT, FURTHER, WORST_DB, Comparison, Robustness
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
@@ -38,6 +38,8 @@ def markdown(comparison: Comparison) -> str:
             "Schedules of several ways, each with the same closed-loop fit, on the held-out prompts:",
             claim_table(comparison),
         ]
+    if comparison.robustness:
+        parts += robustness_tables(comparison.robustness)
     parts += [f"Calibration took {sum(comparison.costs.values()):.1f} full runs per prompt"
               + (f"; LeMiCa's graph alone {comparison.lemica_full_runs:.0f}." if comparison.lemica_full_runs else ".")]  # fmt: skip
     if comparison.skipped:
@@ -74,17 +76,46 @@ def fidelity_table(comparison: Comparison) -> str:
 def verdict_table(comparison: Comparison) -> str:
     """Whether the default is ahead, budget by budget."""
     lines = [
-        f"| budget | {DEFAULT} | best other | ahead by | SSIM ahead by | worst prompt | best other at {FURTHER:g}·B | must | aim |",
-        "|---:|---:|---|---:|---:|---:|---|---|---|",
+        f"| budget | {DEFAULT} | best other | ahead by | SSIM ahead by | worst prompt | best other at {FURTHER:g}·B | must | aim | worst within {WORST_DB:g} dB |",
+        "|---:|---:|---|---:|---:|---:|---|---|---|---|",
     ]
     for v in comparison.verdicts:
         further = "–" if v.further_ahead_db is None else f"{v.further_ahead_db:+.1f} dB to {v.further_peer}"
         lines.append(
             f"| {v.budget} | {v.psnr_db:.1f} | {v.best_peer} {v.best_peer_psnr_db:.1f} | {v.ahead_db:+.1f} dB | "
             f"{v.ssim_ahead:+.4f} | {v.worst_prompt_db:+.1f} dB | {further} | "
-            f"{'yes' if v.must else 'no'} | {'yes' if v.aim else 'no'} |"
+            f"{_yes(v.must)} | {_yes(v.aim)} | {_yes(v.worst_within)} |"
         )
     return "\n".join(lines)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def robustness_tables(found: Robustness) -> list[str]:
+    """Guidance and calibration prompts, each with a line above it."""
+    parts = []
+    if found.at_scales:
+        low, high = found.guidance_range
+        parts.append(
+            f"One program of {found.budget} evaluations, calibrated across guidance {low:g} to {high:g}, against the best peers "
+            "calibrated at the scale itself:"
+        )
+        rows = ["| guidance | " + DEFAULT + " | best other | ahead by |", "|---:|---:|---|---:|"]
+        rows += [
+            f"| {row.guidance_scale:g} | {row.psnr_db.mean:.1f} ({row.ssim.mean:.3f}) | {row.best_peer} "
+            f"{row.best_peer_psnr_db.mean:.1f} ({row.best_peer_ssim.mean:.3f}) | {row.ahead_db:+.1f} dB |"
+            for row in found.at_scales
+        ]
+        parts.append("\n".join(rows))
+    parts.append(f"The same held-out prompts at {found.budget} evaluations, by the number of calibration prompts:")
+    rows = ["| calibration prompts | PSNR | SSIM | worst prompt |", "|---:|---:|---:|---:|"]
+    rows += [
+        f"| {row.calibration_prompts} | {row.psnr_db.mean:.1f} dB | {row.ssim.mean:.4f} | {row.psnr_db.worst:.1f} dB |"
+        for row in found.calibrated
+    ]
+    return [*parts, "\n".join(rows)]
 
 
 def claim_table(comparison: Comparison) -> str:

@@ -196,12 +196,15 @@ def prepare(
     reporter: Reporter,
     held: contextlib.ExitStack | None = None,
     live: Model | None = None,
+    *,
+    like: Prepared | None = None,
 ) -> Prepared:
     """The passes up to the searches: load, probe, capture, lower, cut.
 
     held: keeps other compiles out of the workspace until it is closed; without it they may work at the same time.
+    like: the same model at the same size, prepared for other guidance or other prompts: it is not loaded and cut again.
     """
-    session, prompts, held_out = begin(options, reporter, live)
+    session, prompts, held_out = begin(options, reporter, like.session.model if like else live)
     model = session.model
     lpips = metrics.lpips_metric() if options.objective == "lpips" else None
     if held:
@@ -215,11 +218,7 @@ def prepare(
     with reporter.on("lower", type(model.pipeline.scheduler).__name__):
         prepare_scheduler(model.pipeline, session.call, model.pipeline.scheduler, options.num_inference_steps)
         table = lower(model.pipeline.scheduler)
-    with reporter.on("cut", type(model.transformer).__name__):
-        interface = session.interface
-        stages = cut(
-            model.transformer, _example(session, trajectory), constants=interface.constants, output=interface.output
-        )
+    stages = like.stages if like else _cut(session, trajectory)
     calibration = Calibration(
         denoiser=denoiser_of(model.transformer, session.interface, trajectory), trajectory=trajectory, table=table,
         decode=session.decode, references=session.decode(trajectory.latents[-1]), objective=options.objective,
@@ -229,6 +228,12 @@ def prepare(
         session=session, trajectory=trajectory, table=table, stages=stages, calibration=calibration, prompts=prompts,
         held_out=held_out,
     )  # fmt: skip
+
+
+def _cut(session: Session, trajectory: Trajectory) -> Stages:
+    transformer, interface = session.model.transformer, session.interface
+    with session.reporter.on("cut", type(transformer).__name__):
+        return cut(transformer, _example(session, trajectory), constants=interface.constants, output=interface.output)
 
 
 def default_prompts() -> list[str]:

@@ -6,9 +6,9 @@ Shapes: n held-out prompts, latents (n, …) as the scheduler sees them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -17,12 +17,11 @@ from otcache.schemas.program import Program
 
 from ..calibrate import Calibration
 from ..capture import CallOptions, Trajectory, denoiser_of
+from ..comparison import Group
 from ..evaluate import Evaluation
 from ..lower import SolverTable
 from ..rollout import StagedModel, roll_out
 from ..workspace import Workspace
-
-Group = Literal["solver", "cache", "schedule", "library", "otcache"]
 
 
 class NotApplicable(Exception):
@@ -109,6 +108,8 @@ class ProgramMethod:
     staged: Callable[[Bench, Evaluation], StagedModel] | None = None
     """The staged model that runs a residual program, if not the usual one."""
     adaptive: bool = False
+    made_of: Mapping[int, Program] = field(default_factory=dict)
+    """Programs by budget, of a method that depends on more than the bench."""
 
     def run(self, bench: Bench, budget: int) -> Outcome:
         built = self.build(bench, budget)

@@ -22,6 +22,6 @@ def prepared(tiny_flux_folder, workspace):
 
 @pytest.fixture(scope="session")
 def bench(prepared):
-    from otcache.compiler.compare import bench_of
+    from otcache.compiler.peers.measure import bench_of
 
     return bench_of(prepared)

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder.  [default: artifacts/compare/NAME]")
 @click.option("--num-inference-steps", default=50, show_default=True, help="Steps of the full sampler.")
 @click.option("--guidance-scale", default="4", show_default=True, help="Guidance scale, or a range such as 2:6.")
-@click.option("--negative-prompt", default="", help="Negative prompt of guided models.")
-@click.option("--height", type=int, help="Pixels.  [default: the autoencoder's]")
-@click.option("--width", type=int, help="Pixels.  [default: the autoencoder's]")
+@click.option("--negative-prompt", help="Negative prompt of guided models.  [default: the model's, or none]")
+@click.option("--height", type=int, help="Pixels.  [default: the model's]")
+@click.option("--width", type=int, help="Pixels.  [default: the model's]")
+@click.option("--num-frames", type=int, help="Frames of a video.  [default: the model's]")
+@click.option("--max-sequence-length", type=int, help="Text tokens.  [default: the model's]")
 @click.option("--trials", default=20, show_default=True, help="Trials of otcache's anchor search.")
 @click.option(
     "--objective",

@@ -6,6 +6,7 @@ elsewhere and pickled weights before diffusers sees the folder.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -13,7 +14,9 @@ import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from otcache.schemas.digest import digest_of_files, digest_of_value
 from otcache.schemas.errors import ModelError
@@ -25,6 +28,20 @@ _log = logging.getLogger(__name__)
 SAFE_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 """What is fetched from the hub; `*.py` only on request, pickled weights never."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+\Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallDefaults:
+    """How a model is meant to be called, where its pipeline's class says otherwise or nothing (`call.json` in its folder)."""
+
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid")
+
+    height: int | None = None
+    """Pixels."""
+    width: int | None = None
+    num_frames: int | None = None
+    max_sequence_length: int | None = None
+    negative_prompt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +67,20 @@ class Model:
         """The model's own prompts (`prompts.txt` in its folder), or none."""
         path = self.folder / "prompts.txt" if self.folder else None
         return read_prompts(path) if path and path.is_file() else []
+
+    @property
+    def call(self) -> CallDefaults:
+        """The model's own arguments. Raises ModelError for a `call.json` that is none."""
+        path = self.folder / "call.json" if self.folder else None
+        if path is None or not path.is_file():
+            return CallDefaults()
+        names = [field.name for field in dataclasses.fields(CallDefaults)]
+        try:
+            return TypeAdapter(CallDefaults).validate_json(path.read_bytes())
+        except ValidationError as error:
+            found = error.errors()[0]
+            where = ".".join(map(str, found["loc"])) or "the file"
+            raise ModelError(f"{path}: {where}: {found['msg']}: expected an object of {', '.join(names)}") from error
 
 
 def bundled_folder() -> Path:

@@ -22,7 +22,8 @@ class CompileOptions:
     """Lowest and highest scale that will be served."""
     prompts: Path | tuple[str, ...] | None = None
     """A text file with one a line, or the prompts themselves."""
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
+    """Default, as of the next four: the model's own (`call.json`), else the pipeline's; of this one nothing."""
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None

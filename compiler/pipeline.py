@@ -242,10 +242,12 @@ def default_prompts() -> list[str]:
 
 
 def _session(options: CompileOptions, model: Model, prompts: Sequence[str], reporter: Reporter) -> Session:
+    own = model.call
     call = call_options(
-        model.pipeline, num_inference_steps=options.num_inference_steps, height=options.height, width=options.width,
-        num_frames=options.num_frames, max_sequence_length=options.max_sequence_length,
-        negative_prompt=options.negative_prompt,
+        model.pipeline, num_inference_steps=options.num_inference_steps, height=options.height or own.height,
+        width=options.width or own.width, num_frames=options.num_frames or own.num_frames,
+        max_sequence_length=options.max_sequence_length or own.max_sequence_length,
+        negative_prompt=own.negative_prompt if options.negative_prompt is None else options.negative_prompt,
     )  # fmt: skip
     encoders = text_encoders(model.pipeline, call.max_sequence_length or 0)
     interface = probe(model.pipeline, call, options.nominal_scale, prompts)

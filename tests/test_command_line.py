@@ -162,7 +162,7 @@ def test_completion(tmp_path, monkeypatch):
     assert complete("inspect", "m") == ["mine/first"]
     assert complete("run", "mine/first", "--budget", "") == [], "a damaged artifact completes to nothing"
     assert complete("run", "mine/first", "--backend", "tensorrt-") == ["tensorrt-rtx"]
-    assert complete("compile", "sha") == ["shapes"]
+    assert complete("compile", "shapes-q") == ["shapes-qwen"]
     assert complete("completion", "") == ["bash", "zsh", "fish"]
 
 

@@ -5,6 +5,7 @@ A script names its model, its data and how the model is called; everything here 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,8 @@ def contact_sheet(pictures: np.ndarray, columns: int = 8, scale: int = 2) -> Ima
 def weights_bytes(folder: Path) -> int:
     """Size of all weights in a diffusers folder."""
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def write_call(folder: Path, **arguments: int | str) -> None:
+    """How the model is called, for whom its pipeline's defaults mean another size (`otcache.compiler.models.CallDefaults`)."""
+    (folder / "call.json").write_text(json.dumps(arguments, indent=1) + "\n")

@@ -253,6 +253,7 @@ def main() -> None:
     pipeline = make_pipeline(vae, tokenizer, pipeline.text_encoder, transformer)
     pipeline.to(torch.float16).save_pretrained(options.output)
     write_prompts(options.output)
+    flow.write_call(options.output, height=SIDE, width=SIDE, negative_prompt=NEGATIVE)
     shares, drawn = check(QwenImagePipeline.from_pretrained(options.output, torch_dtype=torch.float32))
     flow.contact_sheet(drawn).save(options.output / "samples.png")
     (options.output / "check.json").write_text(json.dumps(shares, indent=1) + "\n")

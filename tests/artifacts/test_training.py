@@ -14,11 +14,7 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from otcache.artifacts.training import flow, qwen, scenes, video
 
 MODELS = Path(__file__).parents[2] / "artifacts" / "models"
-CALLS = {
-    "shapes": {"height": 48, "width": 48},
-    "shapes-qwen": {"height": 32, "width": 32},
-    "shapes-video": {"height": 32, "width": 32, "num_frames": 13, "max_sequence_length": video.TEXT_LENGTH},
-}
+TRAINED = ("shapes", "shapes-qwen", "shapes-video")
 
 
 def test_readers_name_what_was_drawn():
@@ -66,7 +62,7 @@ def test_single_frame_convolutions_change_no_value():
     torch.testing.assert_close(fast, plain)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_folder_loads_and_runs(name: str):
     folder = MODELS / name
     if not (folder / "check.json").exists():
@@ -78,8 +74,11 @@ def test_folder_loads_and_runs(name: str):
     assert shares["both"] >= 0.9 and shares.get("motion", 1.0) >= 0.9
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
+    call = {"height": 48, "width": 48, "negative_prompt": ""}
+    if (folder / "call.json").exists():
+        call |= json.loads((folder / "call.json").read_text())
     output = pipeline(
-        prompts[:1], negative_prompt=[" "], true_cfg_scale=4.0, num_inference_steps=4, output_type="np",
-        generator=torch.Generator().manual_seed(0), **CALLS[name],
+        prompts[:1], **call, true_cfg_scale=4.0, num_inference_steps=4, output_type="np",
+        generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert np.isfinite(output[0]).all() and output[0].std() > 0.02

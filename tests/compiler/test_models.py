@@ -6,7 +6,15 @@ import json
 
 import pytest
 
-from otcache.compiler.models import bundled_folder, bundled_models, find_model, load_model, read_prompts
+from otcache.compiler.models import (
+    CallDefaults,
+    Model,
+    bundled_folder,
+    bundled_models,
+    find_model,
+    load_model,
+    read_prompts,
+)
 from otcache.schemas.errors import ModelError
 
 
@@ -47,3 +55,28 @@ def test_prompts_are_read_line_by_line(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ModelError, match="expected UTF-8 text"):
         read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"height": "32"}', "height"),
+        ('{"hight": 32}', "hight"),
+        ("[32]", "call.json"),
+        ("{", "call.json"),
+        ('{"width": true}', "width"),
+    ],
+)
+def test_a_call_that_is_none_is_refused(tmp_path, text, named):
+    (tmp_path / "call.json").write_text(text)
+    model = Model(name="m", folder=tmp_path, pipeline=None, config_digest="", weights_digest="", denoiser_digest="")
+    with pytest.raises(ModelError, match=named) as raised:
+        _ = model.call
+    assert "expected an object of height, width" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_model_says_how_it_is_called(tmp_path):
+    model = Model(name="m", folder=tmp_path, pipeline=None, config_digest="", weights_digest="", denoiser_digest="")
+    assert model.call == CallDefaults()
+    (tmp_path / "call.json").write_text('{"height": 32, "negative_prompt": " "}')
+    assert model.call == CallDefaults(height=32, negative_prompt=" ")

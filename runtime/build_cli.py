@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import click
 
 from .cli import _progress_bar
-from .cli_options import artifact_argument, json_option, print_json
+from .cli_options import artifact_argument, granularity_option, json_option, print_json
 
 if TYPE_CHECKING:
+    from otcache.schemas.segments import Granularity
+
     from .build_engines import Progress
 
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -26,6 +28,7 @@ Examples:
   otc build-engines artifacts/shapes --backend tensorrt-rtx --target sm_89,sm_120
   otc build-engines artifacts/shapes --backend tensorrt --profile batch=1:1:8 --workspace 8GB
   otc build-engines artifacts/shapes --backend tensorrt-rtx --target sm_86 --jobs 2 --json
+  otc build-engines artifacts/shapes --backend tensorrt --granularity trunk
 
 \b
 tensorrt-rtx builds for sm_75 to sm_121 on any host, without a GPU; tensorrt builds for the GPU of the host only. A build that
@@ -38,6 +41,7 @@ was stopped goes on where it was when it is started again. Engines for other tar
 @click.option("--profile", default="batch=1:1:4", show_default=True, metavar="NAME=MIN:OPT:MAX[,…]",
               help="Sizes to serve, of what the shapes leave open; batch counts pictures.")  # fmt: skip
 @click.option("--workspace", default=None, metavar="SIZE", help="Most memory of one layer, such as 4GB.")
+@granularity_option
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Plans built at once.")
 @click.option("--unsign", is_flag=True, help="Remove the signature of a signed artifact; it cannot cover new engines.")
 @json_option
@@ -47,6 +51,7 @@ def build_command(
     target: str,
     profile: str,
     workspace: str | None,
+    granularity: Granularity,
     jobs: int,
     unsign: bool,
     as_json: bool,
@@ -65,7 +70,7 @@ def build_command(
 
         results = build_engines(
             artifact, backend=backend, targets=parse_targets(target), profile=parse_profile(profile),
-            workspace_bytes=parse_size(workspace), jobs=jobs, unsign=unsign, progress=progress,
+            workspace_bytes=parse_size(workspace), granularity=granularity, jobs=jobs, unsign=unsign, progress=progress,
         )  # fmt: skip
     if as_json:
         print_json({"artifact": str(artifact), "engines": [asdict(result) for result in results]})

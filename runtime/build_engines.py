@@ -34,11 +34,13 @@ from otcache.schemas.manifest import (
     TensorInfo,
     core_digest,
 )
+from otcache.schemas.segments import Granularity, coarsened, name_of, segments
 
 from .artifact import Artifact, manifest_value, read_small
 from .build_workers import build_all
 from .manifest_file import replace_manifest
 from .messages import one_line
+from .onnx_segments import OnnxSegment, check_onnx
 from .tensorrt_build import BuildJob, Built, Extent, Range
 from .tensorrt_library import choose_targets, host_platform, library
 
@@ -85,9 +87,9 @@ class _Wanted:
 
     name: str
     path: str
-    source: Path | Combination
-    sources: tuple[str, ...]
-    """Digests of what it is built from."""
+    source: Path | OnnxSegment | Combination
+    sources: dict[str, tuple[str, ...]]
+    """Digests of what it is built from, by stage; by its own name for a combination."""
     shapes: dict[str, Range]
 
 
@@ -98,6 +100,7 @@ class _Choices:
     target: str
     profile: Profile
     workspace_bytes: int | None
+    granularity: Granularity
 
     @property
     def folder(self) -> str:
@@ -112,13 +115,15 @@ def build_engines(
     targets: tuple[str, ...] = (),
     profile: Profile = DEFAULT_PROFILE,
     workspace_bytes: int | None = None,
+    granularity: Granularity = "block",
     jobs: int = 1,
     unsign: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> tuple[TargetResult, ...]:
     """Build a plan for each stage and combination, for each target, and list them in the manifest.
 
-    backend: `tensorrt` or `tensorrt-rtx`. targets: such as `sm_89`; none takes this host's GPU. jobs: plans built at once.
+    backend: `tensorrt` or `tensorrt-rtx`. targets: such as `sm_89`; none takes this host's GPU. granularity: how many blocks
+    a plan holds (`otcache.schemas.segments`). jobs: plans built at once.
     Raises ArtifactError, HostError (with the layer that cannot be built), UsageError.
     """
     trt = library(backend)
@@ -130,10 +135,12 @@ def build_engines(
             "remove it with --unsign, and sign again with otc sign"
         )
     _check_profile(artifact.manifest, profile)
+    if granularity != "block":
+        check_onnx()
     results = []
     for target in chosen:
         choices = _Choices(backend=backend, version=trt.__version__, target=target, profile=profile,
-                           workspace_bytes=workspace_bytes)  # fmt: skip
+                           workspace_bytes=workspace_bytes, granularity=granularity)  # fmt: skip
         try:
             results.append(_build_target(artifact, choices, jobs, unsign, progress or (lambda _: None)))
         except OSError as error:
@@ -175,7 +182,7 @@ def _build_target(
 
     def finished(job: BuildJob, built: Built) -> None:
         plan = wanted[job.name]
-        record = {"sources": list(plan.sources), "built": asdict(built)}
+        record = {"sources": plan.sources, "built": asdict(built)}
         _record_path(artifact.folder, plan).write_text(json.dumps(record), encoding="utf-8")
         done[job.name] = built
         progress(Progress(target=choices.target, name=job.name, done=len(done), total=total, reused=False,
@@ -201,16 +208,23 @@ def _wanted(artifact: Artifact, choices: _Choices) -> list[_Wanted]:
     """Every plan of the artifact; its ONNX files are verified here."""
     manifest = artifact.manifest
     digests = {entry.path: entry.digest for entry in manifest.files}
-    plans = [
-        _Wanted(
-            name=stage.name,
-            path=f"{choices.folder}/{stage.name}.plan",
-            source=artifact.engine_path(stage.onnx).absolute(),
-            sources=tuple(digests[path] for path in (stage.onnx, *stage.external_data)),
-            shapes=_shapes(stage.inputs, _stage_rows(manifest, stage, choices.profile["batch"])),
+    held = segments(manifest, choices.granularity)
+    members = {name_of(segment): segment for segment in held}
+    stages = {stage.name: stage for stage in manifest.stages}
+    plans = []
+    for stage in coarsened(manifest, held).stages:
+        parts = tuple(stages[name] for name in members.get(stage.name, (stage.name,)))
+        plans.append(
+            _Wanted(
+                name=stage.name,
+                path=f"{choices.folder}/{stage.name}.plan",
+                source=_source(artifact, stage, parts),
+                sources={
+                    part.name: tuple(digests[path] for path in (part.onnx, *part.external_data)) for part in parts
+                },
+                shapes=_shapes(stage.inputs, _stage_rows(manifest, stage, choices.profile["batch"])),
+            )
         )
-        for stage in manifest.stages
-    ]
     for combination in combinations(manifest):
         rows = choices.profile["batch"]
         if not combination.counts_samples:
@@ -220,11 +234,19 @@ def _wanted(artifact: Artifact, choices: _Choices) -> list[_Wanted]:
                 name=COMBINATIONS + combination.name,
                 path=f"{choices.folder}/{COMBINATIONS}{combination.name}.plan",
                 source=combination,
-                sources=(_digest_of(combination),),
+                sources={COMBINATIONS + combination.name: (_digest_of(combination),)},
                 shapes=_shapes(combination.terms, rows),
             )
         )
     return plans
+
+
+def _source(artifact: Artifact, stage: Stage, parts: tuple[Stage, ...]) -> Path | OnnxSegment:
+    """The verified ONNX files of a stage's parts."""
+    paths = tuple(artifact.engine_path(part.onnx).absolute() for part in parts)
+    if len(parts) == 1:
+        return paths[0]
+    return OnnxSegment(parts, paths, tuple(tensor.name for tensor in stage.outputs))
 
 
 def _stage_rows(manifest: Manifest, stage: Stage, samples: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -301,8 +323,9 @@ def _recorded(folder: Path, plan: _Wanted) -> Built | None:
     try:
         record = json.loads(_record_path(folder, plan).read_bytes())
         built = Built(**record["built"])
-        same = tuple(record["sources"]) == plan.sources and digest_of_file(folder / plan.path) == built.digest
-    except (OSError, ValueError, KeyError, TypeError):
+        sources = {name: tuple(digests) for name, digests in record["sources"].items()}
+        same = sources == plan.sources and digest_of_file(folder / plan.path) == built.digest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return built if same else None
 
@@ -327,15 +350,17 @@ def _publish(
     value = manifest_value(manifest_bytes)
     old = _engine(now, choices)
     replaced = set() if old is None else {*old.stages.values(), *old.combinations.values()}
-    stages = {stage.name for stage in now.stages}
+    of_stages = {
+        stage: plan for name, plan in wanted.items() if not name.startswith(COMBINATIONS) for stage in plan.sources
+    }
     engine = Engine.model_validate(
         {
             "backend": choices.backend, "version": choices.version, "target": choices.target, "platform": host_platform(),
             "profile": dict(choices.profile), "workspace_bytes": choices.workspace_bytes,
-            "stages": {name: wanted[name].path for name in stages},
+            "stages": {stage: plan.path for stage, plan in of_stages.items()},
             "combinations": {name.removeprefix(COMBINATIONS): plan.path
-                             for name, plan in wanted.items() if name not in stages},
-            "sources": {name: wanted[name].sources for name in stages},
+                             for name, plan in wanted.items() if name.startswith(COMBINATIONS)},
+            "sources": {stage: plan.sources[stage] for stage, plan in of_stages.items()},
             "layers": {name: built.layers for name, built in done.items()},
         }
     )  # fmt: skip

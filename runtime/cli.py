@@ -15,13 +15,14 @@ import click
 
 from otcache.schemas.errors import HostError, OTCacheError, UsageError
 
-from .cli_options import artifact_argument, json_option
+from .cli_options import artifact_argument, granularity_option, json_option
 from .cli_options import print_json as _print_json
 from .completion import complete_backends, complete_budgets, completion
 from .trust_cli import pack, sign, unpack, verify
 
 if TYPE_CHECKING:
     from otcache.schemas.manifest import BudgetProgram, Manifest, TensorInfo
+    from otcache.schemas.segments import Granularity
 
     from .timing import Timing
 
@@ -291,23 +292,24 @@ def run(
 Examples:
   otc inspect artifacts/shapes
   otc inspect artifacts/shapes --json | jq .budgets
-  otc inspect artifacts/shapes --memory --images 4
+  otc inspect artifacts/shapes --memory --images 4 --granularity trunk
 """
 )
 @artifact_argument
 @click.option("--memory", is_flag=True, help="Show the device memory of each budget, and every address, instead.")
 @click.option("-n", "--images", type=click.IntRange(min=1), default=1, show_default=True, help="At once, for --memory.")
+@granularity_option
 @json_option
-def inspect(artifact: Path, memory: bool, images: int, as_json: bool) -> None:
+def inspect(artifact: Path, memory: bool, images: int, granularity: Granularity, as_json: bool) -> None:
     """Show what ARTIFACT holds: model, stages, engines, budgets, quality and every schedule."""
     from .artifact import Artifact
     from .engine_tables import memory_summary, memory_tables
 
     manifest = Artifact.open(artifact).manifest
     if memory and as_json:
-        _print_json(memory_summary(manifest, images))
+        _print_json(memory_summary(manifest, images, granularity))
     elif memory:
-        _print_tables(memory_tables(manifest, images))
+        _print_tables(memory_tables(manifest, images, granularity))
     elif as_json:
         _print_json(summary(manifest))
     else:

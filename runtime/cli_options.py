@@ -1,13 +1,15 @@
-"""What commands share: the ARTIFACT argument, `--json`, and the one way to print a JSON value."""
+"""What commands share: the ARTIFACT argument, `--granularity`, `--json`, and the one way to print a JSON value."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
+
+from otcache.schemas.segments import SEGMENT_BLOCKS, Granularity
 
 from .completion import complete_artifacts
 
@@ -18,6 +20,13 @@ def artifact_argument(function: Callable[..., Any]) -> Callable[..., Any]:
     """ARTIFACT, a folder; the shell completes folders that hold a manifest."""
     kind = click.Path(path_type=Path)
     return click.argument("artifact", type=kind, shell_complete=complete_artifacts)(function)
+
+
+def granularity_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--granularity`: how many consecutive blocks a plan holds."""
+    text = f"Blocks in a plan: one, up to {SEGMENT_BLOCKS}, or all."
+    kind = click.Choice(get_args(Granularity))
+    return click.option("--granularity", type=kind, default="block", show_default=True, help=text)(function)
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:

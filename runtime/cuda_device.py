@@ -28,16 +28,25 @@ class CudaDevice:
         self._device.set_current()
 
     def allocate(self, size_bytes: int) -> int:
+        """Also what a request begins with, in whichever thread it runs: the device becomes that thread's."""
+        self.activate()
         status, address = driver.cuMemAlloc(size_bytes)
         if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise HostError(
-                f"no room for {readable_size(size_bytes)} on the GPU: ask for fewer pictures at once, or free its memory"
+                f"no room for {readable_size(size_bytes)} on the GPU: found {readable_size(self.free_bytes())}: ask for fewer "
+                "pictures at once (otc inspect ARTIFACT --memory -n N says what N take), or free its memory"
             )
         _check(status, "memory cannot be allocated")
         return int(address)
 
     def free(self, address: int) -> None:
+        self.activate()
         _check(driver.cuMemFree(address)[0], "memory cannot be freed")
+
+    def free_bytes(self) -> int:
+        status, left, _ = driver.cuMemGetInfo()
+        _check(status, "its memory cannot be read")
+        return int(left)
 
     def upload(self, address: int, array: Array) -> None:
         """From pageable memory: the driver has its own copy when this returns."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from otcache.schemas.manifest import Engine, Manifest
+from otcache.schemas.segments import Granularity, coarsened, segments, segments_of
 
 from .address_plan import AddressPlan, plan_addresses
 from .build_engines import BUILD_TIME
@@ -28,25 +29,28 @@ def engines_table(manifest: Manifest) -> Table:
         facts = _facts(manifest, engine)
         profile = ",".join(f"{name}={':'.join(map(str, sizes))}" for name, sizes in engine.profile.items())
         layers = ", ".join(f"{count} {dtype}" for dtype, count in facts["layers_by_type"].items())
+        together = f" ({facts['blocks_per_plan']} blocks in one)" if facts["blocks_per_plan"] > 1 else ""
         table.add_row(
-            engine.backend, escape(one_line(engine.version)), escape(one_line(engine.target)), escape(profile) or "–", str(len({*_paths(engine)})),
-            readable_size(facts["size_bytes"]), f"{facts['build_s']:.1f}" if facts["build_s"] else "–",
+            engine.backend, escape(one_line(engine.version)), escape(one_line(engine.target)), escape(profile) or "–",
+            f"{len(_paths(engine))}{together}", readable_size(facts["size_bytes"]), f"{facts['build_s']:.1f}" if facts["build_s"] else "–",
             escape(one_line(layers)) or "–",
         )  # fmt: skip
     return table
 
 
-def memory_summary(manifest: Manifest, samples: int) -> dict[str, Any]:
+def memory_summary(manifest: Manifest, samples: int, granularity: Granularity) -> dict[str, Any]:
     """Of every budget the arena's size, the least that any plan needs, and where each value lies."""
+    plans = _plans(manifest, samples, granularity)
     return {
         "samples": samples,
-        "budgets": {name: _memory(plan) for name, plan in _plans(manifest, samples).items()},
+        "granularity": granularity,
+        "budgets": {name: _memory(plan) for name, plan in plans.items()},
     }
 
 
-def memory_tables(manifest: Manifest, samples: int) -> list[Table]:
+def memory_tables(manifest: Manifest, samples: int, granularity: Granularity) -> list[Table]:
     """Arena and lower bound of every budget; the addresses of the first and last step of the largest arena."""
-    plans = _plans(manifest, samples)
+    plans = _plans(manifest, samples, granularity)
     sizes = _table(f"Device memory beside weights, {samples} at once", ">budget", ">launches", ">arena", ">lower bound")
     for name, plan in plans.items():
         sizes.add_row(name, str(len(plan.listing.launches)), readable_size(plan.size_bytes),
@@ -61,7 +65,8 @@ def memory_tables(manifest: Manifest, samples: int) -> list[Table]:
     return [sizes, places]
 
 
-def _plans(manifest: Manifest, samples: int) -> dict[str, AddressPlan]:
+def _plans(manifest: Manifest, samples: int, granularity: Granularity) -> dict[str, AddressPlan]:
+    manifest = coarsened(manifest, segments(manifest, granularity))
     entries = [entry for name in manifest.budgets if (entry := manifest.program(name))]
     return {entry.budget: plan_addresses(manifest, entry.program, samples) for entry in entries}
 
@@ -89,7 +94,13 @@ def _facts(manifest: Manifest, engine: Engine) -> dict[str, Any]:
         for dtype, count in layers.items():
             types[dtype] = types.get(dtype, 0) + count
     size = sum(sizes[path] for path in _paths(engine))
-    return {"size_bytes": size, "build_s": round(sum(times), 3), "layers_by_type": dict(sorted(types.items()))}
+    blocks = max(map(len, segments_of(engine, manifest)))
+    return {
+        "size_bytes": size,
+        "blocks_per_plan": blocks,
+        "build_s": round(sum(times), 3),
+        "layers_by_type": dict(sorted(types.items())),
+    }
 
 
 def _paths(engine: Engine) -> set[str]:

@@ -2,14 +2,16 @@
 
 Consumes engines that read and write at addresses, and the `AddressPlan` of a program; what a step needs of the host is to
 enqueue its launches, and to set the few addresses that differ from the step before. One stream; one workspace for all engines,
-because they run one after another; one arena for all programs, because requests do.
+because they run one after another; one arena for all programs, because requests do. A loop that is recorded as a graph has
+execution contexts of its own, which nothing touches afterwards: the graph refers to them.
 
 Only the request's own tensors go up (conditioning, first latents, weights of guidance), and only the final latents come down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,12 +20,15 @@ from numpy.typing import NDArray
 
 from otcache.schemas.combinations import combinations
 from otcache.schemas.manifest import Manifest, TensorInfo
+from otcache.schemas.segments import Segment, coarsened
 
 from .address_plan import AddressPlan, aligned, plan_addresses
 from .engine import DTYPES, Array, Denoiser, Request
 from .launches import GUIDANCE, Launch, Value
+from .messages import readable_size
 from .trunk import shape_of
 
+_log = logging.getLogger(__name__)
 Shape = tuple[int, ...]
 
 
@@ -47,6 +52,9 @@ class Device(Protocol):
 
     def free(self, address: int) -> None: ...
 
+    def free_bytes(self) -> int:
+        """Memory that is left."""
+
     def upload(self, address: int, array: Array) -> None:
         """Copy to the device, in stream order; the array may change after the call."""
 
@@ -60,11 +68,8 @@ class Device(Protocol):
         """What `launch` enqueues, as a graph that is enqueued as a whole. Nothing runs while recording."""
 
 
-class ResidentEngine(Protocol):
-    """An engine that works on memory it is told of."""
-
-    workspace_bytes: int
-    """What it needs beside its inputs and outputs, while it runs."""
+class Context(Protocol):
+    """A state in which an engine runs: on memory that it is told of."""
 
     def use_workspace(self, address: int, size_bytes: int) -> None: ...
 
@@ -76,11 +81,41 @@ class ResidentEngine(Protocol):
         """Run on the device's stream. Raises HostError."""
 
 
+class ResidentEngine(Protocol):
+    """An engine that keeps nothing but its weights."""
+
+    workspace_bytes: int
+    """What it needs beside its inputs and outputs, while it runs."""
+
+    def context(self) -> Context:
+        """A new one. Raises HostError if there is no room."""
+
+
 @dataclass(frozen=True)
 class _Call:
     engine: str
     addresses: tuple[tuple[str, int], ...]
     shapes: tuple[tuple[str, Shape], ...]
+
+
+class _Told:
+    """A context that is told only what it has not been told before."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._shapes: dict[str, Shape] = {}
+        self._addresses: dict[str, int] = {}
+
+    def run(self, call: _Call) -> None:
+        for tensor, shape in call.shapes:
+            if self._shapes.get(tensor) != shape:
+                self._context.set_shape(tensor, shape)
+                self._shapes[tensor] = shape
+        for tensor, address in call.addresses:
+            if self._addresses.get(tensor) != address:
+                self._context.set_address(tensor, address)
+                self._addresses[tensor] = address
+        self._context.enqueue()
 
 
 @dataclass
@@ -92,6 +127,8 @@ class _Prepared:
     guidance: int
     """Where the weights of the branches go."""
     steps: tuple[tuple[_Call, ...], ...]
+    contexts: Mapping[str, _Told]
+    """By engine."""
     recording: Recording | None = None
 
     def address(self, value: Value) -> int:
@@ -102,21 +139,26 @@ class ResidentLoop:
     """A `Denoiser` over resident engines. One request at a time."""
 
     def __init__(
-        self, manifest: Manifest, engines: Mapping[str, ResidentEngine], device: Device, *, cuda_graph: bool = False
+        self,
+        manifest: Manifest,
+        engines: Mapping[str, ResidentEngine],
+        device: Device,
+        *,
+        segments: tuple[Segment, ...],
+        cuda_graph: bool = False,
     ) -> None:
-        self._manifest, self._engines, self._device, self._cuda_graph = manifest, engines, device, cuda_graph
+        self._manifest = manifest = coarsened(manifest, segments)
+        self._engines, self._device, self._cuda_graph = engines, device, cuda_graph
         self._info = {t.name: t for stage in manifest.trunk for t in (*stage.inputs, *stage.outputs)}
         self._combinations = {"@" + combination.name: combination for combination in combinations(manifest)}
         self._arena, self._arena_bytes = 0, 0
         self._tables: list[int] = []
         self._prepared: dict[tuple[str, int], _Prepared] = {}
-        self._set: dict[tuple[str, str], object] = {}
-        """The address and the shape that each engine's tensors have now."""
         device.activate()
-        needed = max(engine.workspace_bytes for engine in engines.values())
-        self._workspace = device.allocate(needed) if needed else 0
-        for engine in engines.values():
-            engine.use_workspace(self._workspace, needed)
+        self._workspace_bytes = max(1, *(engine.workspace_bytes for engine in engines.values()))
+        self._workspace = device.allocate(self._workspace_bytes)
+        self._contexts = {} if cuda_graph else self._make_contexts(engines)
+        """Of all programs, unless they are recorded."""
 
     def __call__(self, request: Request) -> NDArray[np.float32]:
         self._device.activate()
@@ -132,20 +174,21 @@ class ResidentLoop:
                 request.step_done(done, total)
         else:
             for done, calls in enumerate(prepared.steps, start=1):
-                self._enqueue(calls)
+                self._enqueue(prepared, calls)
                 if request.watched:
                     self._device.synchronize()
                 request.step_done(done, total)
         final = np.empty(request.latents.shape, np.float32)
         self._device.download(prepared.address(prepared.plan.listing.final), final)
         if self._cuda_graph and prepared.recording is None:  # after one run, in which libraries have set themselves up
-            prepared.recording = self._device.record(lambda: self._enqueue_all(prepared))
+            self._record(prepared, f"budget {request.budget}, {n} at once")
         return final
 
     def close(self) -> None:
         """Free what the loop has allocated."""
         self._device.activate()
         self._forget()
+        self._contexts = {}
         if self._workspace:
             self._device.free(self._workspace)
         self._workspace = 0
@@ -190,7 +233,8 @@ class ResidentLoop:
             both = (*launch.reads.items(), *launch.writes.items())
             pairs = tuple((name, addresses[value]) for name, value in both)
             steps[-1].append(_Call(launch.engine, pairs, self._shapes(launch, n)))
-        return _Prepared(plan, self._arena, tables[GUIDANCE], tuple(tuple(calls) for calls in steps))
+        contexts = self._contexts or self._make_contexts(launch.engine for launch in plan.listing.launches)
+        return _Prepared(plan, self._arena, tables[GUIDANCE], tuple(tuple(calls) for calls in steps), contexts)
 
     def _shapes(self, launch: Launch, n: int) -> tuple[tuple[str, Shape], ...]:
         rows = n * self._manifest.guidance.branches
@@ -210,26 +254,30 @@ class ResidentLoop:
             array = as_type(request.conditioning[tensor.name], tensor.dtype)
             self._device.upload(prepared.address(Value(tensor.name, 0)), array)
 
-    def _enqueue_all(self, prepared: _Prepared) -> None:
-        for calls in prepared.steps:
-            self._enqueue(calls)
+    def _make_contexts(self, names: Iterable[str]) -> dict[str, _Told]:
+        found = {}
+        for name in dict.fromkeys(names):
+            context = self._engines[name].context()
+            context.use_workspace(self._workspace, self._workspace_bytes)
+            found[name] = _Told(context)
+        return found
 
-    def _enqueue(self, calls: Sequence[_Call]) -> None:
+    def _record(self, prepared: _Prepared, what: str) -> None:
+        def launch() -> None:
+            for calls in prepared.steps:
+                self._enqueue(prepared, calls)
+
+        before = self._device.free_bytes()
+        prepared.recording = self._device.record(launch)
+        _log.info(
+            "%s: recorded %d launches in %d contexts: %s of values, %s of workspace, %s for the graph",
+            what, sum(map(len, prepared.steps)), len(prepared.contexts), readable_size(prepared.plan.size_bytes),
+            readable_size(self._workspace_bytes), readable_size(max(0, before - self._device.free_bytes())),
+        )  # fmt: skip
+
+    def _enqueue(self, prepared: _Prepared, calls: Sequence[_Call]) -> None:
         for call in calls:
-            engine = self._engines[call.engine]
-            for tensor, shape in call.shapes:
-                if self._changed(f"{call.engine} shape", tensor, shape):
-                    engine.set_shape(tensor, shape)
-            for tensor, address in call.addresses:
-                if self._changed(call.engine, tensor, address):
-                    engine.set_address(tensor, address)
-            engine.enqueue()
-
-    def _changed(self, engine: str, tensor: str, new: object) -> bool:
-        if self._set.get((engine, tensor)) == new:
-            return False
-        self._set[engine, tensor] = new
-        return True
+            prepared.contexts[call.engine].run(call)
 
 
 def _tables(manifest: Manifest, plan: AddressPlan, request: Request) -> tuple[dict[Value, int], bytes]:
@@ -268,8 +316,15 @@ def as_type(array: Array, dtype: str) -> Array:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
 
 
-def resident_denoiser(manifest: Manifest, engines: Mapping[str, Any], device: Device, *, cuda_graph: bool) -> Denoiser:
-    """The loop over the engines that it needs: the trunk's and the combinations'."""
-    names = {stage.name for stage in manifest.trunk}
+def resident_denoiser(
+    manifest: Manifest,
+    engines: Mapping[str, Any],
+    device: Device,
+    *,
+    segments: tuple[Segment, ...],
+    cuda_graph: bool,
+) -> Denoiser:
+    """The loop over the engines that it needs: the trunk's and the combinations'. segments: blocks with an engine together."""
+    names = {stage.name for stage in coarsened(manifest, segments).trunk}
     needed = {name: engine for name, engine in engines.items() if name in names or name.startswith("@")}
-    return ResidentLoop(manifest, needed, device, cuda_graph=cuda_graph)
+    return ResidentLoop(manifest, needed, device, segments=segments, cuda_graph=cuda_graph)

@@ -1,9 +1,10 @@
-"""One plan: an ONNX file or a combination, a target and shapes → a file. Runs in a worker process (`build_workers`)."""
+"""One plan: ONNX files or a combination, a target and shapes → a file. Runs in a worker process (`build_workers`)."""
 
 from __future__ import annotations
 
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from otcache.schemas.digest import digest_of_bytes
 from otcache.schemas.errors import HostError
 
 from .messages import one_line
+from .onnx_segments import OnnxSegment, joined_file
 from .tensorrt_library import buildable_targets, error_log, library
 from .tensorrt_network import NetworkError, add_combination, create_network, layers_by_type, parse_stage
 
@@ -26,8 +28,8 @@ class BuildJob:
     """What becomes a plan."""
 
     name: str
-    """Of the stage or combination."""
-    source: Path | Combination
+    """Of the stage, segment or combination."""
+    source: Path | OnnxSegment | Combination
     backend: str
     target: str
     shapes: dict[str, Range]
@@ -55,18 +57,11 @@ def build_plan(job: BuildJob) -> Built:
     trt = library(job.backend)
     log = error_log(trt)
     builder = trt.Builder(log)
-    network = create_network(builder, trt)
-    try:
-        if isinstance(job.source, Combination):
-            add_combination(trt, network, job.source)
-        else:
-            parse_stage(trt, network, job.source, log)
-    except NetworkError as error:
-        fix = "serve it with --backend onnxruntime, or replace the operator in the model and compile it again"
-        raise _error(job, trt, f"{error}: expected an operator that it has: {fix}") from None
-    config = _config(job, trt, builder)
-    timings = _timing_cache(job, trt, config)
-    plan = builder.build_serialized_network(network, config)
+    with ExitStack() as files:
+        network, _weights = _network(job, trt, builder, log, files)
+        config = _config(job, trt, builder)
+        timings = _timing_cache(job, trt, config)
+        plan = builder.build_serialized_network(network, config)
     if plan is None:
         reason = one_line(log.errors[-1] if log.errors else "it gives no reason")
         fix = "build for another --target or type, or serve it with --backend onnxruntime"
@@ -81,6 +76,21 @@ def build_plan(job: BuildJob) -> Built:
     return Built(
         size_bytes=data.nbytes, digest=digest_of_bytes(data), build_s=seconds, layers=layers_by_type(network)
     )  # fmt: skip
+
+
+def _network(job: BuildJob, trt: Any, builder: Any, log: Any, files: ExitStack) -> tuple[Any, Any]:
+    """The job's network, and what owns its weights: to be kept until the plan is built. `files` closes what is temporary."""
+    network = create_network(builder, trt)
+    try:
+        if isinstance(job.source, Combination):
+            return network, add_combination(trt, network, job.source)
+        path = job.source
+        if isinstance(path, OnnxSegment):
+            path = files.enter_context(joined_file(path, job.output.with_name(f".{job.output.name}.onnx")))
+        return network, parse_stage(trt, network, path, log)
+    except NetworkError as error:
+        fix = "serve it with --backend onnxruntime, or replace the operator in the model and compile it again"
+        raise _error(job, trt, f"{error}: expected an operator that it has: {fix}") from None
 
 
 def _config(job: BuildJob, trt: Any, builder: Any) -> Any:

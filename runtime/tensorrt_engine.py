@@ -15,6 +15,7 @@ from otcache.schemas.combinations import combinations
 from otcache.schemas.errors import ArtifactError, HostError, RequestError
 from otcache.schemas.manifest import Engine as Plans
 from otcache.schemas.manifest import Manifest
+from otcache.schemas.segments import coarsened, name_of, segments_of
 
 from .address_plan import ITEM_BYTES
 from .artifact import Artifact
@@ -51,12 +52,36 @@ class DeviceTensor:
             self._device.free(self.address)
 
 
-class TensorrtEngine:
-    """A plan that has been deserialised, with one execution context."""
+class TensorrtContext:
+    """A state in which a plan is executed: shapes, addresses, workspace. A recorded graph keeps those that it was recorded with."""
 
-    def __init__(self, part: Part, engine: Any, trt: Any, log: Any, device: Any) -> None:
+    def __init__(self, context: Any, name: str, log: Any, stream: int) -> None:
+        self._context, self._name, self._log, self._stream = context, name, log, stream
+
+    def use_workspace(self, address: int, size_bytes: int) -> None:
+        self._context.set_device_memory(address, size_bytes)
+
+    def set_shape(self, tensor: str, shape: Shape) -> None:
+        if not self._context.set_input_shape(tensor, shape):
+            raise failed(self._name, self._log, f"does not take {tensor} of shape {shape}")
+
+    def set_address(self, tensor: str, address: int) -> None:
+        if not self._context.set_tensor_address(tensor, address):
+            raise failed(self._name, self._log, f"does not take an address for {tensor}")
+
+    def enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._stream):
+            raise failed(self._name, self._log, "failed")
+
+
+class TensorrtEngine:
+    """A plan that has been deserialised."""
+
+    def __init__(self, part: Part, engine: Any, contexts: Contexts, log: Any, device: Any) -> None:
         self._part, self._device, self._log = part, device, log
-        self._engine = engine
+        self._engine, self._contexts = engine, contexts
+        self._alone: TensorrtContext | None = None
+        """What the stage runs in when it runs on its own."""
         found = {engine.get_tensor_name(i): engine.get_tensor_dtype(engine.get_tensor_name(i)).name
                  for i in range(engine.num_io_tensors)}  # fmt: skip
         wanted = {t.name: TYPES[t.dtype] for t in (*part.contract.inputs, *part.contract.outputs)}
@@ -66,37 +91,26 @@ class TensorrtEngine:
                 "build it again with otc build-engines"
             )
         self.workspace_bytes = int(engine.device_memory_size_v2)
-        self._context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if self._context is None:
-            raise self._failed("has no room for its context")
 
-    def use_workspace(self, address: int, size_bytes: int) -> None:
-        self._context.set_device_memory(address, size_bytes)
-
-    def set_shape(self, tensor: str, shape: Shape) -> None:
-        if not self._context.set_input_shape(tensor, shape):
-            raise self._failed(f"does not take {tensor} of shape {shape}")
-
-    def set_address(self, tensor: str, address: int) -> None:
-        if not self._context.set_tensor_address(tensor, address):
-            raise self._failed(f"does not take an address for {tensor}")
-
-    def enqueue(self) -> None:
-        if not self._context.execute_async_v3(self._device.stream):
-            raise self._failed("failed")
+    def context(self) -> TensorrtContext:
+        context = self._contexts.create(self._engine)
+        if context is None:
+            raise failed(self._part.name, self._log, "has no room for its context")
+        return TensorrtContext(context, self._part.name, self._log, self._device.stream)
 
     def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
         """For a stage on its own: set up, run and wait."""
 
         def run() -> None:
+            context = self._alone = self._alone or self.context()
             workspace = self._device.allocate(max(1, self.workspace_bytes))
             try:
-                self.use_workspace(workspace, self.workspace_bytes)
+                context.use_workspace(workspace, self.workspace_bytes)
                 for name, tensor in inputs.items():
-                    self.set_shape(name, tensor.shape)
+                    context.set_shape(name, tensor.shape)
                 for name, tensor in (*inputs.items(), *outputs.items()):
-                    self.set_address(name, tensor.address)  # type: ignore[attr-defined]
-                self.enqueue()
+                    context.set_address(name, tensor.address)  # type: ignore[attr-defined]
+                context.enqueue()
                 self._device.synchronize()
             finally:
                 self._device.free(workspace)
@@ -104,11 +118,38 @@ class TensorrtEngine:
         return run
 
     def close(self) -> None:
-        self._context = self._engine = None
+        self._alone = self._engine = None
 
-    def _failed(self, what: str) -> HostError:
-        reason = f" ({one_line(self._log.errors[-1])})" if self._log.errors else ""
-        return HostError(f"{self._part.name} {what}{reason}: ask for fewer pictures, or use --backend onnxruntime")
+
+class Contexts:
+    """Makes execution contexts without memory of their own.
+
+    TensorRT for RTX compiles kernels when it first meets a shape. By default it does so in the background and runs others
+    meanwhile, which round otherwise: a request would not give the same bits twice, and a graph keep the slow ones. So it is
+    told to wait for them; what it has compiled is kept for the next context of the same engine.
+    """
+
+    def __init__(self, trt: Any) -> None:
+        self._strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._specialization = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+        self._cache: Any = None
+
+    def create(self, engine: Any) -> Any:
+        """None if there is no room."""
+        if self._specialization is None:
+            return engine.create_execution_context(self._strategy)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self._strategy)
+        config.dynamic_shapes_kernel_specialization_strategy = self._specialization.EAGER
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+        config.set_runtime_cache(self._cache)
+        return engine.create_execution_context(config)
+
+
+def failed(name: str, log: Any, what: str) -> HostError:
+    reason = f" ({one_line(log.errors[-1])})" if log.errors else ""
+    return HostError(f"{name} {what}{reason}: ask for fewer pictures, or use --backend onnxruntime")
 
 
 class TensorrtBackend:
@@ -122,10 +163,12 @@ class TensorrtBackend:
 
         self.name: str = plans.backend
         self._plans, self._cuda_graph = plans, cuda_graph
+        self._segments = segments_of(plans, manifest)
         self._trt = library(plans.backend)
         self._log = error_log(self._trt)
         self._device = CudaDevice()
         self._runtime = self._trt.Runtime(self._log)
+        self._contexts = Contexts(self._trt)
 
     def parts(self, manifest: Manifest) -> tuple[Part, ...]:
         return plan_parts(self._plans, manifest)
@@ -138,27 +181,29 @@ class TensorrtBackend:
                 f"plan {part.file}: {self.name} {self._trt.__version__} cannot load it: {reason}: build it again with "
                 "otc build-engines, or use --backend onnxruntime"
             )
-        return TensorrtEngine(part, engine, self._trt, self._log, self._device)
+        return TensorrtEngine(part, engine, self._contexts, self._log, self._device)
 
     def empty(self, shape: Sequence[int], dtype: str) -> DeviceTensor:
         return DeviceTensor(self._device, shape, dtype)
 
     def denoiser(self, manifest: Manifest, engines: Mapping[str, Any]) -> Denoiser:
-        return resident_denoiser(manifest, engines, self._device, cuda_graph=self._cuda_graph)
+        return resident_denoiser(manifest, engines, self._device, segments=self._segments, cuda_graph=self._cuda_graph)
 
     def check(self, samples: int) -> None:
         check_profile(self._plans, samples)
 
 
 def plan_parts(plans: Plans, manifest: Manifest) -> tuple[Part, ...]:
-    """A part for every stage and every combination. Raises ArtifactError for a combination without a plan."""
+    """A part for every stage, segment and combination. Raises ArtifactError for a combination without a plan."""
     needed = combinations(manifest)
     if missing := [one.name for one in needed if one.name not in plans.combinations]:
         raise ArtifactError(
             f"engines for {plans.target}: found no plan of the combination {missing[0]}: expected one: "
             f"otc build-engines ARTIFACT --backend {plans.backend} --target {plans.target}"
         )
-    stages = [Part(stage.name, stage, plans.stages[stage.name]) for stage in manifest.stages]
+    segments = segments_of(plans, manifest)
+    files = {**plans.stages, **{name_of(segment): plans.stages[segment[0]] for segment in segments}}
+    stages = [Part(stage.name, stage, files[stage.name]) for stage in coarsened(manifest, segments).stages]
     return (*stages, *(Part("@" + one.name, one, plans.combinations[one.name]) for one in needed))
 
 

@@ -30,11 +30,14 @@ def create_network(builder: Any, trt: Any) -> Any:
     return builder.create_network(0 if strongly is None else 1 << int(strongly))
 
 
-def parse_stage(trt: Any, network: Any, path: Path, logger: Any) -> None:
-    """Fill the network from an ONNX file. Raises NetworkError with the node that cannot be expressed."""
+def parse_stage(trt: Any, network: Any, path: Path, logger: Any) -> Any:
+    """Fill the network from an ONNX file. The parser, which owns the weights: the network has pointers to them only.
+
+    Raises NetworkError with the node that cannot be expressed.
+    """
     parser = trt.OnnxParser(network, logger)
     if parser.parse_from_file(str(path)):
-        return
+        return parser
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     found = [error for error in errors if error.node_operator()] or errors
     if not found:
@@ -43,8 +46,8 @@ def parse_stage(trt: Any, network: Any, path: Path, logger: Any) -> None:
     raise NetworkError(f"{node}: {one_line(found[0].desc())}")
 
 
-def add_combination(trt: Any, network: Any, combination: Combination) -> None:
-    """Fill the network with a linear combination; see `otcache.schemas.combinations`."""
+def add_combination(trt: Any, network: Any, combination: Combination) -> Any:
+    """Fill the network with a linear combination; see `otcache.schemas.combinations`. Its constants: the network has pointers only."""
     inputs = {
         tensor.name: network.add_input(
             tensor.name,
@@ -78,6 +81,7 @@ def add_combination(trt: Any, network: Any, combination: Combination) -> None:
         total = network.add_identity(total).get_output(0)
     total.name = combination.total.name
     network.mark_output(total)
+    return ops.constants
 
 
 def layers_by_type(network: Any) -> dict[str, int]:
@@ -92,6 +96,11 @@ class _Operations:
 
     def __init__(self, trt: Any, network: Any, coefs: Any, *, rank: int) -> None:
         self.trt, self.network, self.coefs, self.rank = trt, network, coefs, rank
+        self.constants: list[Any] = []
+
+    def constant(self, array: Any) -> Any:
+        self.constants.append(array)
+        return self.network.add_constant(array.shape, array).get_output(0)
 
     def cast(self, tensor: Any, dtype: Any) -> Any:
         return tensor if tensor.dtype == dtype else self.network.add_cast(tensor, dtype).get_output(0)
@@ -128,16 +137,15 @@ class _Operations:
         """tensor[index]."""
         import numpy as np
 
-        which = self.network.add_constant((), np.array(index, np.int32)).get_output(0)
-        return self.network.add_gather(tensor, which, 0).get_output(0)
+        return self.network.add_gather(tensor, self.constant(np.array(index, np.int32)), 0).get_output(0)
 
     def as_long_as(self, tensor: Any, other: Any) -> Any:
         """The tensor, its vectors along the last axis as long as the other's."""
         import numpy as np
 
-        floor = self.network.add_constant((1,) * self.rank, np.full((1,) * self.rank, _SMALLEST_SQUARE, np.float32))
+        floor = self.constant(np.full((1,) * self.rank, _SMALLEST_SQUARE, np.float32))
         operation = self.trt.ElementWiseOperation
-        own = self.apply(self._length(tensor), floor.get_output(0), operation.MAX)
+        own = self.apply(self._length(tensor), floor, operation.MAX)
         return self.apply(tensor, self.apply(self._length(other), own, operation.DIV), operation.PROD)
 
     def _length(self, tensor: Any) -> Any:

@@ -6,10 +6,11 @@ error. The specification is `schemas/README.md`, "Consistency"; the checks are i
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .manifest import BudgetProgram, Manifest, Stage, TensorInfo
+    from .manifest import BudgetProgram, Engine, Manifest, Stage, TensorInfo
 
 FULL = "full"
 """Name of the budget that takes every step."""
@@ -57,7 +58,7 @@ def check_files(manifest: Manifest) -> None:
 
 
 def _check_engines(manifest: Manifest) -> None:
-    """Every stage has an engine, made from the ONNX file that the artifact holds."""
+    """Every stage has an engine, made from the ONNX file that the artifact holds; only consecutive blocks share one."""
     digests = {entry.path: entry.digest for entry in manifest.files}
     expected = {
         stage.name: tuple(digests[path] for path in (stage.onnx, *stage.external_data)) for stage in manifest.stages
@@ -65,11 +66,23 @@ def _check_engines(manifest: Manifest) -> None:
     for engine in manifest.engines:
         if odd := sorted(set(expected) ^ set(engine.stages)):
             raise ValueError(f"engines: {odd[0]} is a stage or has an engine for {engine.target}, but not both")
+        _check_shared(manifest, engine)
         for stage, source in engine.sources.items():
             if source != expected.get(stage):
                 raise ValueError(
                     f"engines: {stage} for {engine.target} was built from another ONNX file than the artifact's: build it again"
                 )
+
+
+def _check_shared(manifest: Manifest, engine: Engine) -> None:
+    seen: set[str] = set()
+    for path, run in itertools.groupby(manifest.stages, key=lambda stage: engine.stages[stage.name]):
+        kinds = [stage.kind for stage in run]
+        if path in seen or (len(kinds) > 1 and set(kinds) != {"block"}):
+            raise ValueError(
+                f"engines: {path} for {engine.target} holds stages that are no consecutive blocks: build it again"
+            )
+        seen.add(path)
 
 
 def check_programs(manifest: Manifest) -> None:

@@ -20,49 +20,16 @@ import onnx
 import onnxruntime
 
 from otcache.runtime import Sampler
+from otcache.runtime.onnx_segments import OnnxSegment, joined_model
 from otcache.runtime.trunk import Trunk
 from otcache.schemas.manifest import FULL
 
 
-def single_graph(artifact: Path, sampler: Sampler) -> onnx.ModelProto:
+def single_graph(sampler: Sampler) -> onnx.ModelProto:
     """Embed, blocks and head of an artifact as one ONNX graph."""
-    manifest = sampler.manifest
-    merged = onnx.GraphProto(name="trunk")
-    produced: set[str] = set()
-    inputs: dict[str, onnx.ValueInfoProto] = {}
-    opsets: dict[str, int] = {}
-    for stage in manifest.trunk:
-        model = onnx.load(artifact / stage.onnx)
-        model = onnx.compose.add_prefix(
-            model, f"{stage.name}/", rename_inputs=False, rename_outputs=False, rename_edges=False
-        )
-        interface = {tensor.name for tensor in (*stage.inputs, *stage.outputs)}
-        prefix_values(model.graph, f"{stage.name}/", interface)
-        opsets |= {entry.domain: entry.version for entry in model.opset_import}
-        merged.node.extend(model.graph.node)
-        merged.initializer.extend(model.graph.initializer)
-        inputs |= {
-            value.name: value for value in model.graph.input if value.name not in produced and value.name not in inputs
-        }
-        produced |= {value.name for value in model.graph.output}
-        if stage.kind == "head":
-            merged.output.extend(value for value in model.graph.output if value.name == manifest.output)
-    merged.input.extend(inputs.values())
-    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
-    return onnx.helper.make_model(merged, opset_imports=imports, ir_version=10)
-
-
-def prefix_values(graph: onnx.GraphProto, prefix: str, keep: set[str]) -> None:
-    """Rename the values inside a stage, so that two stages' do not collide."""
-
-    def renamed(name: str) -> str:
-        return name if not name or name in keep or name.startswith(prefix) else prefix + name
-
-    for node in graph.node:
-        node.input[:] = [renamed(name) for name in node.input]
-        node.output[:] = [renamed(name) for name in node.output]
-    for tensor in graph.initializer:
-        tensor.name = renamed(tensor.name)
+    trunk, artifact = sampler.manifest.trunk, sampler.artifact
+    paths = tuple(artifact.engine_path(stage.onnx) for stage in trunk)
+    return joined_model(OnnxSegment(trunk, paths, (sampler.manifest.output,)))
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -107,7 +74,7 @@ def main() -> None:
                 result["budgets"][budget] = measured  # type: ignore[index]
 
         path = Path(folder) / "trunk.onnx"
-        onnx.save(single_graph(options.artifact, sampler), path)
+        onnx.save(single_graph(sampler), path)
         settings = onnxruntime.SessionOptions()
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         whole = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])

@@ -6,29 +6,35 @@ memory. So the whole resident loop runs without a GPU, and its result is that of
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
 
 from otcache.runtime.address_plan import ALIGNMENT
 from otcache.runtime.engine import DTYPES, Part
+from otcache.runtime.onnx_segments import OnnxSegment, joined_model
 from otcache.runtime.resident import resident_denoiser
 from otcache.schemas.combinations import COEFS, combinations
 from otcache.schemas.errors import HostError
+from otcache.schemas.segments import coarsened, name_of, segments
 
 
 class HostDevice:
     """Memory full of NaN until it is written, a log of what was asked for, and graphs that are lists of calls."""
 
+    stream = 1
+
     def __init__(self, capacity_bytes=1 << 30):
         self.memory, self.left, self.calls, self.recorded = {}, capacity_bytes, Counter(), None
+        self.threads = set()
 
     def activate(self):
-        self.calls["activate"] += 1
+        self.threads.add(threading.get_ident())
 
     def allocate(self, size_bytes):
+        self.activate()
         if size_bytes > self.left:
             raise HostError("no room on the GPU: ask for fewer pictures at once")
         self.left -= size_bytes
@@ -40,6 +46,9 @@ class HostDevice:
     def free(self, address):
         self.left += self.memory.pop(address).nbytes
 
+    def free_bytes(self):
+        return self.left
+
     def view(self, address, shape, dtype):
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         for base, block in self.memory.items():
@@ -48,6 +57,7 @@ class HostDevice:
         raise AssertionError(f"{address} is not in memory")
 
     def upload(self, address, array):
+        assert threading.get_ident() in self.threads, "a thread uses the device that it has not made its own"
         assert array.flags.c_contiguous
         self.view(address, array.shape, array.dtype)[...] = array
         self.calls["upload"] += 1
@@ -64,16 +74,21 @@ class HostDevice:
         self.recorded = recorded = []
         launch()
         self.recorded = None
+        self.calls["record"] += 1
         return HostGraph(self, recorded)
 
 
-@dataclass
 class HostGraph:
-    device: HostDevice
-    runs: list
+    """Launches in a row. As with a CUDA graph of TensorRT's, what they were recorded in must stay as it was then."""
+
+    def __init__(self, device, recorded):
+        self.device, self.runs = device, [run for run, _ in recorded]
+        self.contexts = {context: dict(context.calls) for _, context in recorded}
 
     def __call__(self):
         self.device.calls["replay"] += 1
+        for context, calls in self.contexts.items():
+            assert dict(context.calls) == calls, f"{context.part.name} was touched after it was recorded"
         for run in self.runs:
             run()
 
@@ -82,6 +97,33 @@ class HostGraph:
 
 
 class HostEngine:
+    """A part that is loaded."""
+
+    workspace_bytes = 4096
+
+    def __init__(self, part, run, device):
+        self.part, self.run, self.device, self.contexts = part, run, device, []
+
+    def context(self):
+        self.contexts.append(HostContext(self.part, self.run, self.device))
+        return self.contexts[-1]
+
+    @property
+    def calls(self):
+        return sum((context.calls for context in self.contexts), Counter())
+
+    def bind(self, inputs, outputs):
+        def run():
+            for name, array in self.run({name: tensor.host for name, tensor in inputs.items()}).items():
+                outputs[name].host = array
+
+        return run
+
+    def close(self):
+        self.run = None
+
+
+class HostContext:
     """Runs a part on memory; refuses what a GPU would have silently spoilt."""
 
     workspace_bytes = 4096
@@ -129,22 +171,12 @@ class HostEngine:
         if self.device.recorded is None:
             launch()
         else:
-            self.device.recorded.append(launch)
+            self.device.recorded.append((launch, self))
 
     def output_rows(self, rows):
         kind = getattr(self.part.contract, "kind", None)
         branches = getattr(self.part.contract, "branches", 1)
         return rows * branches if kind == "spread" else rows // branches if kind == "guide" else rows
-
-    def bind(self, inputs, outputs):
-        def run():
-            for name, array in self.run({name: tensor.host for name, tensor in inputs.items()}).items():
-                outputs[name].host = array
-
-        return run
-
-    def close(self):
-        self.run = None
 
 
 class HostTensor:
@@ -163,16 +195,18 @@ class HostBackend:
 
     name = "host"
 
-    def __init__(self, *, cuda_graph=False, capacity_bytes=1 << 30):
+    def __init__(self, *, cuda_graph=False, capacity_bytes=1 << 30, granularity="block"):
         self.device, self.cuda_graph, self.engines = HostDevice(capacity_bytes), cuda_graph, {}
+        self.granularity = granularity
 
     def parts(self, manifest):
-        stages = [Part(stage.name, stage, stage.onnx) for stage in manifest.stages]
+        self.manifest, self.segments = manifest, segments(manifest, self.granularity)
+        stages = [Part(stage.name, stage, stage.onnx) for stage in coarsened(manifest, self.segments).stages]
         return (*stages, *(Part("@" + one.name, one, "") for one in combinations(manifest)))
 
     def load(self, part, artifact):
         if part.file:
-            session = ort.InferenceSession(str(artifact.path(part.file)), providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(self.graph(part, artifact), providers=["CPUExecutionProvider"])
             names = [tensor.name for tensor in part.contract.outputs]
             run = lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))  # noqa: E731
         else:
@@ -180,11 +214,21 @@ class HostBackend:
         self.engines[part.name] = HostEngine(part, run, self.device)
         return self.engines[part.name]
 
+    def graph(self, part, artifact):
+        """The ONNX bytes of a stage or a segment."""
+        names = next((names for names in self.segments if name_of(names) == part.name), (part.name,))
+        stages = tuple(stage for stage in self.manifest.stages if stage.name in names)
+        paths = tuple(artifact.engine_path(stage.onnx) for stage in stages)
+        if len(stages) == 1:
+            return paths[0].read_bytes()
+        outputs = tuple(tensor.name for tensor in part.contract.outputs)
+        return joined_model(OnnxSegment(stages, paths, outputs)).SerializeToString()
+
     def empty(self, shape, dtype):
         return HostTensor(shape, dtype)
 
     def denoiser(self, manifest, engines):
-        return resident_denoiser(manifest, engines, self.device, cuda_graph=self.cuda_graph)
+        return resident_denoiser(manifest, engines, self.device, segments=self.segments, cuda_graph=self.cuda_graph)
 
     def check(self, samples):
         pass

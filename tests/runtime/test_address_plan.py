@@ -1,5 +1,7 @@
 """Addresses of random programs over random chains: nothing is overwritten while it is needed, and little is wasted."""
 
+from typing import get_args
+
 import pytest
 import small_artifact as small
 from hypothesis import given, settings
@@ -9,7 +11,9 @@ from otcache.runtime.address_plan import ALIGNMENT, ITEM_BYTES, plan_addresses
 from otcache.runtime.artifact import Artifact
 from otcache.runtime.launches import list_launches
 from otcache.schemas.combinations import combinations
+from otcache.schemas.consistency import check_wiring
 from otcache.schemas.manifest import Manifest
+from otcache.schemas.segments import Granularity, coarsened, segments
 
 ZEROS = "sha256:" + "0" * 64
 
@@ -97,6 +101,8 @@ def check(manifest, program, samples):
 @given(data=st.data(), samples=st.integers(1, 3))
 def test_random_programs(artifact_folder, data, samples):
     manifest = data.draw(manifests(artifact_folder))
+    manifest = coarsened(manifest, segments(manifest, data.draw(st.sampled_from(get_args(Granularity)))))
+    check_wiring(manifest)
     plan = check(manifest, manifest.programs[0].program, samples)
     assert plan.lower_bound_bytes <= plan.size_bytes <= 1.1 * plan.lower_bound_bytes
 

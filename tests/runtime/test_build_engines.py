@@ -17,10 +17,12 @@ from onnx import TensorProto, helper
 from otcache.runtime import Sampler, cli
 from otcache.runtime.artifact import Artifact
 from otcache.runtime.build_engines import build_engines
+from otcache.runtime.tensorrt_engine import plan_parts
 from otcache.runtime.verify import verify
 from otcache.schemas.combinations import combinations
 from otcache.schemas.errors import ArtifactError, HostError, UsageError
 from otcache.schemas.manifest import SCHEMA_VERSION
+from otcache.schemas.segments import segments_of
 
 pytest.importorskip("tensorrt_rtx")
 RTX = "tensorrt-rtx"
@@ -95,6 +97,37 @@ def test_another_profile_takes_the_place(copy):
     assert engine.profile == {"batch": (1, 2, 2)} and engine.workspace_bytes == 64 << 20 and found["reused"] == 0
     assert not any((copy / path).exists() for path in before) and verify(copy).unlisted == ()
     assert json.loads(result.stderr.splitlines()[0])["event"] == "engine"
+
+
+@pytest.mark.parametrize("granularity", ["segment", "trunk"])
+def test_blocks_share_a_plan(damaged, granularity):
+    """Plans for both blocks at once; the manifest says so, and what serves them loads one for both."""
+    result = otc(damaged, "--backend", RTX, "--target", "sm_89", "--granularity", granularity, "--json")
+    assert result.exit_code == 0, result.output
+    manifest = Artifact.open(damaged).manifest
+    engine = entries(damaged)[RTX, "sm_89"]
+    assert engine.stages["block_0"] == engine.stages["block_1"] and engine.stages["block_0"].endswith(
+        "/block_0..block_1.plan"
+    )
+    assert (
+        segments_of(engine, manifest) == (("block_0", "block_1"),)
+        and json.loads(result.stdout)["engines"][0]["plans"] == 12
+    )
+    assert set(engine.sources) == {stage.name for stage in manifest.stages} and "block_0..block_1" in engine.layers
+    parts = {part.name: part for part in plan_parts(engine, manifest)}
+    assert [tensor.name for tensor in parts["block_0..block_1"].contract.outputs] == ["h2"] and "block_0" not in parts
+    assert verify(damaged).unlisted == (), "the graph that was put together is gone"
+    shown = CliRunner().invoke(cli.main, ["inspect", str(damaged), "--json"])
+    assert json.loads(shown.stdout)["engines"][0]["blocks_per_plan"] == 2
+
+
+def test_what_shares_a_plan_must_be_blocks_in_a_row(copy):
+    value = small.read_manifest(copy)
+    stages = value["engines"][0]["stages"]
+    stages["head"] = stages["block_1"]
+    small.write_manifest(copy, value)
+    with pytest.raises(ArtifactError, match=r"block_1\.plan for sm_89 holds stages that are no consecutive blocks"):
+        Artifact.open(copy)
 
 
 def test_an_interrupted_build_goes_on(damaged):

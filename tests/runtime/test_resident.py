@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import host_device
@@ -36,9 +37,11 @@ def draw(sampler, budget, n, **options):
     return sampler.sample(sampler.encode(texts), budget=budget, seed=3, guidance_scale=3.0, **options)
 
 
-@pytest.mark.parametrize("cuda_graph", [False, True])
-def test_latents_are_those_of_the_loop_on_the_host(artifact_folder, plain, cuda_graph):
-    sampler, backend = resident(artifact_folder, cuda_graph=cuda_graph)
+@pytest.mark.parametrize(
+    ("cuda_graph", "granularity"), [(False, "block"), (True, "block"), (False, "trunk"), (True, "trunk")]
+)
+def test_latents_are_those_of_the_loop_on_the_host(artifact_folder, plain, cuda_graph, granularity):
+    sampler, backend = resident(artifact_folder, cuda_graph=cuda_graph, granularity=granularity)
     for _ in range(3):  # the first time the arena grows, the second time all is recorded, the third time replayed
         before = backend.device.calls["replay"]
         for budget in sampler.budgets:
@@ -46,6 +49,7 @@ def test_latents_are_those_of_the_loop_on_the_host(artifact_folder, plain, cuda_
                 found, expected = draw(sampler, budget, n), draw(plain, budget, n)
                 np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     assert backend.device.calls["replay"] - before == (9 if cuda_graph else 0)
+    assert ("block_0..block_1" in backend.engines) == (granularity == "trunk")
     sampler.close()
     assert not backend.device.memory, "everything is freed"
 
@@ -69,9 +73,24 @@ def test_guidance_that_keeps_the_norm(damaged):
         np.testing.assert_allclose(draw(sampler, 3, 2), draw(onnx, 3, 2), rtol=1e-4, atol=1e-4)
 
 
-def test_a_recorded_loop_gives_the_same_bits(artifact_folder):
-    sampler, _ = resident(artifact_folder, cuda_graph=True)
-    np.testing.assert_array_equal(draw(sampler, "full", 2), draw(sampler, "full", 2))
+def test_a_recorded_loop_gives_the_same_bits(artifact_folder, caplog):
+    """Every budget and batch is recorded when it is first asked for, which is logged with the memory, and replayed from then on."""
+    caplog.set_level("INFO", "otcache.runtime.resident")
+    sampler, backend = resident(artifact_folder, cuda_graph=True)
+    draw(sampler, "full", 2)  # the largest arena: nothing has to be prepared twice
+    for number, (budget, n) in enumerate([("full", 2), ("full", 1), ("2", 2), ("3", 1)], start=1):
+        first = draw(sampler, budget, n)
+        assert backend.device.calls["record"] == number
+        np.testing.assert_array_equal(first, draw(sampler, budget, n))
+        assert backend.device.calls["record"] == number and f"budget {budget}, {n} at once: recorded" in caplog.text
+    assert "recorded 42 launches in 8 contexts" in caplog.text and "of workspace" in caplog.text
+
+
+def test_requests_come_from_any_thread(artifact_folder, plain):
+    sampler, _ = resident(artifact_folder)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(draw, sampler, 2, 1).result()
+    np.testing.assert_allclose(found, draw(plain, 2, 1), atol=1e-5)
 
 
 def counts(backend):

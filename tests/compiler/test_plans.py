@@ -1,4 +1,4 @@
-"""Plans of real models, with the real library for RTX: every stage of the bundled model's transformer, and blocks as wide as FLUX.1's."""
+"""Plans of real models, with the real library for RTX: every stage of the bundled model, and blocks as wide as FLUX.1's."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from otcache.compiler.cut import cut
-from otcache.compiler.export import export_stages
+from otcache.compiler.encoders import text_encoders
+from otcache.compiler.export import export_module, export_stages
+from otcache.compiler.prompt import LatentDecoder
 from otcache.runtime.tensorrt_build import BuildJob, build_plan
 
 pytest.importorskip("tensorrt_rtx")
-SHAPES = Path(__file__).parents[2] / "artifacts" / "models" / "shapes" / "transformer"
+SHAPES = Path(__file__).parents[2] / "artifacts" / "models" / "shapes"
 
 
 def exported(model, folder, *, image_tokens, text_tokens):
@@ -49,15 +51,36 @@ def built(stage, target):
     return plan
 
 
-@pytest.mark.slow
+def test_float16(tmp_path):
+    """Of a small FLUX: types are those of the file."""
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
+    ).half()  # fmt: skip
+    for stage in exported(model, tmp_path, image_tokens=4, text_tokens=2):
+        layers = built(stage, "sm_75").layers
+        assert layers["float16"] > 10, (stage.name, layers)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "target"), [("float32", "sm_89"), ("float16", "sm_75")])
-def test_the_bundled_model(tmp_path, dtype, target):
-    model = FluxTransformer2DModel.from_pretrained(SHAPES, torch_dtype=getattr(torch, dtype))
-    stages = exported(model, tmp_path, image_tokens=36, text_tokens=12)
-    assert len(stages) == 10
+def test_every_stage_of_the_bundled_model(tmp_path, dtype, target):
+    """Embed, eight blocks, head, text encoders and decoder, at the sizes at which `otc compile shapes` exports them."""
+    pipeline = FluxPipeline.from_pretrained(SHAPES, torch_dtype=getattr(torch, dtype))
+    pipeline.transformer.eval(), pipeline.vae.eval()
+    stages = list(exported(pipeline.transformer, tmp_path, image_tokens=36, text_tokens=12))
+    encoders = text_encoders(pipeline, 12)
+    names, example = encoders.output_names, encoders.example
+    stages.append(export_module(encoders.module, example, names, tmp_path / "text_encoder.onnx", kind="text_encoder"))
+    latents = {"latents": torch.randn(2, 36, pipeline.transformer.config.in_channels, dtype=getattr(torch, dtype))}
+    decoder = LatentDecoder(pipeline, 48, 48).eval()
+    stages.append(export_module(decoder, latents, ("images",), tmp_path / "vae_decoder.onnx", kind="decoder"))
+    assert len(stages) == 12
     for stage in stages:
-        layers = built(stage, target).layers
-        assert layers[dtype] > 10 and (dtype == "float16" or "float16" not in layers), (stage.name, layers)
+        plan = built(stage, target)
+        print(dtype, target, stage.name, plan)
+        assert plan.layers[dtype] > 10 and (dtype == "float16" or "float16" not in plan.layers), (stage.name, plan)
 
 
 @pytest.mark.long

@@ -43,6 +43,21 @@ def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_flux_lora(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a LoRA of the tiny transformer's queries, saved as `FluxPipeline.save_lora_weights` does."""
+    peft = pytest.importorskip("peft")
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    transformer = FluxTransformer2DModel.from_pretrained(tiny_flux_folder, subfolder="transformer")
+    transformer.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False))
+    folder = tmp_path_factory.mktemp("lora")
+    weights = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(transformer))
+    FluxPipeline.save_lora_weights(folder, transformer_lora_layers=weights)
+    return folder
+
+
 COMPILE = ("--budgets", "2,4", "--num-inference-steps", "8", "--calibration-prompts", "4", "--evaluation-prompts", "3", "--trials", "4")  # fmt: skip
 """Options of a compile that is small enough for the tests."""
 

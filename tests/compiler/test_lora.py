@@ -8,22 +8,15 @@ import torch
 from otcache.compiler.models import load_model
 from otcache.schemas.errors import ModelError
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
-def lora(tiny_flux_folder, tmp_path_factory):
-    """A folder with a LoRA of the transformer's queries, and the transformer that has it unfused."""
-    from diffusers import FluxPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
-
-    folder = tmp_path_factory.mktemp("lora")
-    transformer = load_model(str(tiny_flux_folder)).transformer
-    transformer.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False))
-    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(transformer))
-    FluxPipeline.save_lora_weights(folder, transformer_lora_layers=weights)
-    return folder, transformer.eval()
+def unfused(tiny_flux_folder, tiny_flux_lora):
+    """The transformer of the pipeline that has the LoRA beside its weights."""
+    pipeline = load_model(str(tiny_flux_folder)).pipeline
+    pipeline.load_lora_weights(tiny_flux_lora)
+    return pipeline.transformer.eval()
 
 
 def output(transformer):
@@ -37,14 +30,13 @@ def output(transformer):
         )[0]  # fmt: skip
 
 
-def test_fused_is_what_it_is_unfused(tiny_flux_folder, lora):
-    folder, unfused = lora
-    plain, fused = load_model(str(tiny_flux_folder)), load_model(str(tiny_flux_folder), lora=folder)
+def test_fused_is_what_it_is_unfused(tiny_flux_folder, tiny_flux_lora, unfused):
+    plain, fused = load_model(str(tiny_flux_folder)), load_model(str(tiny_flux_folder), lora=tiny_flux_lora)
     torch.testing.assert_close(output(fused.transformer), output(unfused), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(output(fused.transformer), output(plain.transformer), atol=1e-3)
     assert not any("lora" in name for name, _ in fused.transformer.named_parameters())
     assert fused.weights_digest != plain.weights_digest and fused.denoiser_digest != plain.denoiser_digest
-    assert fused.weights_digest == load_model(str(tiny_flux_folder), lora=folder).weights_digest
+    assert fused.weights_digest == load_model(str(tiny_flux_folder), lora=tiny_flux_lora).weights_digest
 
 
 def test_a_folder_without_one_is_refused(tiny_flux_folder, tmp_path):
@@ -52,10 +44,10 @@ def test_a_folder_without_one_is_refused(tiny_flux_folder, tmp_path):
         load_model(str(tiny_flux_folder), lora=tmp_path)
 
 
-def test_a_lora_of_another_model_is_refused(tiny_flux_folder, lora, tmp_path):
+def test_a_lora_of_another_model_is_refused(tiny_flux_folder, tiny_flux_lora, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    (file,) = lora[0].glob("*.safetensors")
+    (file,) = tiny_flux_lora.glob("*.safetensors")
     save_file(
         {name.replace("to_q", "elsewhere"): value for name, value in load_file(file).items()}, tmp_path / file.name
     )

@@ -60,13 +60,13 @@ def _row(entry: BudgetProgram, names: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def rewrite(readme: str, section: str) -> str:
-    """The README with its results section replaced. Raises ValueError when the marks are missing."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def rewrite(readme: str, section: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
+    """The README with the section between two marks replaced. Raises ValueError when they are missing."""
+    before, begin, rest = readme.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"the README has no section between {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+        raise ValueError(f"the README has no section between {marks[0]!r} and {marks[1]!r}")
+    return f"{before}{begin}\n{section}\n{end}{after}"
 
 
 def main() -> None:

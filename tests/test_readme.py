@@ -9,7 +9,9 @@ from pathlib import Path
 import click
 import pytest
 
+from otcache.artifacts.comparisons import MARKS, kept, section
 from otcache.artifacts.readme import BEGIN, END, copy_pictures, rewrite
+from otcache.compiler.comparison import verdict_at
 from otcache.runtime.cli import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -50,11 +52,29 @@ def test_results_are_replaced_between_the_marks():
         rewrite("nothing", "new")
 
 
+def test_comparisons_are_those_that_are_kept():
+    written = README.partition(MARKS[0])[2].partition(MARKS[1])[0].strip()
+    assert written == section(kept())
+
+
+@pytest.mark.parametrize("comparison", kept(), ids=lambda comparison: comparison.model)
+def test_a_comparison_is_consistent(comparison):
+    assert comparison.prompts >= 32 and comparison.num_inference_steps == 50
+    assert [verdict.budget for verdict in comparison.verdicts] == list(comparison.budgets)
+    assert all(
+        cell.nfe_mean <= cell.budget + 1e-9 and cell.psnr_db.worst <= cell.psnr_db.mean for cell in comparison.cells
+    )
+    for verdict in comparison.verdicts:
+        assert verdict == verdict_at(comparison.cells, verdict.budget)
+    assert sum(comparison.costs.values()) <= 10
+
+
 def test_pictures_are_made_of_the_report(compiled, tmp_path):
     Image = pytest.importorskip("PIL.Image")
     copy_pictures(compiled / "report", "shapes", tmp_path)
     named = {Path(path).name for path in re.findall(r"!\[[^]]*\]\(artifacts/pictures/([^)]+)\)", README)}
-    assert named - {"shapes-samples.png"} == {path.name for path in tmp_path.iterdir()}
+    others = {"shapes-samples.png", *(f"{Path(comparison.model).name}-comparison.png" for comparison in kept())}
+    assert named - others == {path.name for path in tmp_path.iterdir()}
     with Image.open(tmp_path / "shapes-quality.png") as whole, Image.open(compiled / "report" / "ssim.png") as part:
         right = whole.crop((whole.width - part.width, 0, whole.width, part.height))
         assert whole.width == 2 * part.width and right.tobytes() == part.convert("RGB").tobytes()

@@ -483,12 +483,10 @@ def denoiser_of(transformer: Any, interface: Interface, trajectory: Trajectory) 
     )
 
 
-def calibration_scales(minimum: float, maximum: float, count: int) -> list[float]:
-    """Guidance scales of `count` samples: one value, or three that cover the range in turn."""
-    if minimum == maximum:
-        return [minimum] * count
-    levels = [minimum, (minimum + maximum) / 2, maximum]
-    return [levels[i % 3] for i in range(count)]
+def calibration_scales(minimum: float, maximum: float, count: int, margin: float = 1.0) -> list[float]:
+    """Guidance scales of `count` samples: one value, or three that cover the range in turn; every fourth one times `margin`."""
+    levels = [minimum] if minimum == maximum else [minimum, (minimum + maximum) / 2, maximum]
+    return [levels[i % len(levels)] * (margin if i % 4 == 3 else 1.0) for i in range(count)]
 
 
 def _run(

@@ -34,7 +34,7 @@ def interpolation_claims(prepared: Prepared, bench: Bench, found: Found) -> list
     with prepared.session.reporter.on("claim", "interpolated, graph and searched schedules") as advance:
         for position, budget in enumerate(options.budgets):
             policies = [list(found.reference.schedule), list(found.anchor.schedule)]
-            key = [bench.key, budget, *policies, list(SEARCHES), options.objective]
+            key = [bench.key, prepared.session.margin, budget, *policies, list(SEARCHES), options.objective]
             rows = bench.workspace.json("claim", key, lambda b=budget: _claims_at(prepared, bench, found, b))  # type: ignore[misc]
             claims += [Claim(**{**row, "schedule": tuple(row["schedule"])}) for row in rows]
             advance(position + 1, len(options.budgets))

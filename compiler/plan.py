@@ -156,7 +156,7 @@ def _passes(
 
     trajectory_bytes = 4 * (2 * steps + 1) * _numel(session.interface.latents_shape)
     yield planned(
-        "capture", steps * len(prompts), trajectory_bytes * len(prompts), captured(session, "capture", prompts, options.seed)
+        "capture", steps * len(prompts), trajectory_bytes * len(prompts), captured(session, "capture", prompts, options.seed, session.margin)
     )  # fmt: skip
     searched = workspace.has("search", search_key(session), ".json")
     for name, full_runs in highest_costs(options, len(prompts)).items():
@@ -186,9 +186,9 @@ def _passes(
     yield planned("emit", 0, whole + REPORT_BYTES, False, other_s=REPORT_S + whole / COPY_BYTES_PER_S)
 
 
-def captured(session: Session, name: str, prompts: Sequence[str], seed: int) -> bool:
+def captured(session: Session, name: str, prompts: Sequence[str], seed: int, margin: float = 1.0) -> bool:
     """Whether all full runs of `prompts` are in the workspace."""
-    scales = calibration_scales(*session.options.guidance_scale, len(prompts))
+    scales = calibration_scales(*session.options.guidance_scale, len(prompts), margin)
     return all(
         session.workspace.has(name, capture_key(session, prompts[rows], seed + rows.start, scales[rows]), ".npz")
         for rows in capture_chunks(len(prompts))

@@ -14,7 +14,7 @@ from .. import metrics
 from ..capture import denoiser_of
 from ..comparison import DEFAULT, Cell, Skipped, Spread
 from ..evaluate import Evaluation
-from ..pipeline import Prepared, held_out_trajectory
+from ..pipeline import Prepared, held_out_trajectory, nominal_calibration
 from ..search import Found
 from .method import Bench, Method, NotApplicable, Outcome, ProgramMethod
 
@@ -30,7 +30,7 @@ def bench_of(prepared: Prepared) -> Bench:
         decode=session.decode, references=session.decode(trajectory.latents[-1]),
         stages=prepared.stages,
     )  # fmt: skip
-    calibration = prepared.calibration
+    calibration = nominal_calibration(prepared)
     return Bench(
         pipeline=session.model.pipeline, call=session.call, table=prepared.table, calibration=calibration,
         evaluation=evaluation, prompts=tuple(prepared.held_out), seeds=prepared.held_out_seeds,

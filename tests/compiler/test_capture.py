@@ -55,6 +55,12 @@ def test_denoiser_reproduces_recorded_outputs(captured):
     assert denoiser.evaluations[0] == 3 * 4
 
 
+def test_every_fourth_sample_is_guided_beyond_the_range():
+    assert calibration_scales(4.0, 4.0, 5, 1.25) == [4.0, 4.0, 4.0, 5.0, 4.0]
+    assert calibration_scales(2.0, 6.0, 8, 1.5) == [2.0, 4.0, 6.0, 3.0, 4.0, 6.0, 2.0, 6.0]
+    assert calibration_scales(4.0, 4.0, 4) == [4.0] * 4
+
+
 def test_guidance_may_differ_between_samples(captured):
     model, options, interface, _ = captured
     scales = calibration_scales(2.0, 6.0, 3)

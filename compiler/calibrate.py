@@ -15,11 +15,12 @@ from otcache.schemas.program import Program
 
 from . import metrics
 from .attempts import Attempts
-from .capture import Denoiser, Trajectory
-from .cut import Stages
+from .capture import Trajectory
+from .denoiser import Denoiser
 from .fit import fit_output_program
 from .lower import SolverTable, extrapolated_jump
 from .rollout import roll_out
+from .stages import Stages
 
 Objective = Literal["ssim", "psnr", "lpips"]
 Schedule = tuple[int, ...]

@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 
 from otcache.schemas.errors import ModelError
 
-from .capture import call_options, conditioning_of, probe
+from .calling import call_options
+from .capture import conditioning_of
+from .interface import probe
 from .manifest_file import read_manifest
 from .models import load_model
 

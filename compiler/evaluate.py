@@ -12,9 +12,10 @@ from otcache.schemas.manifest import Quality, Statistic
 from otcache.schemas.program import Program
 
 from . import metrics
-from .capture import Denoiser, Trajectory
-from .cut import Stages
+from .capture import Trajectory
+from .denoiser import Denoiser
 from .rollout import roll_out
+from .stages import Stages
 
 
 def quality_of(psnr_db: np.ndarray, ssim: np.ndarray, latent_errors: np.ndarray) -> Quality:

@@ -26,7 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from otcache.schemas.errors import ModelError
 
-from .cut import Bound, Stages, exported_program, reason_of
+from .stages import Stages
+from .trace import Bound, exported_program, reason_of
 
 Progress = Callable[[int, int], None]
 """Called with (stages done, stages in all)."""

@@ -27,26 +27,20 @@ from .attempts import NAME as ATTEMPT
 from .attempts import Attempts
 from .baselines import baseline_programs
 from .calibrate import Calibration
-from .capture import (
-    CallOptions,
-    Interface,
-    Trajectory,
-    calibration_scales,
-    call_options,
-    capture,
-    decoded,
-    denoiser_of,
-    prepare_scheduler,
-    probe,
-)
-from .cut import Stages, cut, run_stages
+from .calling import CallOptions, call_options, prepare_scheduler
+from .capture import Trajectory, capture
+from .cut import cut
+from .decode import decoded
+from .denoiser import denoiser_of
 from .emit import check_target, emit, recover
 from .encoders import Encoders, text_encoders
 from .evaluate import Evaluation, eight_bits, quality_of
 from .evidence import WORST, PassEvidence, Recorder, gather
 from .export import ExportedStage, TensorInfo, end_to_end_error, export_module, export_stages
 from .golden import golden_record, write_golden
+from .guidance import calibration_scales
 from .identity import plain_options
+from .interface import Interface, probe
 from .lower import SolverTable, lower, program_from_table
 from .models import Model, load_model, read_prompts
 from .options import CompileOptions, split_prompts
@@ -54,6 +48,7 @@ from .progress import Pass, Reporter
 from .prompt import latent_decoder
 from .report import ATTACHMENTS, write_report
 from .search import Found, found_from_json, json_from_found, search
+from .stages import Stages, run_stages
 from .workspace import Workspace, default_workspace
 
 EVALUATION_SEED = 1_000_000

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from .baselines import baseline_programs
-from .capture import PROBE_SAMPLES, calibration_scales, prepare_scheduler, probe
+from .calling import prepare_scheduler
 from .emit import check_target
+from .guidance import calibration_scales
+from .interface import PROBE_SAMPLES, probe
 from .lower import lower
 from .options import CompileOptions
 from .pipeline import (

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from otcache.schemas.program import Program, Step
 
-from .capture import Denoiser
-from .cut import Stages
+from .denoiser import Denoiser
+from .stages import Stages
 
 Observe = Callable[[int, Tensor], None]
 """Called with the index of a step that is about to be computed, and the latents (n, …) before it."""

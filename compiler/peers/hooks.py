@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from otcache.schemas.errors import ModelError
 
 from .. import metrics
-from ..capture import record
+from ..record import record
 from .method import Bench, Group, NotApplicable, Outcome
 
 TUNING_PROMPTS = 4

@@ -11,8 +11,8 @@ from pydantic import TypeAdapter
 from otcache.schemas.program import Program
 
 from .. import metrics
-from ..capture import denoiser_of
 from ..comparison import DEFAULT, Cell, Skipped, Spread
+from ..denoiser import denoiser_of
 from ..evaluate import Evaluation
 from ..pipeline import Prepared, held_out_trajectory, nominal_calibration
 from ..search import Found

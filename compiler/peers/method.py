@@ -16,8 +16,10 @@ from torch import Tensor
 from otcache.schemas.program import Program
 
 from ..calibrate import Calibration
-from ..capture import CallOptions, Trajectory, denoiser_of
+from ..calling import CallOptions
+from ..capture import Trajectory
 from ..comparison import Group
+from ..denoiser import denoiser_of
 from ..evaluate import Evaluation
 from ..lower import SolverTable
 from ..rollout import StagedModel, roll_out

@@ -16,13 +16,13 @@ from .. import metrics
 from ..anchor import search_anchor
 from ..baselines import baseline_programs, uniform_schedule
 from ..calibrate import Calibration
-from ..capture import denoiser_of
-from ..cut import Stages
+from ..denoiser import denoiser_of
 from ..interpolate import interpolated_schedule
 from ..lower import SolverTable, program_from_table, step_from_table
 from ..reference import Minimax, Power, end_to_end_edge_errors, shortest_schedule
 from ..residual import residual_edge_errors, residual_program
 from ..rollout import StagedModel, residual_gram, roll_out
+from ..stages import Stages
 from ..statistics import TrajectoryStatistics, statistics_from_trajectory
 from .method import Bench, NotApplicable, ProgramMethod
 

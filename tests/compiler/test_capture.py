@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from otcache.compiler.capture import _find_guidance, calibration_scales, call_options, capture, denoiser_of, probe
+from otcache.compiler.calling import call_options
+from otcache.compiler.capture import capture
+from otcache.compiler.denoiser import denoiser_of
+from otcache.compiler.guidance import calibration_scales, find_guidance
+from otcache.compiler.interface import probe
 from otcache.compiler.models import load_model
 from otcache.schemas.errors import ModelError
 
@@ -79,10 +83,10 @@ def test_guidance_is_told_apart(positive_first, keep_norm):
     if keep_norm:
         guided = guided * torch.norm(positive, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True)
     outputs = [positive, negative] if positive_first else [negative, positive]
-    assert _find_guidance(outputs, guided, 4.0, "Pipeline", exact=True) == (True, positive_first, keep_norm, 1.0)
-    assert _find_guidance(outputs, -guided, 4.0, "Pipeline", exact=True) == (True, positive_first, keep_norm, -1.0)
+    assert find_guidance(outputs, guided, 4.0, "Pipeline", exact=True) == (True, positive_first, keep_norm, 1.0)
+    assert find_guidance(outputs, -guided, 4.0, "Pipeline", exact=True) == (True, positive_first, keep_norm, -1.0)
     with pytest.raises(ModelError, match=r"Pipeline combines its branches with weights .*: expected 3\.0"):
-        _find_guidance(outputs, guided, 3.0, "Pipeline", exact=True)
+        find_guidance(outputs, guided, 3.0, "Pipeline", exact=True)
 
 
 def test_rows_are_the_same_samples_everywhere(captured):

@@ -9,7 +9,8 @@ import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
-from otcache.compiler.cut import cut, run_stages
+from otcache.compiler.cut import cut
+from otcache.compiler.stages import run_stages
 from otcache.schemas.errors import ModelError
 
 

@@ -14,8 +14,7 @@ import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 from torch import nn
 
-from otcache.compiler import cut as cut_module
-from otcache.compiler import export
+from otcache.compiler import export, split
 from otcache.compiler.cut import cut
 from otcache.compiler.export import (
     end_to_end_error,
@@ -168,7 +167,7 @@ def test_bytes_do_not_depend_on_the_process(tmp_path):
 
 
 def test_large_tables_cross_the_cuts_with_a_fixed_shape(tmp_path, monkeypatch):
-    monkeypatch.setattr(cut_module, "MAX_FOLDED_BYTES", 1)
+    monkeypatch.setattr(split, "MAX_FOLDED_BYTES", 1)
     model, kwargs, constants = trunk()
     stages = cut(model, kwargs, constants=constants)
     result = export_stages(stages, kwargs, tmp_path)

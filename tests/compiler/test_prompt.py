@@ -7,7 +7,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 from otcache.artifacts.training.text import POOLED_LENGTH, TEXT_LENGTH, make_encoders, make_tokenizers
-from otcache.compiler.capture import call_options, decoded
+from otcache.compiler.calling import call_options
+from otcache.compiler.decode import decoded
 from otcache.compiler.encoders import text_encoders
 from otcache.compiler.export import export_module
 from otcache.compiler.prompt import PROBES, latent_decoder, tokenizer_spec

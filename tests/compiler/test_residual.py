@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from otcache.compiler.capture import call_options, capture, denoiser_of, prepare_scheduler, probe
+from otcache.compiler.calling import call_options, prepare_scheduler
+from otcache.compiler.capture import capture
 from otcache.compiler.cut import cut
+from otcache.compiler.denoiser import denoiser_of
+from otcache.compiler.interface import probe
 from otcache.compiler.lower import lower, program_from_table
 from otcache.compiler.models import load_model
 from otcache.compiler.residual import FORECASTS, fitted_coefs, residual_edge_errors, residual_program

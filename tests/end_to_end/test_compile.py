@@ -14,9 +14,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import COMPILE, otc
 
-from otcache.compiler.capture import call_options, capture, denoiser_of, probe
+from otcache.compiler.calling import call_options
+from otcache.compiler.capture import capture
 from otcache.compiler.cut import cut
+from otcache.compiler.denoiser import denoiser_of
 from otcache.compiler.figures import FIGURES
+from otcache.compiler.interface import probe
 from otcache.compiler.models import load_model
 from otcache.compiler.rollout import roll_out
 from otcache.runtime import Sampler

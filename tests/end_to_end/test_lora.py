@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import otc
 
-from otcache.compiler.capture import call_options
+from otcache.compiler.calling import call_options
 from otcache.compiler.models import load_model
 from otcache.runtime.artifact import Artifact
 

@@ -9,27 +9,23 @@ import numpy as np
 import torch
 
 from otcache.compiler.baselines import uniform_reuse_program, uniform_schedule
-from otcache.compiler.capture import (
-    CallOptions,
-    Interface,
-    call_options,
-    capture,
-    decoded,
-    denoiser_of,
-    prepare_scheduler,
-    probe,
-)
+from otcache.compiler.calling import CallOptions, call_options, prepare_scheduler
+from otcache.compiler.capture import capture
 from otcache.compiler.coverage import Row
-from otcache.compiler.cut import Stages, cut, run_stages
+from otcache.compiler.cut import cut
+from otcache.compiler.decode import decoded
+from otcache.compiler.denoiser import denoiser_of
 from otcache.compiler.emit import emit
 from otcache.compiler.encoders import FAMILIES
 from otcache.compiler.export import TOLERANCES, ExportedStage, end_to_end_error, export_stages
+from otcache.compiler.interface import Interface, probe
 from otcache.compiler.lower import SolverTable, lower, program_from_table
 from otcache.compiler.models import transformer_of
 from otcache.compiler.pipeline import ENGINES, described
 from otcache.compiler.prompt import latent_decoder
 from otcache.compiler.residual import residual_program
 from otcache.compiler.rollout import roll_out
+from otcache.compiler.stages import Stages, run_stages
 from otcache.runtime import Sampler
 from otcache.schemas import manifest as schema
 from otcache.schemas.digest import digest_of_value

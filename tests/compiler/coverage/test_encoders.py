@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from otcache.compiler.capture import call_options, conditioning_of, probe
+from otcache.compiler.calling import call_options
+from otcache.compiler.capture import conditioning_of
 from otcache.compiler.encoders import FAMILIES, text_encoders
 from otcache.compiler.export import export_module
+from otcache.compiler.interface import probe
 
 from .pipelines import CASES
 

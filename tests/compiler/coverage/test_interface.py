@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from otcache.compiler.capture import call_options, capture, denoiser_of, prepare_scheduler, probe
+from otcache.compiler.calling import call_options, prepare_scheduler
+from otcache.compiler.capture import capture
+from otcache.compiler.denoiser import denoiser_of
+from otcache.compiler.interface import probe
 from otcache.compiler.lower import lower, program_from_table
 from otcache.compiler.models import transformer_of
 from otcache.compiler.rollout import roll_out

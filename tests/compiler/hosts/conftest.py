@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cases import CASES, Case
 from manifests import full_run, write_manifest
 
-from otcache.compiler.capture import Tape
+from otcache.compiler.record import Tape
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 from cases import STEPS, Case
 
 from otcache.compiler.baselines import extrapolated_program, uniform_schedule
-from otcache.compiler.capture import Tape, record
 from otcache.compiler.identity import denoiser_digest, plain_options
 from otcache.compiler.lower import SolverTable, lower, program_from_table
 from otcache.compiler.models import transformer_of
+from otcache.compiler.record import Tape, record
 from otcache.schemas.manifest import MANIFEST_NAME, Manifest, core_digest
 from otcache.schemas.program import Program
 

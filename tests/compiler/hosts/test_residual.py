@@ -13,12 +13,12 @@ from cases import CASES, FLUX, flux
 from diffusers import FluxPipeline
 from manifests import full_run, write_manifest
 
-from otcache.compiler.capture import record
 from otcache.compiler.cut import cut
 from otcache.compiler.hosts import OTCacheScheduler, apply_residual_cache, remove_residual_cache
 from otcache.compiler.hosts.blocks import block_lists
 from otcache.compiler.manifest_file import read_manifest
 from otcache.compiler.models import transformer_of
+from otcache.compiler.record import record
 from otcache.compiler.residual import residual_program
 from otcache.compiler.rollout import combine
 from otcache.runtime import Sampler

@@ -13,9 +13,9 @@ from cases import CASES, STEPS
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from manifests import BUDGET
 
-from otcache.compiler.capture import record
 from otcache.compiler.hosts import CalibrationWarning, OTCacheScheduler
 from otcache.compiler.manifest_file import read_manifest
+from otcache.compiler.record import record
 from otcache.runtime import loop
 from otcache.schemas.errors import ArtifactError, ModelError, RequestError
 

@@ -1,0 +1,36 @@
+"""Final latents → the pipeline's own pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .calling import CallOptions, any_prompts
+
+
+def decoded(pipeline: Any, options: CallOptions, latents: Tensor) -> Tensor:
+    """Final latents (n, …) → the pipeline's own pictures, float32 (n, [frames,] height, width, 3) in [0, 1].
+
+    The pipeline runs one step, whose result is replaced by the latents: it decodes them in whatever way it has.
+    """
+    count, scheduler = len(latents), pipeline.scheduler
+
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, return_dict: bool = True, **__: Any) -> Any:
+        final = latents.repeat(len(sample) // count, *[1] * (latents.ndim - 1)).to(sample.dtype)
+        return SimpleNamespace(prev_sample=final) if return_dict else (final,)
+
+    arguments = dataclasses.replace(options, num_inference_steps=1).arguments(1.0, count) | {"output_type": "np"}
+    scheduler.step = step
+    try:
+        with torch.no_grad():
+            made = pipeline(
+                **any_prompts(pipeline, count), generator=[torch.Generator() for _ in range(count)], **arguments
+            )
+    finally:
+        del scheduler.step
+    return torch.from_numpy(np.asarray(made[0], np.float32))

@@ -1,0 +1,237 @@
+"""How a pipeline calls its transformer, found from two short probe runs, with no knowledge of the model's class.
+
+Which argument carries the latents, which the time, which are conditioning and which are constants, and how the outputs of
+several branches become one. With that the transformer can be called at any point (`denoiser`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from otcache.schemas.errors import ModelError
+
+from .calling import CallOptions
+from .guidance import find_guidance
+from .noise import find_layout, proportional
+from .record import Tape, recorded_noise, recorded_run
+from .wiring import PLAIN, Offset, Output, PerSample
+
+PROBE_SAMPLES = 3
+"""Samples of a probe run: a number that no other axis of a model is likely to have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Tensors whose second axis is as long as the longest prompt of a call: padded to `length`, which a mask hides."""
+
+    names: tuple[str, ...]
+    mask: str
+    length: int
+
+    def padded(self, call: dict[str, Any], name: str) -> Tensor:
+        """One argument of a recorded call; a mask that the pipeline left out is made of ones."""
+        value = call[name]
+        if value is None:
+            value = torch.ones(call[self.names[0]].shape[:2], dtype=torch.int64)
+        if name not in (*self.names, self.mask):
+            return value
+        return nn.functional.pad(value, (*[0, 0] * (value.ndim - 2), 0, self.length - value.shape[1]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interface:
+    """How a pipeline calls its transformer."""
+
+    latents_input: str
+    timestep_input: str
+    timestep_scale: float
+    conditioning: tuple[str, ...]
+    """Tensor arguments that belong to a request, with the samples along their first axis."""
+    constants: dict[str, Any]
+    """Arguments that are the same for every prompt, step and seed, as `wiring` takes them."""
+    text: Text | None = None
+    """Of a pipeline that pads prompts to the longest one of a call."""
+    output: Output = PLAIN
+    guided: bool
+    """Two branches, negative and positive, combined as (1 − s) · negative + s · positive."""
+    keep_norm: bool = False
+    """The combination is then multiplied so that its vectors along the last axis are as long as the positive's."""
+    stacked: bool
+    """The branches come in one call along the batch axis, rather than in two calls."""
+    positive_first: bool
+    noise_shape: tuple[int, ...]
+    """One sample's noise, as the pipeline draws it."""
+    noise_split: tuple[int, ...]
+    noise_permutation: tuple[int, ...]
+    latents_shape: tuple[int, ...]
+
+    @property
+    def branches(self) -> int:
+        return 2 if self.guided else 1
+
+    @property
+    def guidance_kind(self) -> Literal["none", "cfg", "cfg_norm"]:
+        """As the manifest names it."""
+        if not self.guided:
+            return "none"
+        return "cfg_norm" if self.keep_norm else "cfg"
+
+
+def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: Sequence[str]) -> Interface:
+    """Two short runs on different prompts and seeds tell arguments apart. Raises ModelError for what cannot be compiled."""
+    name = type(pipeline).__name__
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise ModelError(
+            f"{name} has two transformers that take turns (transformer, transformer_2): expected one, because an artifact has "
+            "one trunk; compile a pipeline with a single expert"
+        )
+    prompts = list(dict.fromkeys(prompts))[: 2 * PROBE_SAMPLES]
+    prompts += [f"probe {i}" for i in range(2 * PROBE_SAMPLES - len(prompts))]
+    short = dataclasses.replace(options, num_inference_steps=3)
+    with recorded_noise() as drawn:
+        first = recorded_run(pipeline, short, guidance_scale, prompts[:PROBE_SAMPLES], range(PROBE_SAMPLES))
+        second = recorded_run(pipeline, short, guidance_scale, prompts[PROBE_SAMPLES:], range(100, 100 + PROBE_SAMPLES))
+    calls = first.calls[0]
+    if len(calls) not in (1, 2):
+        raise ModelError(
+            f"{name} calls its transformer {len(calls)} times a step: one or two (guidance) can be compiled"
+        )
+    sample = first.samples[0]
+    latents_input, stacked = _find_latents(first, name)
+    timestep_input, scale, offset = _find_timestep(first, name)
+    rows = PROBE_SAMPLES * (2 if stacked else 1)
+    conditioning, constants = _sorted_arguments(first, second, (latents_input, timestep_input), rows, name)
+    text = _find_text([*first.calls[0], *second.calls[0]], conditioning, constants, options.max_sequence_length, name)
+    if text and text.mask not in conditioning:
+        conditioning.append(text.mask)
+        constants.pop(text.mask, None)
+    if offset:
+        constants[timestep_input] = Offset(offset)
+    outputs = list(first.call_outputs[0][0].float().chunk(2)) if stacked else [o.float() for o in first.call_outputs[0]]
+    exact = first.call_outputs[0][0].dtype == torch.float32
+    output = _find_output(outputs, first.guided[0])
+    guided, positive_first, keep_norm, sign = find_guidance(
+        [output(each) for each in outputs], first.guided[0], guidance_scale, name, exact=exact
+    )
+    split, permutation = find_layout(drawn[0][1:], sample, name)
+    return Interface(
+        latents_input=latents_input, timestep_input=timestep_input, timestep_scale=scale, conditioning=tuple(conditioning),
+        constants=constants, text=text, output=dataclasses.replace(output, scale=sign), guided=guided, stacked=stacked,
+        positive_first=positive_first, keep_norm=keep_norm, noise_shape=drawn[0][1:], noise_split=split,
+        noise_permutation=permutation, latents_shape=tuple(sample.shape[1:]),
+    )  # fmt: skip
+
+
+def _find_latents(tape: Tape, name: str) -> tuple[str, bool]:
+    """The argument that is proportional to the scheduler's sample, and whether it holds both branches."""
+    sample = tape.samples[0]
+    for key, value in tape.calls[0][0].items():
+        if isinstance(value, Tensor) and value.shape[1:] == sample.shape[1:] and value.numel() % sample.numel() == 0:
+            ratio = value.shape[0] // sample.shape[0]
+            if ratio in (1, 2) and proportional(value[: sample.shape[0]].float(), sample):
+                return key, ratio == 2
+    for key, value in tape.calls[0][0].items():
+        if isinstance(value, list) and any(
+            torch.is_tensor(each) and each.numel() == sample[0].numel() for each in value
+        ):
+            raise ModelError(
+                f"{name} passes {key} as a list of one tensor a sample: expected one tensor for all, because a list fixes the "
+                "batch that stages are made for"
+            )
+    shapes = {key: tuple(value.shape) for key, value in tape.calls[0][0].items() if isinstance(value, Tensor)}
+    raise ModelError(
+        f"{name} does not hand the scheduler's latents {tuple(sample.shape)} to its transformer as they are ({shapes}): "
+        "not supported"
+    )
+
+
+def _sorted_arguments(
+    first: Tape, second: Tape, varying: tuple[str, ...], rows: int, name: str
+) -> tuple[list[str], dict[str, Any]]:
+    """The arguments that are not `varying` as conditioning and constants. `rows`: batch of a call."""
+    conditioning: list[str] = []
+    constants: dict[str, Any] = {}
+    calls = [*first.calls[0], *second.calls[0]]
+    for key, value in first.calls[0][0].items():
+        if key in varying:
+            continue
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
+            if not _same(value, first.calls[1][0][key]):
+                raise ModelError(f"{name} changes {key} from step to step: only latents and time may change")
+            if "mask" not in key and all(_same(value[:1].expand_as(value), call[key]) for call in calls):
+                constants[key] = PerSample(value[:1])
+            else:
+                conditioning.append(key)
+        elif "mask" not in key and not _same(value, second.calls[0][0][key]):
+            raise ModelError(
+                f"{name} passes {key} with {type(value).__name__} that depends on the prompt: not supported"
+            )
+        else:
+            constants[key] = value
+    return conditioning, constants
+
+
+def _find_text(
+    calls: Sequence[dict[str, Any]],
+    conditioning: Sequence[str],
+    constants: dict[str, Any],
+    length: int | None,
+    name: str,
+) -> Text | None:
+    """The tensors that are as long as the longest prompt of a call, and the mask that hides what is padded."""
+    values = {key: [call[key] for call in calls if call[key] is not None] for key in conditioning}
+    ragged = [key for key in conditioning if len({value.shape[1:] for value in values[key]}) > 1 and "mask" not in key]
+    masks = [key for key in (*conditioning, *constants) if "mask" in key]
+    optional = [key for key in masks if any(call[key] is None for call in calls)]
+    if not ragged and not (optional and any(key in conditioning for key in optional)):
+        return None
+    if not masks:
+        raise ModelError(
+            f"{name} makes {ragged[0]} as long as the longest prompt of a call and passes no mask: not supported, because "
+            "prompts could not be padded to one length"
+        )
+    if length is None:
+        raise ModelError(f"{name} makes {ragged[0]} as long as the longest prompt: give --max-sequence-length")
+    return Text(
+        names=tuple(ragged or [key for key in conditioning if values[key][0].ndim == 3]), mask=masks[0], length=length
+    )
+
+
+def _find_timestep(tape: Tape, name: str) -> tuple[str, float, float]:
+    """The argument that follows the scheduler's time, with scale and offset: argument = scale · time + offset."""
+    times = tape.timesteps[:2]
+    for key, value in tape.calls[0][0].items():
+        later = tape.calls[1][0][key]
+        if not isinstance(value, Tensor) or value.ndim > 1 or _same(value, later):
+            continue
+        found = [float(call[0][key].float().flatten()[0]) for call in tape.calls[:2]]
+        scale = (found[1] - found[0]) / (times[1] - times[0])
+        offset = found[0] - scale * times[0]
+        if abs(offset) <= 1e-4 * max(map(abs, found)):
+            largest = max((0, 1), key=lambda index: abs(times[index]))
+            return key, float(f"{found[largest] / times[largest]:.6g}"), 0.0
+        if abs(offset - round(offset)) <= 1e-4 * max(1.0, abs(offset)):
+            return key, float(f"{scale:.4g}"), float(round(offset))
+    raise ModelError(f"{name} passes no argument that follows the scheduler's timestep: not supported")
+
+
+def _find_output(outputs: list[Tensor], guided: Tensor) -> Output:
+    """Fewer channels than the model makes are its first ones."""
+    shape = outputs[0].shape
+    if shape[2:] == guided.shape[2:] and shape[1] > guided.shape[1]:
+        return Output(channels=guided.shape[1])
+    return PLAIN
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, Tensor):
+        return isinstance(other, Tensor) and value.shape == other.shape and torch.equal(value, other)
+    if isinstance(value, (list, tuple)):
+        return type(value) is type(other) and len(value) == len(other) and all(map(_same, value, other))
+    return bool(value == other)

@@ -21,6 +21,7 @@ from otcache.schemas.errors import ModelError
 from .blocks import trunk_of
 from .graph import Graph
 from .labels import labels_of
+from .mapped import give_back
 from .rewrites import replaced
 from .split import split
 from .stages import Stages, run_stages
@@ -49,13 +50,15 @@ def cut(
     subject = type(module).__name__
     check_arguments(subject, module, kwargs)
     bound = Bound(module, constants, output=output).eval()
-    with replaced(module):
-        graph_module, rounded = captured(subject, bound, kwargs)
+    with replaced(module) as rounded:
+        graph_module, rewritten = captured(subject, bound, kwargs)
+    rounded = rounded or rewritten
     graph = Graph(subject, graph_module, tuple(kwargs))
     stages = split(graph, labels_of(graph, trunk_of(subject, module, graph)))
     _check_exact(subject, graph_module if rounded else bound, stages, kwargs)
     if rounded:
         _check_close(subject, bound, stages, kwargs)
+    give_back(module)
     return stages
 
 

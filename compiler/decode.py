@@ -16,7 +16,8 @@ from .calling import CallOptions, any_prompts
 def decoded(pipeline: Any, options: CallOptions, latents: Tensor) -> Tensor:
     """Final latents (n, …) → the pipeline's own pictures, float32 (n, [frames,] height, width, 3) in [0, 1].
 
-    The pipeline runs one step, whose result is replaced by the latents: it decodes them in whatever way it has.
+    The pipeline runs two steps (Mochi's times cannot be fewer), whose results are replaced by the latents: it decodes them in
+    whatever way it has.
     """
     count, scheduler = len(latents), pipeline.scheduler
 
@@ -24,7 +25,7 @@ def decoded(pipeline: Any, options: CallOptions, latents: Tensor) -> Tensor:
         final = latents.repeat(len(sample) // count, *[1] * (latents.ndim - 1)).to(sample.dtype)
         return SimpleNamespace(prev_sample=final) if return_dict else (final,)
 
-    arguments = dataclasses.replace(options, num_inference_steps=1).arguments(1.0, count) | {"output_type": "np"}
+    arguments = dataclasses.replace(options, num_inference_steps=2).arguments(1.0, count) | {"output_type": "np"}
     scheduler.step = step
     try:
         with torch.no_grad():

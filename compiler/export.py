@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from otcache.schemas.errors import ModelError
 
+from .mapped import give_back
 from .stages import Stages
 from .trace import Bound, exported_program, reason_of
 
@@ -99,11 +100,13 @@ def export_stages(
     for tensors in _trials(example_inputs):
         for stage in stages.stages:
             tensors.update(stage.run(tensors))
+            give_back(stage.module)
         trials.append(tensors)
     exported = []
     for done, stage in enumerate(stages.stages, start=1):
         contract = _Contract(stage.name, stage.kind, stage.inputs, stage.outputs, folder / f"{stage.name}.onnx")
         exported.append(_export(contract, stage.module, trials, tolerance))
+        give_back(stage.module)
         if progress is not None:
             progress(done, len(stages.stages))
     return tuple(exported)

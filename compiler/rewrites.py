@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,11 +49,19 @@ def complex_rotation(module: fx.GraphModule) -> bool:
 
 def _parts(graph: fx.Graph, value: fx.Node, like: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Real and imaginary part of a complex node."""
-    if value.target is aten.view_as_complex.default:
-        pairs = value.args[0]
-    else:
-        pairs = _call(graph, like, aten.view_as_real.default, value)
+    pairs = _pairs(graph, value, like)
     return _call(graph, like, aten.select.int, pairs, -1, 0), _call(graph, like, aten.select.int, pairs, -1, 1)
+
+
+def _pairs(graph: fx.Graph, value: fx.Node, like: fx.Node) -> fx.Node:
+    """A complex node as real pairs along one axis more."""
+    if value.target is aten.view_as_complex.default:
+        pairs: fx.Node = value.args[0]  # type: ignore[assignment]
+        return pairs
+    if value.target is aten.unsqueeze.default:
+        inner, axis = value.args
+        return _call(graph, like, value.target, _pairs(graph, inner, like), axis % value.meta["val"].ndim)  # type: ignore[arg-type, operator]
+    return _call(graph, like, aten.view_as_real.default, value)
 
 
 def _product(module: fx.GraphModule, like: fx.Node, first: fx.Node, second: fx.Node) -> fx.Node:
@@ -135,18 +144,106 @@ def chroma_timestep(self: Any, timestep: Tensor) -> Tensor:
     return torch.cat([torch.cat([time, guidance], dim=1).unsqueeze(1).repeat(1, length, 1), modulation], dim=-1)
 
 
-REPLACEMENTS: dict[str, Callable[..., Any]] = {"ChromaCombinedTimestepTextProjEmbeddings": chroma_timestep}
-"""Class → its `forward` while it is traced."""
+def mochi_attention(
+    self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor, image_rotary_emb: Any
+) -> tuple[Tensor, Tensor]:
+    """`MochiAttention.forward` with padded text hidden by a mask, where the processor cuts each sample's off in a loop.
+
+    The padding follows the text, as Mochi's tokenizer makes it; what the processor fills up with zeros is zero here too.
+    """
+    cos, sin = image_rotary_emb
+
+    def split(value: Tensor) -> Tensor:
+        return value.unflatten(2, (self.heads, -1))
+
+    def rotated(value: Tensor) -> Tensor:
+        even, odd = value[..., 0::2].float(), value[..., 1::2].float()
+        pairs = (even * cos - odd * sin).to(value.dtype), (even * sin + odd * cos).to(value.dtype)
+        return torch.stack(pairs, dim=-1).flatten(-2)
+
+    query = rotated(self.norm_q(split(self.to_q(hidden_states))))
+    key = rotated(self.norm_k(split(self.to_k(hidden_states))))
+    text_query = self.norm_added_q(split(self.add_q_proj(encoder_hidden_states)))
+    text_key = self.norm_added_k(split(self.add_k_proj(encoder_hidden_states)))
+    value, text_value = split(self.to_v(hidden_states)), split(self.add_v_proj(encoder_hidden_states))
+    queries, keys, values = (
+        torch.cat(pair, dim=1).transpose(1, 2) for pair in ((query, text_query), (key, text_key), (value, text_value))
+    )
+    visible = attention_mask.bool()
+    mask = torch.cat([torch.ones_like(hidden_states[..., 0], dtype=torch.bool), visible], dim=1)
+    found = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None, :])
+    picture, text = (
+        found.transpose(1, 2).flatten(2, 3).split((hidden_states.shape[1], encoder_hidden_states.shape[1]), dim=1)
+    )
+    text = text * visible[..., None].to(text.dtype)
+    return self.to_out[1](self.to_out[0](picture)), self.to_add_out(text) if hasattr(self, "to_add_out") else text
+
+
+def lumina_2(
+    self: Any,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_attention_mask: Tensor,
+    attention_kwargs: Any = None,
+    return_dict: bool = True,
+) -> tuple[Tensor]:
+    """`Lumina2Transformer2DModel.forward` with padded text hidden by a mask, where each sample's picture is moved up to its text.
+
+    Attention does not depend on the order of its keys, and the rotary positions are the same: text is at (i, 0, 0), the picture
+    at (length of the text, row, column). The tables of rotations are rounded from float64 to float32, which engines compute in.
+    """
+    size, (batch, channels, height, width) = self.config.patch_size, hidden_states.shape
+    rows, columns, length = height // size, width // size, encoder_hidden_states.shape[1]
+    temb, text = self.time_caption_embed(hidden_states, timestep, encoder_hidden_states)
+    patches = hidden_states.view(batch, channels, rows, size, columns, size).permute(0, 2, 4, 3, 5, 1)
+    picture = self.x_embedder(patches.flatten(3).flatten(1, 2))
+
+    tables = [torch.view_as_real(table).float() for table in self.rope_embedder.freqs_cis]
+    row, column = (axis.flatten() for axis in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
+    after = tables[0][encoder_attention_mask.sum(1)][:, None].expand(-1, rows * columns, -1, -1)
+    grid = torch.cat([tables[1][row], tables[2][column]], dim=1)[None].expand(batch, -1, -1, -1)
+    start = torch.zeros(length, dtype=torch.int64)
+    words = torch.cat([tables[0][:length], tables[1][start], tables[2][start]], dim=1)[None].expand(batch, -1, -1, -1)
+    pairs = words, torch.cat([after, grid], dim=2)
+
+    for layer in self.context_refiner:
+        text = layer(text, encoder_attention_mask, torch.view_as_complex(pairs[0].contiguous()))
+    for layer in self.noise_refiner:
+        picture = layer(picture, None, torch.view_as_complex(pairs[1]), temb)
+    joint, rotation = torch.cat([text, picture], dim=1), torch.view_as_complex(torch.cat(pairs, dim=1))
+    mask = torch.cat([encoder_attention_mask.bool(), torch.ones_like(picture[..., 0], dtype=torch.bool)], dim=1)
+    for layer in self.layers:
+        joint = layer(joint, mask, rotation, temb)
+    made = self.norm_out(joint[:, length:], temb).reshape(batch, rows, columns, size, size, self.out_channels)
+    return (made.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3),)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What stands in for `forward` while a class is traced."""
+
+    forward: Callable[..., Any]
+    rounds: bool = False
+    """Values may be rounded otherwise."""
+
+
+REPLACEMENTS = {
+    "ChromaCombinedTimestepTextProjEmbeddings": Replacement(chroma_timestep),
+    "MochiAttention": Replacement(mochi_attention, rounds=True),
+    "Lumina2Transformer2DModel": Replacement(lumina_2, rounds=True),
+}
+"""By the class of diffusers."""
 
 
 @contextlib.contextmanager
-def replaced(model: nn.Module) -> Iterator[None]:
-    """While it lasts, submodules of the classes in `REPLACEMENTS` run what stands there."""
-    parts = [part for part in model.modules() if type(part).__name__ in REPLACEMENTS]
-    for part in parts:
-        part.forward = types.MethodType(REPLACEMENTS[type(part).__name__], part)  # type: ignore[method-assign]
+def replaced(model: nn.Module) -> Iterator[bool]:
+    """While it lasts, the model and its submodules of the classes in `REPLACEMENTS` run what stands there; whether it rounds otherwise."""
+    parts = {part: REPLACEMENTS[name] for part in model.modules() if (name := type(part).__name__) in REPLACEMENTS}
+    for part, replacement in parts.items():
+        part.forward = types.MethodType(replacement.forward, part)  # type: ignore[method-assign]
     try:
-        yield
+        yield any(replacement.rounds for replacement in parts.values())
     finally:
         for part in parts:
             del part.forward

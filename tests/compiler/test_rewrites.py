@@ -78,11 +78,50 @@ def test_a_squeeze_of_one_stays():
 def test_replacements_are_of_classes_that_exist_and_last_as_long_as_asked():
     from diffusers.models.transformers import transformer_chroma
 
-    (name,) = REPLACEMENTS
-    part = getattr(transformer_chroma, name)(num_channels=8, out_dim=6)
+    part = transformer_chroma.ChromaCombinedTimestepTextProjEmbeddings(num_channels=8, out_dim=6)
+    assert type(part).__name__ in REPLACEMENTS
     time = torch.tensor([0.2, 0.7])
     before = part(time)
     with replaced(part):
         assert "forward" in vars(part)
         assert torch.equal(part(time), before)
     assert "forward" not in vars(part)
+
+
+def mochi():
+    from diffusers.models.attention_processor import MochiAttention, MochiAttnProcessor2_0
+
+    part = MochiAttention(
+        query_dim=16, added_kv_proj_dim=16, processor=MochiAttnProcessor2_0(), heads=2, dim_head=8, out_dim=16, out_context_dim=16,
+    ).eval()  # fmt: skip
+    angle = torch.rand(6, 2, 4)
+    mask = torch.arange(5) < torch.tensor([[2], [5], [1]])
+    inputs = {"hidden_states": torch.randn(3, 6, 16), "encoder_hidden_states": torch.randn(3, 5, 16)}
+    return part, {**inputs, "attention_mask": mask, "image_rotary_emb": (angle.cos(), angle.sin())}
+
+
+def lumina():
+    from diffusers import Lumina2Transformer2DModel
+
+    model = Lumina2Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=32, num_layers=1, num_refiner_layers=1, num_attention_heads=2,
+        num_kv_heads=2, multiple_of=16, axes_dim_rope=(4, 6, 6), axes_lens=(16, 4, 4), cap_feat_dim=8,
+    ).eval()  # fmt: skip
+    mask = (torch.arange(5) < torch.tensor([[2], [5], [1]])).long()
+    inputs = {"hidden_states": torch.randn(3, 4, 4, 6), "encoder_hidden_states": torch.randn(3, 5, 8)}
+    return model, {**inputs, "timestep": torch.rand(3), "encoder_attention_mask": mask, "return_dict": False}
+
+
+@pytest.mark.parametrize("make", [mochi, lumina])
+@torch.no_grad()
+def test_padded_text_hidden_by_a_mask_is_text_cut_off(make):
+    torch.manual_seed(0)
+    part, call = make()
+    before = part(**call)
+    with replaced(part) as rounds:
+        assert rounds
+        after = part(**call)
+    for found, expected in zip(after, before, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    other = {**call, "encoder_hidden_states": call["encoder_hidden_states"].roll(1, 0)}
+    assert not torch.allclose(part(**other)[0], before[0], atol=1e-3)  # text has a say in the result

@@ -78,6 +78,8 @@ def _print_outcome(outcome: Outcome) -> None:
         click.echo(f"ok: signed with ed25519 {outcome.public_key}")
     if outcome.host:
         click.echo(f"ok: {outcome.host.backend} serves it here")
+        for name, reason in outcome.host.passed_over.items():
+            click.echo(one_line(f"note: {name} was passed over: {reason}", 400), err=True)
         for plans in outcome.host.plans:
             word, reason = ("ok", "run here") if plans.reason is None else ("note", f"do not run here: {plans.reason}")
             said = one_line(f"{word}: {plans.backend} plans for {plans.target} {reason}", 400)

@@ -14,9 +14,10 @@ import small_artifact as small
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 
-from otcache.runtime import Sampler, cli
+from otcache.runtime import Sampler, cli, tensorrt_build
 from otcache.runtime.artifact import Artifact
 from otcache.runtime.build_engines import build_engines
+from otcache.runtime.tensorrt_build import BuildJob, build_plan
 from otcache.runtime.tensorrt_engine import plan_parts
 from otcache.runtime.verify import verify
 from otcache.schemas.combinations import combinations
@@ -235,6 +236,48 @@ def test_the_full_library_is_named_where_it_is_missing(artifact_folder):
         result.exit_code == 6
         and "tensorrt is not installed: expected its package: pip install tensorrt" in result.stderr
     )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_timings_are_kept_from_plan_to_plan(artifact_folder, tmp_path, monkeypatch):
+    """As for the full library, whose timing cache RTX still has, but fills with nothing."""
+    monkeypatch.setattr(tensorrt_build, "buildable_targets", lambda trt: ())
+    given = []
+    keep = tensorrt_build._timing_cache
+
+    def watched(job, trt, config):
+        given.append(job.timing_cache.read_bytes() if job.timing_cache.is_file() else b"")
+        return keep(job, trt, config)
+
+    monkeypatch.setattr(tensorrt_build, "_timing_cache", watched)
+    (one, *_) = combinations(Artifact.open(artifact_folder).manifest)
+    for number in range(2):
+        build_plan(BuildJob(
+            name="spread", source=one, backend=RTX, target="any", shapes={"term_0": ((1, 4, 12), (1, 4, 12), (4, 4, 12))},
+            workspace_bytes=None, output=tmp_path / f"{number}.plan", timing_cache=tmp_path / "cache",
+        ))  # fmt: skip
+    assert given == [b"", (tmp_path / "cache").read_bytes()] and given[1]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sums_between_stages_of_half_precision(artifact_folder, tmp_path, dtype):
+    """Terms and totals have the stages' type, sums are float32: a plan of every kind, `cfg_norm` among them."""
+    manifest = Artifact.open(artifact_folder).manifest
+    manifest = manifest.model_copy(update={"guidance": manifest.guidance.model_copy(update={"kind": "cfg_norm"})})
+    half = lambda t: t.model_copy(update={"dtype": dtype}) if t.dtype == "float32" else t  # noqa: E731
+    stages = tuple(
+        stage.model_copy(update={side: tuple(map(half, getattr(stage, side))) for side in ("inputs", "outputs")})
+        for stage in manifest.stages
+    )
+    for one in combinations(manifest.model_copy(update={"stages": stages})):
+        rows = ((2, 4, 12), (2, 4, 12), (8, 4, 12))
+        plan = build_plan(BuildJob(
+            name=one.name, source=one, backend=RTX, target="sm_89", shapes={term.name: rows for term in one.terms},
+            workspace_bytes=None, output=tmp_path / f"{one.name}.plan", timing_cache=tmp_path / "cache",
+        ))  # fmt: skip
+        assert plan.layers["float32"] >= 1, one.name
+        touches_a_stage = one.kind in ("spread", "forecast")
+        assert (dtype in plan.layers) == touches_a_stage, (one.name, plan.layers)
 
 
 @pytest.fixture

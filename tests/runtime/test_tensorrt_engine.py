@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import host_device
 import numpy as np
@@ -88,6 +89,8 @@ def test_verify_says_what_runs_here(built):
         ("sm_86", True), ("sm_89", True)]  # fmt: skip
     result = CliRunner().invoke(cli.main, ["verify", str(built), "--level", "host"])
     assert result.exit_code == 0 and result.stderr.count("note: tensorrt-rtx plans for sm_8") == 2
+    assert "note: tensorrt-rtx was passed over: sm_86: no NVIDIA GPU" in result.stderr
+    assert "note: tensorrt was passed over: the artifact holds no engines for it: otc build-engines adds them" in result.stderr
     shown = json.loads(CliRunner().invoke(cli.main, ["verify", str(built), "--level", "host", "--json"]).stdout)
     assert shown["host"]["plans"][0]["target"] == "sm_86"
 
@@ -133,6 +136,63 @@ def test_a_damaged_plan_is_never_opened(built, backend, tmp_path, damage):
     assert backend._runtime.given == []
     with Sampler.load(folder, "onnxruntime") as sampler:
         assert sampler("a ring", budget=2).shape == (1, 4, 4, 3), "another backend serves it still"
+
+
+CALLED = {
+    "IExecutionContext": ("set_device_memory", "set_input_shape", "set_tensor_address", "execute_async_v3"),
+    "ICudaEngine": ("create_execution_context", "create_runtime_config", "device_memory_size_v2", "get_tensor_dtype",
+                    "get_tensor_name", "num_io_tensors"),
+    "IRuntimeConfig": ("create_runtime_cache", "set_runtime_cache", "dynamic_shapes_kernel_specialization_strategy",
+                       "set_execution_context_allocation_strategy"),
+    "Runtime": ("deserialize_cuda_engine",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CALLED)
+def test_the_library_has_what_is_called(kind):
+    """What runs on GPUs only is at least there by that name."""
+    missing = [name for name in CALLED[kind] if not hasattr(getattr(tensorrt_engine.library(RTX), kind), name)]
+    assert missing == []
+
+
+class PlanWithoutGpu:
+    """Records what contexts it is asked for."""
+
+    def __init__(self):
+        self.contexts = []
+
+    def create_execution_context(self, given):
+        self.contexts.append(given)
+        return object()
+
+    def create_runtime_config(self):
+        return RuntimeConfig()
+
+
+class RuntimeConfig:
+    def create_runtime_cache(self):
+        return object()
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.strategy = strategy
+
+
+def test_contexts_use_given_memory_and_wait_for_their_kernels():
+    """For RTX with one cache of kernels for all; the full library has no such thing, and is asked for memory alone."""
+    trt, plan = tensorrt_engine.library(RTX), PlanWithoutGpu()
+    contexts = tensorrt_engine.Contexts(trt)
+    for _ in range(2):
+        contexts.create(plan)
+    first, second = plan.contexts
+    assert first.strategy == second.strategy == trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    assert first.dynamic_shapes_kernel_specialization_strategy == trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    assert first.cache is second.cache
+    full = SimpleNamespace(ExecutionContextAllocationStrategy=trt.ExecutionContextAllocationStrategy)
+    tensorrt_engine.Contexts(full).create(plan)
+    assert plan.contexts[-1] == trt.ExecutionContextAllocationStrategy.USER_MANAGED
 
 
 def test_a_combination_without_a_plan(built):

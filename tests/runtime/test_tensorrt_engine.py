@@ -90,7 +90,10 @@ def test_verify_says_what_runs_here(built):
     result = CliRunner().invoke(cli.main, ["verify", str(built), "--level", "host"])
     assert result.exit_code == 0 and result.stderr.count("note: tensorrt-rtx plans for sm_8") == 2
     assert "note: tensorrt-rtx was passed over: sm_86: no NVIDIA GPU" in result.stderr
-    assert "note: tensorrt was passed over: the artifact holds no engines for it: otc build-engines adds them" in result.stderr
+    assert (
+        "note: tensorrt was passed over: the artifact holds no engines for it: otc build-engines adds them"
+        in result.stderr
+    )
     shown = json.loads(CliRunner().invoke(cli.main, ["verify", str(built), "--level", "host", "--json"]).stdout)
     assert shown["host"]["plans"][0]["target"] == "sm_86"
 

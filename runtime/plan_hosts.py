@@ -43,6 +43,8 @@ def why_not(plans: Engine, artifact: str = "ARTIFACT") -> str | None:
         trt = library(plans.backend)
     except HostError:
         return f"it is not installed: pip install {PACKAGES[plans.backend]}=={plans.version}"
+    if "batch" not in plans.profile:
+        return f"built for sizes that the manifest does not name: {again}"
     if plans.version != trt.__version__:
         return f"built with version {plans.version}, and here is {trt.__version__}: {again}"
     if plans.target != host:

@@ -56,6 +56,7 @@ def test_plans_that_fit_are_chosen(built, on_sm_89):
         ({}, "sm_90", "this GPU is sm_90: otc build-engines A --backend tensorrt --target sm_90"),
         ({"platform": "windows-amd64"}, "sm_89", "built for windows-amd64, and this is .*: otc build-engines A"),
         ({"backend": "tensorrt", "version": "11.4.0"}, "sm_89", "not installed: pip install tensorrt==11.4.0"),
+        ({"profile": {}}, "sm_89", "built for sizes that the manifest does not name: otc build-engines A"),
         ({}, None, "no driver: expected a GPU of compute capability sm_89"),
     ],
 )  # fmt: skip

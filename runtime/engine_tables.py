@@ -29,7 +29,7 @@ def engines_table(manifest: Manifest) -> Table:
         facts = _facts(manifest, engine)
         profile = ",".join(f"{name}={':'.join(map(str, sizes))}" for name, sizes in engine.profile.items())
         layers = ", ".join(f"{count} {dtype}" for dtype, count in facts["layers_by_type"].items())
-        together = f" ({facts['blocks_per_plan']} blocks in one)" if facts["blocks_per_plan"] > 1 else ""
+        together = f" ({facts['blocks_per_plan']} blocks)" if facts["blocks_per_plan"] > 1 else ""
         table.add_row(
             engine.backend, escape(one_line(engine.version)), escape(one_line(engine.target)), escape(profile) or "–",
             f"{len(_paths(engine))}{together}", readable_size(facts["size_bytes"]), f"{facts['build_s']:.1f}" if facts["build_s"] else "–",

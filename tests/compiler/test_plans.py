@@ -66,7 +66,7 @@ def test_float16(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("dtype", "target"), [("float32", "sm_89"), ("float16", "sm_75")])
+@pytest.mark.parametrize(("dtype", "target"), [("float32", "sm_89"), ("float16", "sm_86")])
 def test_every_stage_of_the_bundled_model(tmp_path, dtype, target):
     """Embed, eight blocks, head, text encoders and decoder, at the sizes at which `otc compile shapes` exports them."""
     pipeline = FluxPipeline.from_pretrained(SHAPES, torch_dtype=getattr(torch, dtype))

@@ -260,6 +260,28 @@ def test_timings_are_kept_from_plan_to_plan(artifact_folder, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_stage_of_half_precision(tmp_path, dtype):
+    """Types are those of the file: nothing becomes float32."""
+    kind, shape = getattr(TensorProto, dtype.upper()), [None, 4, 8]
+    ends = [helper.make_tensor_value_info(name, kind, shape) for name in ("h0", "h1")]
+    nodes = [
+        helper.make_node("MatMul", ["h0", "w"], ["y"]),
+        helper.make_node("Tanh", ["y"], ["z"]),
+        helper.make_node("Add", ["h0", "z"], ["h1"]),
+    ]
+    graph = helper.make_graph(nodes, "block", ends[:1], ends[1:], [helper.make_tensor("w", kind, [8, 8], [0.125] * 64)])
+    path = tmp_path / "block.onnx"
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+    )
+    plan = build_plan(BuildJob(
+        name="block", source=path, backend=RTX, target="sm_86", shapes={"h0": ((1, 4, 8), (2, 4, 8), (4, 4, 8))},
+        workspace_bytes=None, output=tmp_path / "block.plan", timing_cache=tmp_path / "cache",
+    ))  # fmt: skip
+    assert plan.layers[dtype] >= 3 and "float32" not in plan.layers
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sums_between_stages_of_half_precision(artifact_folder, tmp_path, dtype):
     """Terms and totals have the stages' type, sums are float32: a plan of every kind, `cfg_norm` among them."""
     manifest = Artifact.open(artifact_folder).manifest

@@ -73,6 +73,8 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
 @click.option("--evaluation-prompts", default=32, show_default=True, help="Prompts to hold out, at most.")
 @click.option("--seed", default=0, show_default=True, help="Of the calibration's noise and the anchor search.")
 @click.option("--lora", type=click.Path(path_type=Path), help="Folder of a LoRA to fuse into the weights.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
+              help="Of the transformer's engines; bfloat16 is served on GPUs only.")  # fmt: skip
 @click.option("--revision", help="Branch, tag or commit of a hub model.  [default: its main branch]")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python that comes with MODEL; refused without this.")
 @click.option("--backend", "backends", default="onnx", show_default=True, metavar="onnx[,tensorrt-rtx]",

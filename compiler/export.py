@@ -8,6 +8,7 @@ or name of the build host, and the same model gives the same bytes in every proc
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from otcache.schemas.errors import ModelError
 
+from .evaluators import OPSET, Run, array_of, evaluator
 from .mapped import give_back
 from .stages import Stages
 from .trace import Bound, exported_program, reason_of
@@ -33,15 +34,15 @@ from .trace import Bound, exported_program, reason_of
 Progress = Callable[[int, int], None]
 """Called with (stages done, stages in all)."""
 
-OPSET = 20
-"""Newest opset without the `Attention` operator, whose float32 form TensorRT-RTX refuses."""
-EXTERNAL_BYTES = 1 << 30
-"""Weights above this go to `<name>.onnx.data` beside the graph: a protobuf message ends at 2 GB."""
-TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2}
+EXTERNAL_BYTES = 1 << 26
+"""Weights above this go to `<name>.onnx.data` beside the graph: they are written one by one, and read where they lie. A message
+of protobuf, which ends at 2 GB, is in memory several times while it is made and read."""
+TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative error by the dtype of the outputs. Measured in float32: 4e-7 … 5e-6."""
 _DTYPES = {
     torch.float32: "float32",
     torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
     torch.int64: "int64",
     torch.int32: "int32",
     torch.bool: "bool",
@@ -106,6 +107,7 @@ def export_stages(
     for done, stage in enumerate(stages.stages, start=1):
         contract = _Contract(stage.name, stage.kind, stage.inputs, stage.outputs, folder / f"{stage.name}.onnx")
         exported.append(_export(contract, stage.module, trials, tolerance))
+        gc.collect()  # graphs and evaluators hold themselves in cycles, and weights of the stage with them
         give_back(stage.module)
         if progress is not None:
             progress(done, len(stages.stages))
@@ -167,15 +169,16 @@ def export_whole(
 
 
 def run_exported(exported: Sequence[ExportedStage], inputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
-    """Run exported stages one after the other on ONNX Runtime (CPU); every tensor by name, inputs included."""
-    tensors = {name: value.detach().cpu().numpy() for name, value in inputs.items()}
+    """Run exported stages one after the other on the CPU (`evaluators`); every tensor by name, inputs included."""
+    tensors = {name: array_of(value) for name, value in inputs.items()}
     for stage in exported:
-        tensors.update(_run(_session(stage.path), stage.inputs, stage.outputs, tensors))
+        run = evaluator(stage.path, _dtypes(stage.inputs, stage.outputs))
+        tensors.update(_run(run, stage.inputs, stage.outputs, tensors))
     return tensors
 
 
 def end_to_end_error(exported: Sequence[ExportedStage], inputs: Mapping[str, Tensor], reference: Tensor) -> float:
-    """max |chain − reference| / max |reference|, the chain being all stages on ONNX Runtime (CPU).
+    """max |chain − reference| / max |reference|, the chain being all stages on the CPU.
 
     Args:
         exported: stages in order; the first output of the last one is compared.
@@ -183,7 +186,7 @@ def end_to_end_error(exported: Sequence[ExportedStage], inputs: Mapping[str, Ten
         reference: the model output in torch for the same inputs.
     """
     result = run_exported(exported, inputs)[exported[-1].outputs[0].name]
-    return relative_error(result, reference.detach().cpu().numpy())
+    return relative_error(result, array_of(reference))
 
 
 def relative_error(received: NDArray[Any], expected: NDArray[Any]) -> float:
@@ -253,19 +256,19 @@ def _export(
     _normalise(model, inputs, outputs)
     _save(model, contract.path)
 
-    session = _session(contract.path)
+    run = evaluator(contract.path, _dtypes(inputs, outputs))
     error = 0.0
     for tensors in trials[1:]:
-        feed = {info.name: tensors[info.name].detach().cpu().numpy() for info in inputs}
-        results = _run(session, inputs, outputs, feed)
+        feed = {info.name: array_of(tensors[info.name]) for info in inputs}
+        results = _run(run, inputs, outputs, feed)
         for name in contract.outputs:
-            error = max(error, relative_error(results[name], tensors[name].detach().cpu().numpy()))
+            error = max(error, relative_error(results[name], array_of(tensors[name])))
     allowed = (
         tolerance if tolerance is not None else max(TOLERANCES.get(trials[0][n].dtype, 0.0) for n in contract.outputs)
     )
     if not error <= allowed:
         raise ModelError(
-            f"stage {contract.name}: ONNX Runtime differs from torch by {error:.3g}, relative to the largest output: expected "
+            f"stage {contract.name}: its ONNX form differs from torch by {error:.3g}, relative to the largest output: expected "
             f"at most {allowed:.3g}; compute in float32, or raise the tolerance if this precision is meant"
         )
     return ExportedStage(contract.name, contract.kind, contract.path, inputs, outputs, error)
@@ -279,7 +282,7 @@ def _tensor_info(stage: str, name: str, trials: Sequence[Mapping[str, Tensor]]) 
     if dtype is None:
         raise ModelError(
             f"stage {stage}: tensor {name!r} is {values[0].dtype}: expected one of {', '.join(_DTYPES.values())}; "
-            "load the model in float32 or float16"
+            "load the model in float32, float16 or bfloat16"
         )
     shapes = list(zip(*(value.shape for value in values), strict=True))
     shape: list[Any] = [per_trial[0] for per_trial in shapes]
@@ -373,27 +376,15 @@ def _save(model: onnx_ir.Model, path: Path) -> None:
     onnx.checker.check_model(str(path), full_check=False)
 
 
-# --- ONNX Runtime --------------------------------------------------------------------------------------------------------
-
-
-def _session(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ModelError(
-            f"stage {path.stem}: ONNX Runtime refuses the file: {reason_of(error)}; expected operators that its CPU provider implements; "
-            "replace the operator in the model, or report it to otcache"
-        ) from error
+# --- running -------------------------------------------------------------------------------------------------------------
 
 
 def _run(
-    session: onnxruntime.InferenceSession,
-    inputs: Sequence[TensorInfo],
-    outputs: Sequence[TensorInfo],
-    tensors: Mapping[str, NDArray[Any]],
+    run: Run, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo], tensors: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:
     names = [info.name for info in outputs]
-    results = session.run(names, {info.name: tensors[info.name] for info in inputs})
-    return dict(zip(names, results, strict=True))
+    return dict(zip(names, run(names, {info.name: tensors[info.name] for info in inputs}), strict=True))
+
+
+def _dtypes(inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> list[str]:
+    return [info.dtype for info in (*inputs, *outputs)]

@@ -45,6 +45,8 @@ class CompileOptions:
     """Run Python that comes with the model."""
     lora: Path | None = None
     """Folder of a LoRA that is fused into the weights."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the transformer's stages; everything that is searched and measured is so in float32."""
     workspace: Path | None = None
     force: bool = False
 

@@ -44,6 +44,7 @@ from .interface import Interface, probe
 from .lower import SolverTable, lower, program_from_table
 from .models import Model, load_model, read_prompts
 from .options import CompileOptions, split_prompts
+from .precision import stages_in
 from .progress import Pass, Reporter
 from .prompt import latent_decoder
 from .report import ATTACHMENTS, write_report
@@ -498,8 +499,12 @@ def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Expor
     def trunk(folder: Path) -> None:
         with session.reporter.on("export", f"{len(stages.stages)} stages of the transformer") as advance:
             example = _example(session, trajectory)
-            written = list(export_stages(stages, example, folder / ENGINES, progress=advance))
-            _describe(folder, written, end_to_end_error(written, example, run_stages(stages, example)))
+            served, inputs = stages, example
+            if session.options.dtype != "float32":
+                dtype = getattr(torch, session.options.dtype)
+                served, inputs = stages_in(dtype, session.model.transformer, session.interface, example)
+            written = list(export_stages(served, inputs, folder / ENGINES, progress=advance))
+            _describe(folder, written, end_to_end_error(written, inputs, run_stages(stages, example)))
 
     def text(folder: Path, encoders: Encoders) -> None:
         (folder / "tokenizers").mkdir()
@@ -517,13 +522,12 @@ def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Expor
         with session.reporter.on("export", "decoder"):
             _describe(folder, [export_module(decoder, session.decoder_example, ("images",), path, kind="decoder")])
 
-    key = export_key(session)
     parts: dict[str, Callable[[Path], None]] = {"export": trunk}
     if encoders is not None:
         parts["export-text"] = partial(text, encoders=encoders)
     if decoder is not None:
         parts["export-decoder"] = partial(pictures, decoder=decoder)
-    folders = [session.workspace.tree(name, key, compute) for name, compute in parts.items()]
+    folders = [session.workspace.tree(name, export_key(session, name), compute) for name, compute in parts.items()]
     written = [json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")) for folder in folders]
     return Exported(
         folders=folders,
@@ -539,9 +543,10 @@ def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Expor
     )  # fmt: skip
 
 
-def export_key(session: Session) -> Any:
-    """What the exported stages depend on, for the workspace."""
-    return [session.key, session.call.height, session.call.width]
+def export_key(session: Session, name: str) -> Any:
+    """What exported stages (one of `EXPORTS`) depend on, for the workspace."""
+    dtype = session.options.dtype if name == EXPORTS[0] else "float32"
+    return [session.key, session.call.height, session.call.width, dtype]
 
 
 def _describe(folder: Path, written: Sequence[ExportedStage], chain: float | None = None) -> None:
@@ -601,7 +606,7 @@ def _manifest_fields(
             config=plain_options(scheduler),
         ),
         "conditions": schema.Conditions(
-            height=call.height, width=call.width, num_frames=call.num_frames, max_sequence_length=call.max_sequence_length or 1, dtype="float32",
+            height=call.height, width=call.width, num_frames=call.num_frames, max_sequence_length=call.max_sequence_length or 1, dtype=options.dtype,
             objective=options.objective, prompts_digest=digest_of_value([list(prompts), list(held_out)]),
             calibration_prompts=len(prompts), evaluation_prompts=len(held_out), seed=options.seed,
         ),

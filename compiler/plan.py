@@ -171,10 +171,10 @@ def _passes(
     )  # fmt: skip
     kept = searched and evaluated(session, held_out)
     yield planned("evaluate", evaluation_count(session, len(held_out)), 0, kept)
-    trunk = _stage_count(session.model.transformer)
+    trunk, item_bytes = _stage_count(session.model.transformer), getattr(torch, options.dtype).itemsize
     modules = {EXPORTS[1]: session.encoders and session.encoders.module, EXPORTS[2]: session.decoder}
     weights = {
-        "cut": (0, 0), EXPORTS[0]: (trunk, _weight_bytes(session.model.transformer)),
+        "cut": (0, 0), EXPORTS[0]: (trunk, _weight_bytes(session.model.transformer, item_bytes)),
         **{name: (1, _weight_bytes(module)) if module else (0, 0) for name, module in modules.items()},
     }  # fmt: skip
     yield planned("cut", 0, 0, False, other_s=CUT_S_PER_STAGE * (trunk + 2))
@@ -183,7 +183,7 @@ def _passes(
         stages, weight_bytes = weights[name]
         size = weight_bytes + stages * GRAPH_BYTES
         whole += size
-        kept = workspace.has(name, export_key(session), "")
+        kept = workspace.has(name, export_key(session, name), "")
         yield planned(name, 0, size, kept, other_s=stages * EXPORT_S_PER_STAGE + size / COPY_BYTES_PER_S)
     yield planned("emit", 0, whole + REPORT_BYTES, False, other_s=REPORT_S + whole / COPY_BYTES_PER_S)
 
@@ -261,9 +261,9 @@ def _stage_count(transformer: torch.nn.Module) -> int:
     return 2 + sum(len(child) for child in lists)
 
 
-def _weight_bytes(module: torch.nn.Module) -> int:
-    """Weights as they are exported: float32, each once."""
-    return sum(4 * parameter.numel() for parameter in {id(p): p for p in module.parameters()}.values())
+def _weight_bytes(module: torch.nn.Module, item_bytes: int = 4) -> int:
+    """Weights as they are exported, each once."""
+    return sum(item_bytes * parameter.numel() for parameter in {id(p): p for p in module.parameters()}.values())
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -167,7 +167,10 @@ def _why_not_onnxruntime(provider: str | None) -> Callable[[Manifest], str | Non
             return "it is not installed: pip install onnxruntime"
         tensors = [tensor for stage in manifest.stages for tensor in (*stage.inputs, *stage.outputs)]
         if odd := [tensor for tensor in tensors if tensor.dtype not in DTYPES]:
-            return f"{odd[0].name} is {odd[0].dtype}: it serves {', '.join(DTYPES)}: compile in another dtype"
+            return (
+                f"{odd[0].name} is {odd[0].dtype}, and it serves {', '.join(DTYPES)}: build plans for a GPU with "
+                "otc build-engines, or compile with --dtype float16"
+            )
         if provider is not None:
             from .onnx_engine import available_providers
 

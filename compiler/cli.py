@@ -50,6 +50,9 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
 @click.option("--width", type=int, help="Pixels.  [default: the model's]")
 @click.option("--num-frames", type=int, help="Frames of a video.  [default: the model's]")
 @click.option("--max-sequence-length", type=int, help="Text tokens.  [default: the model's]")
+@click.option("--sizes", metavar="HxW,…|HxW:HxW:STEP", help="Sizes to serve as well: a list, or a range with its step.")
+@click.option("--frame-counts", metavar="N,…|N:N:STEP", help="Numbers of frames to serve as well.")
+@click.option("--text-lengths", metavar="N,…|N:N:STEP", help="Numbers of text tokens to serve as well.")
 @click.option("--reference-budget", type=int, help="Steps of the reference schedule.  [default: 2/5 of all]")
 @click.option("--anchor-budget", type=int, help="Steps of the anchor schedule.  [default: 1/12 of all]")
 @click.option("--trials", default=20, show_default=True, help="Trials of the anchor search.")
@@ -93,6 +96,7 @@ def compile_command(ctx: click.Context, as_json: bool, dry_run: bool, verbose: b
       otc compile shapes --budgets 4,8,16
       otc compile ./my-pipeline --budgets 6,10 --prompts prompts.txt --guidance-scale 2:6 -o artifacts/mine
 
+      otc compile ./my-pipeline --sizes 512x512,768x512 --text-lengths 128,512
       otc compile shapes --budgets 4,8,12,16 --force     # adds a budget to what the workspace knows
       otc compile shapes --dry-run
       otc compile shapes --backend onnx,tensorrt-rtx --target sm_89,sm_120

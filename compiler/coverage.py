@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 
@@ -27,6 +27,10 @@ class Row:
     """Served from the prompt on, without torch; else conditioning comes from `otc encode`."""
     decoder: bool = False
     """Decodes without torch; else the artifact makes latents."""
+    symbolic: tuple[str, ...] = ()
+    """What the exporter keeps symbolic: `batch`, and axes of a request as the manifest names them."""
+    fixed: dict[str, str] = field(default_factory=dict)
+    """Axes of the pipeline's call that it does not, with the reason."""
     stage_error: float = 0.0
     """Largest difference of an exported stage from torch, relative to the largest output."""
     full_error: float = 0.0
@@ -38,7 +42,9 @@ class Row:
 def rows() -> list[Row]:
     """The table that is shipped."""
     values = json.loads(resources.files("otcache.compiler").joinpath(NAME).read_text(encoding="utf-8"))
-    return [Row(**{**value, "payloads": tuple(value["payloads"])}) for value in values]
+    return [
+        Row(**{**value, "payloads": tuple(value["payloads"]), "symbolic": tuple(value["symbolic"])}) for value in values
+    ]
 
 
 def write_rows(found: list[Row], path: Path) -> None:

@@ -25,7 +25,8 @@ from .mapped import give_back
 from .rewrites import replaced
 from .split import split
 from .stages import Stages, run_stages
-from .trace import Bound, captured, check_arguments
+from .trace import Bound, captured, check_arguments, reason_of
+from .varying import FIXED, Varying
 from .wiring import PLAIN, Output
 
 ROUNDING = 64
@@ -33,7 +34,12 @@ ROUNDING = 64
 
 
 def cut(
-    module: nn.Module, kwargs: dict[str, Tensor], *, constants: Mapping[str, Any], output: Output = PLAIN
+    module: nn.Module,
+    kwargs: dict[str, Tensor],
+    *,
+    constants: Mapping[str, Any],
+    output: Output = PLAIN,
+    varying: Varying = FIXED,
 ) -> Stages:
     """Split a transformer into embed, blocks and head.
 
@@ -43,34 +49,46 @@ def cut(
             each is the batch, 2 or more.
         constants: its other keyword arguments, tensors or not (`wiring`); they are baked in.
         output: what the pipeline makes of the result; by default its first tensor is taken as it is.
+        varying: dimensions beside the batch that have other sizes, and the inputs there.
 
     Raises:
+        SpecialisedError: the model turns such a dimension into a Python number.
         ModelError: no graph, no block lists, a batch that is not dynamic, or stages that do not reproduce the model.
     """
     subject = type(module).__name__
-    check_arguments(subject, module, kwargs)
+    check_arguments(subject, module, {name: value for name, value in kwargs.items() if name not in varying.unbatched})
     bound = Bound(module, constants, output=output).eval()
     with replaced(module) as rounded:
-        graph_module, rewritten = captured(subject, bound, kwargs)
+        graph_module, rewritten = captured(subject, bound, kwargs, varying)
     rounded = rounded or rewritten
     graph = Graph(subject, graph_module, tuple(kwargs))
     stages = split(graph, labels_of(graph, trunk_of(subject, module, graph)))
     _check_exact(subject, graph_module if rounded else bound, stages, kwargs)
     if rounded:
-        _check_close(subject, bound, stages, kwargs)
+        _check_close(subject, bound, stages, kwargs, "rewritten")
+    for inputs in varying.inputs:
+        _check_close(subject, bound, stages, inputs, "at another size")
     give_back(module)
     return stages
 
 
-def _check_close(subject: str, bound: Bound, stages: Stages, kwargs: dict[str, Tensor]) -> None:
-    """After a rewrite that rounds otherwise than the model."""
+def _check_close(subject: str, bound: Bound, stages: Stages, kwargs: Mapping[str, Tensor], what: str) -> None:
+    """Where the stages may round otherwise than the model. what: it says where that is."""
     with torch.no_grad():
-        (expected,) = bound(kwargs)
-    difference = float((run_stages(stages, kwargs).double() - expected.double()).abs().max() / expected.abs().max())
+        (expected,) = bound(dict(kwargs))
+    try:
+        received = run_stages(stages, kwargs)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{subject}: {what}, its graph does not run: {reason_of(error)}: expected one for all sizes"
+        ) from error
+    difference = float("inf")
+    if received.shape == expected.shape:
+        difference = float((received.double() - expected.double()).abs().max() / expected.abs().max())
     allowed = ROUNDING * torch.finfo(expected.dtype).eps
     if not difference <= allowed:
         raise ModelError(
-            f"{subject}: rewritten, it differs from the model by {difference:.3g} of the largest output: expected at most "
+            f"{subject}: {what}, it differs from the model by {difference:.3g} of the largest output: expected at most "
             f"{allowed:.3g}; report it to otcache"
         )
 

@@ -29,6 +29,7 @@ from otcache.schemas.errors import ModelError
 from .evaluators import OPSET, Run, array_of, evaluator
 from .mapped import give_back
 from .stages import Stages
+from .symbols import SymbolBook
 from .trace import Bound, exported_program, reason_of
 
 Progress = Callable[[int, int], None]
@@ -56,6 +57,28 @@ class TensorInfo:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    symbols: tuple[str | None, ...] = ()
+    """What its dimensions follow at other sizes; empty where they stay."""
+
+    @property
+    def graph_shape(self) -> list[int | str]:
+        """As an ONNX graph declares it."""
+        symbols = self.symbols or (None,) * len(self.shape)
+        return [size if symbol is None else symbol for size, symbol in zip(self.shape, symbols, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherSizes:
+    """Inputs at other sizes than the example's, and the symbols that dimensions follow from there."""
+
+    book: SymbolBook
+    inputs: tuple[Mapping[str, Tensor], ...] = ()
+    """At the points of the book in their order, the first of which is the example's."""
+    constants: tuple[str, ...] = ()
+    """Inputs without a batch."""
+
+
+NONE = OtherSizes(book=SymbolBook(()))
 
 
 @dataclass(frozen=True)
@@ -84,6 +107,7 @@ def export_stages(
     *,
     progress: Progress | None = None,
     tolerance: float | None = None,
+    others: OtherSizes = NONE,
 ) -> tuple[ExportedStage, ...]:
     """Export every stage to `folder/<stage>.onnx`.
 
@@ -93,16 +117,22 @@ def export_stages(
         folder: is created if it does not exist.
         progress: called after each stage.
         tolerance: largest relative error of a stage; by default as `TOLERANCES` has it.
+        others: sizes that the stages shall take as well.
 
     Raises:
         ModelError: a stage that ONNX cannot express, or that differs from torch by more than the tolerance.
     """
-    trials = []
-    for tensors in _trials(example_inputs):
+
+    def run(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for stage in stages.stages:
             tensors.update(stage.run(tensors))
             give_back(stage.module)
-        trials.append(tensors)
+        return tensors
+
+    trials = _Trials(
+        batches=[run(tensors) for tensors in _trials(example_inputs, others.constants)],
+        sizes=[run(dict(inputs)) for inputs in others.inputs[1:]], book=others.book,
+    )  # fmt: skip
     exported = []
     for done, stage in enumerate(stages.stages, start=1):
         contract = _Contract(stage.name, stage.kind, stage.inputs, stage.outputs, folder / f"{stage.name}.onnx")
@@ -123,6 +153,7 @@ def export_module(
     kind: str,
     constants: Mapping[str, Any] | None = None,
     tolerance: float | None = None,
+    others: OtherSizes = NONE,
 ) -> ExportedStage:
     """Export a whole module, called with `example_inputs` and `constants` as keyword arguments.
 
@@ -134,6 +165,7 @@ def export_module(
         kind: what the manifest calls the stage (`text_encoder`, `decoder`, …).
         constants: further keyword arguments, baked in.
         tolerance: largest relative error; by default as `TOLERANCES` has it.
+        others: sizes that it shall take as well.
 
     Raises:
         ModelError: a module that ONNX cannot express, or that differs from torch by more than the tolerance.
@@ -141,8 +173,8 @@ def export_module(
     if module.training:
         raise ModelError(f"{type(module).__name__} is in training mode: expected eval mode; call .eval() first")
     bound = Bound(module, constants).eval()
-    trials = []
-    for tensors in _trials(example_inputs):
+
+    def run(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad():
             results = bound({name: tensors[name] for name in example_inputs})
         if len(results) != len(output_names):
@@ -150,7 +182,12 @@ def export_module(
                 f"{type(module).__name__} returns {len(results)} tensors: expected {len(output_names)} "
                 f"({', '.join(output_names)}); name every output"
             )
-        trials.append({**tensors, **dict(zip(output_names, results, strict=True))})
+        return {**tensors, **dict(zip(output_names, results, strict=True))}
+
+    trials = _Trials(
+        batches=[run(tensors) for tensors in _trials(example_inputs)],
+        sizes=[run(dict(inputs)) for inputs in others.inputs[1:]], book=others.book,
+    )  # fmt: skip
     contract = _Contract(path.stem, kind, tuple(example_inputs), tuple(output_names), path)
     return _export(contract, bound, trials, tolerance)
 
@@ -212,13 +249,31 @@ class _FirstOutput(nn.Module):
 # --- trials: the same inputs at several batch sizes ----------------------------------------------------------------------
 
 
-def _trials(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+@dataclass(frozen=True, kw_only=True)
+class _Trials:
+    """All tensors of a chain of stages, several times."""
+
+    batches: list[dict[str, Tensor]]
+    """At several batch sizes, the example first."""
+    sizes: list[dict[str, Tensor]]
+    """At other sizes, with the example's batch."""
+    book: SymbolBook
+
+    @property
+    def example(self) -> dict[str, Tensor]:
+        return self.batches[0]
+
+
+def _trials(inputs: Mapping[str, Tensor], constants: Sequence[str] = ()) -> list[dict[str, Tensor]]:
     """The example itself, one sample more, and a single sample."""
-    (batch, *others) = {value.shape[0] for value in inputs.values()}
+    sizes = {name: value.shape[0] for name, value in inputs.items() if name not in constants}
+    (batch, *others) = set(sizes.values())
     if others or batch < 2:
-        sizes = {name: value.shape[0] for name, value in inputs.items()}
         raise ModelError(f"example inputs have batch sizes {sizes}: expected one size of 2 or more; repeat the example")
-    return [dict(inputs), *({name: _resized(value, size) for name, value in inputs.items()} for size in (batch + 1, 1))]
+    return [dict(inputs), *(
+        {name: value if name in constants else _resized(value, size) for name, value in inputs.items()}
+        for size in (batch + 1, 1)
+    )]  # fmt: skip
 
 
 def _resized(value: Tensor, batch: int) -> Tensor:
@@ -242,29 +297,30 @@ class _Contract:
     path: Path
 
 
-def _export(
-    contract: _Contract, module: nn.Module, trials: Sequence[Mapping[str, Tensor]], tolerance: float | None
-) -> ExportedStage:
+def _export(contract: _Contract, module: nn.Module, trials: _Trials, tolerance: float | None) -> ExportedStage:
     inputs = tuple(_tensor_info(contract.name, name, trials) for name in contract.inputs)
     outputs = tuple(_tensor_info(contract.name, name, trials) for name in contract.outputs)
-    example = {name: trials[0][name].detach() for name in contract.inputs}
+    example = {name: trials.example[name].detach() for name in contract.inputs}
     static = [info.name for info in inputs if "batch" not in info.shape]
+    dimensions = {info.name: [d for d, symbol in enumerate(info.symbols) if symbol is not None] for info in inputs}
     # The fused kernels lay their output out in memory as the decomposed attention does not: a view traced after one fails.
     with sdpa_kernel(SDPBackend.MATH):
-        program = exported_program(f"stage {contract.name}", module, example, static=static)
+        program = exported_program(f"stage {contract.name}", module, example, static=static, dimensions=dimensions)
         model = _onnx_model(contract, program)
     _normalise(model, inputs, outputs)
     _save(model, contract.path)
 
     run = evaluator(contract.path, _dtypes(inputs, outputs))
     error = 0.0
-    for tensors in trials[1:]:
+    for tensors in (*trials.batches[1:], *trials.sizes):
         feed = {info.name: array_of(tensors[info.name]) for info in inputs}
         results = _run(run, inputs, outputs, feed)
         for name in contract.outputs:
             error = max(error, relative_error(results[name], array_of(tensors[name])))
     allowed = (
-        tolerance if tolerance is not None else max(TOLERANCES.get(trials[0][n].dtype, 0.0) for n in contract.outputs)
+        tolerance
+        if tolerance is not None
+        else max(TOLERANCES.get(trials.example[n].dtype, 0.0) for n in contract.outputs)
     )
     if not error <= allowed:
         raise ModelError(
@@ -274,10 +330,10 @@ def _export(
     return ExportedStage(contract.name, contract.kind, contract.path, inputs, outputs, error)
 
 
-def _tensor_info(stage: str, name: str, trials: Sequence[Mapping[str, Tensor]]) -> TensorInfo:
-    """Shape with `batch` in dimension 0 where the size is that of the batch in every trial."""
-    values = [tensors[name] for tensors in trials]
-    sizes = [next(iter(tensors.values())).shape[0] for tensors in trials]
+def _tensor_info(stage: str, name: str, trials: _Trials) -> TensorInfo:
+    """Shape with `batch` in dimension 0 where the size is that of the batch in every trial, and what follows other sizes."""
+    values = [tensors[name] for tensors in trials.batches]
+    sizes = [next(iter(tensors.values())).shape[0] for tensors in trials.batches]
     dtype = _DTYPES.get(values[0].dtype)
     if dtype is None:
         raise ModelError(
@@ -294,7 +350,10 @@ def _tensor_info(stage: str, name: str, trials: Sequence[Mapping[str, Tensor]]) 
             f"stage {stage}: tensor {name!r} has shapes {[tuple(value.shape) for value in values]} at batch sizes {sizes}: "
             "expected the batch in dimension 0 and no other dimension to vary with it; the model cannot be cut here"
         )
-    return TensorInfo(name=name, dtype=dtype, shape=tuple(shape))
+    others = [values[0].shape, *(tensors[name].shape for tensors in trials.sizes)]
+    found = [trials.book.of(seen, f"stage {stage}: tensor {name!r}") for seen in zip(*others, strict=True)]
+    symbols = tuple(symbol.name if symbol else None for symbol in found) if any(found) else ()
+    return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), symbols=symbols)
 
 
 def _onnx_model(contract: _Contract, program: torch.export.ExportedProgram) -> onnx_ir.Model:
@@ -338,7 +397,7 @@ def _normalise(model: onnx_ir.Model, inputs: Sequence[TensorInfo], outputs: Sequ
     for values, infos in ((graph.inputs, inputs), (graph.outputs, outputs)):
         for value, info in zip(values, infos, strict=True):
             value.name = info.name
-            value.shape = onnx_ir.Shape(list(info.shape))
+            value.shape = onnx_ir.Shape(info.graph_shape)
             declared[id(value)] = value
     for holder in (model, graph, *model.functions.values()):
         _strip(holder)

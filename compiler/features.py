@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from .graph import Graph, is_batch
+from .graph import Graph
 from .labels import Labels
 
 
@@ -54,4 +54,4 @@ def _source(graph: Graph, in_blocks: set[fx.Node], result: fx.Node) -> fx.Node |
 
 
 def _signature(value: Tensor) -> tuple[Any, ...]:
-    return (value.dtype, *("batch" if is_batch(size) else str(size) for size in value.shape))
+    return (value.dtype, *(str(size) for size in value.shape))

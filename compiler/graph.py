@@ -121,10 +121,17 @@ def scope_of(node: fx.Node) -> str:
     return ".".join(path.split(".")[1:])
 
 
-def is_batch(size: Any) -> bool:
-    """Whether a size is the batch itself: the batch is all that is symbolic."""
-    return isinstance(size, torch.SymInt) and str(size).isidentifier()
+def symbols_in(value: Any) -> set[Any]:
+    """Symbols in a size."""
+    return (
+        set(value.node.expr.free_symbols) if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else set()
+    )
 
 
-def batch_dimension(node: fx.Node) -> int | None:
-    return next((dimension for dimension, size in enumerate(node.meta["val"].shape) if is_batch(size)), None)
+def own_symbols(node: fx.Node) -> dict[Any, int]:
+    """The symbols that are the size of a dimension of a tensor, with that dimension."""
+    found: dict[Any, int] = {}
+    for dimension, size in enumerate(node.meta["val"].shape):
+        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+            found.setdefault(size.node.expr, dimension)
+    return found

@@ -128,6 +128,33 @@ def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: S
     )  # fmt: skip
 
 
+def interface_at(
+    pipeline: Any, options: CallOptions, interface: Interface, guidance_scale: float, prompts: Sequence[str]
+) -> Interface:
+    """The interface at another size of the request: other constants, latents and noise, everything else the same."""
+    short, repeated = (
+        dataclasses.replace(options, num_inference_steps=2),
+        (list(prompts) * PROBE_SAMPLES)[:PROBE_SAMPLES],
+    )
+    with recorded_noise() as drawn:
+        tape = recorded_run(pipeline, short, guidance_scale, repeated, range(PROBE_SAMPLES))
+    sample, call = tape.samples[0], tape.calls[0][0]
+
+    def constant(name: str, value: Any) -> Any:
+        if isinstance(value, Offset):
+            return value
+        return PerSample(call[name][:1]) if isinstance(value, PerSample) else call[name]
+
+    split, permutation = find_layout(drawn[0][1:], sample, type(pipeline).__name__)
+    text = interface.text
+    if text is not None and options.max_sequence_length is not None:
+        text = dataclasses.replace(text, length=options.max_sequence_length)
+    return dataclasses.replace(
+        interface, constants={name: constant(name, value) for name, value in interface.constants.items()}, text=text,
+        noise_shape=drawn[0][1:], noise_split=split, noise_permutation=permutation, latents_shape=tuple(sample.shape[1:]),
+    )  # fmt: skip
+
+
 def _find_latents(tape: Tape, name: str) -> tuple[str, bool]:
     """The argument that is proportional to the scheduler's sample, and whether it holds both branches."""
     sample = tape.samples[0]
@@ -162,13 +189,13 @@ def _sorted_arguments(
         if key in varying:
             continue
         if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
-            if not _same(value, first.calls[1][0][key]):
+            if not same(value, first.calls[1][0][key]):
                 raise ModelError(f"{name} changes {key} from step to step: only latents and time may change")
-            if "mask" not in key and all(_same(value[:1].expand_as(value), call[key]) for call in calls):
+            if "mask" not in key and all(same(value[:1].expand_as(value), call[key]) for call in calls):
                 constants[key] = PerSample(value[:1])
             else:
                 conditioning.append(key)
-        elif "mask" not in key and not _same(value, second.calls[0][0][key]):
+        elif "mask" not in key and not same(value, second.calls[0][0][key]):
             raise ModelError(
                 f"{name} passes {key} with {type(value).__name__} that depends on the prompt: not supported"
             )
@@ -208,7 +235,7 @@ def _find_timestep(tape: Tape, name: str) -> tuple[str, float, float]:
     times = tape.timesteps[:2]
     for key, value in tape.calls[0][0].items():
         later = tape.calls[1][0][key]
-        if not isinstance(value, Tensor) or value.ndim > 1 or _same(value, later):
+        if not isinstance(value, Tensor) or value.ndim > 1 or same(value, later):
             continue
         found = [float(call[0][key].float().flatten()[0]) for call in tape.calls[:2]]
         scale = (found[1] - found[0]) / (times[1] - times[0])
@@ -229,9 +256,9 @@ def _find_output(outputs: list[Tensor], guided: Tensor) -> Output:
     return PLAIN
 
 
-def _same(value: Any, other: Any) -> bool:
+def same(value: Any, other: Any) -> bool:
     if isinstance(value, Tensor):
         return isinstance(other, Tensor) and value.shape == other.shape and torch.equal(value, other)
     if isinstance(value, (list, tuple)):
-        return type(value) is type(other) and len(value) == len(other) and all(map(_same, value, other))
+        return type(value) is type(other) and len(value) == len(other) and all(map(same, value, other))
     return bool(value == other)

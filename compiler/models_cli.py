@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from .coverage import Row
 
 
 @click.command("models", short_help="List the models that can be compiled.")
@@ -31,13 +35,23 @@ def models_command(as_json: bool) -> None:
 
     console = Console(highlight=False)
     table = Table(box=None)
-    for heading in ("model", "pipeline", "payloads", "guidance", "from prompt", "to pixels", "full differs by", "note"):
+    headings = ("payloads", "guidance", "from prompt", "to pixels", "symbolic", "full differs by")
+    for heading in ("model", "pipeline", *headings, "note"):
         table.add_column(heading, overflow="fold")
     for row in found:
-        cells = (", ".join(row.payloads), row.guidance, _yes(row.prompt), _yes(row.decoder), f"{row.full_error:.0e}")
-        table.add_row(row.transformer, row.pipeline, *(cells if row.supported else ("–",) * 5), row.reason)
+        decodes, error = _yes(row.decoder), f"{row.full_error:.0e}"
+        cells = (", ".join(row.payloads), row.guidance, _yes(row.prompt), decodes, _symbolic(row), error)
+        table.add_row(row.transformer, row.pipeline, *(cells if row.supported else ("–",) * len(headings)), row.reason)
     Console(width=None if console.is_terminal else 200, highlight=False).print(table)
 
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
+
+
+SHORT = {"batch": "batch", "height": "height", "width": "width", "num_frames": "frames", "max_sequence_length": "text"}
+"""Of axes, for the table."""
+
+
+def _symbolic(row: Row) -> str:
+    return ", ".join(SHORT[name] for name in row.symbolic)

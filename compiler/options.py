@@ -29,6 +29,10 @@ class CompileOptions:
     num_frames: int | None = None
     """Of a video."""
     max_sequence_length: int | None = None
+    sizes: str | None = None
+    """Sizes to serve beside `height` and `width`, as `wanted` reads them; likewise the next two."""
+    frame_counts: str | None = None
+    text_lengths: str | None = None
     reference_budget: int | None = None
     """Default: two fifths of the steps."""
     anchor_budget: int | None = None

@@ -6,11 +6,11 @@ import contextlib
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from otcache.schemas import manifest as schema
 from otcache.schemas.digest import digest_of_value
-from otcache.schemas.errors import UsageError
+from otcache.schemas.errors import ModelError, UsageError
 from otcache.schemas.manifest import FULL
 from otcache.schemas.program import Program
+from otcache.schemas.shapes import Symbol, described
 
 from . import metrics
 from .attempts import NAME as ATTEMPT
@@ -29,14 +30,13 @@ from .baselines import baseline_programs
 from .calibrate import Calibration
 from .calling import CallOptions, call_options, prepare_scheduler
 from .capture import Trajectory, capture
-from .cut import cut
 from .decode import decoded
 from .denoiser import denoiser_of
 from .emit import check_target, emit, recover
 from .encoders import Encoders, text_encoders
 from .evaluate import Evaluation, eight_bits, quality_of
 from .evidence import WORST, PassEvidence, Recorder, gather
-from .export import ExportedStage, TensorInfo, end_to_end_error, export_module, export_stages
+from .export import NONE, ExportedStage, TensorInfo, end_to_end_error, export_module, export_stages
 from .golden import golden_record, write_golden
 from .guidance import calibration_scales
 from .identity import plain_options
@@ -48,8 +48,13 @@ from .precision import stages_in
 from .progress import Pass, Reporter
 from .prompt import latent_decoder
 from .report import ATTACHMENTS, write_report
-from .search import Found, found_from_json, json_from_found, search
+from .search import Found, found_from_json, json_from_found, refitted, search
+from .sized_parts import constant_files, decoder_at, encoders_at, manifest_shapes, trunk_at
+from .sizes import Seen, Sizes, own_point, programs_differ, see, stages_for
 from .stages import Stages, run_stages
+from .symbols import SymbolBook
+from .varying import SpecialisedError
+from .wanted import Wanted, wanted
 from .workspace import Workspace, default_workspace
 
 EVALUATION_SEED = 1_000_000
@@ -89,6 +94,10 @@ class Session:
     decoder_example: dict[str, Tensor]
     encoders: Encoders | None
     """None for a pipeline whose class has no export of them: the artifact then takes conditioning."""
+    wanted: Wanted
+    """Sizes to serve beside the one that is compiled."""
+    seen: tuple[Seen, ...]
+    """What the pipeline passes at them, the own size first; empty where no others are wanted."""
 
     @property
     def margin(self) -> float:
@@ -116,6 +125,8 @@ class Prepared:
     """Of the calibration set."""
     table: SolverTable
     stages: Stages
+    sizes: Sizes
+    """Those of the session's that the stages take."""
     calibration: Calibration
     prompts: list[str]
     held_out: list[str]
@@ -158,16 +169,20 @@ def target_of(options: CompileOptions) -> Path:
 
 def _compiled(prepared: Prepared, target: Path, passes: Sequence[PassEvidence]) -> schema.Manifest:
     """The passes after `prepare`; `passes` grows with them."""
-    session, trajectory, table, stages = prepared.session, prepared.trajectory, prepared.table, prepared.stages
+    session, table = prepared.session, prepared.table
     options, reporter = session.options, session.reporter
     found = searched(prepared)
     evaluated = _evaluated(prepared, found)
-    exported = _exported(session, stages, trajectory)
-    fields = _manifest_fields(session, table, stages, found, evaluated, exported, prepared.prompts, prepared.held_out)
+    programs = {described(seen.point): _programs_at(prepared, found, seen) for seen in prepared.sizes.own_samplers()}
+    exported = _exported(prepared)
+    fields = _manifest_fields(prepared, found, evaluated, exported, programs)
 
     def fill(folder: Path) -> None:
         for exported_folder in exported.folders:
             shutil.copytree(exported_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(DESCRIPTION))
+        for path, content in constant_files(prepared.sizes).items():
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_bytes(content)
         if session.encoders is not None:
             write_golden(folder, evaluated.golden)
         evidence, shown = gather(
@@ -225,7 +240,7 @@ def prepare(
     with reporter.on("lower", type(model.pipeline.scheduler).__name__):
         prepare_scheduler(model.pipeline, session.call, model.pipeline.scheduler, options.num_inference_steps)
         table = lower(model.pipeline.scheduler)
-    stages = like.stages if like else _cut(session, trajectory)
+    stages, sizes = (like.stages, like.sizes) if like else _cut(session, trajectory)
     attempts = Attempts(session.workspace, [session.key, session.margin, options.objective])
     calibration = Calibration(
         denoiser=denoiser_of(model.transformer, session.interface, trajectory), trajectory=trajectory, table=table,
@@ -233,15 +248,19 @@ def prepare(
         stages=stages, lpips=lpips, attempts=attempts,
     )  # fmt: skip
     return Prepared(
-        session=session, trajectory=trajectory, table=table, stages=stages, calibration=calibration, prompts=prompts,
-        held_out=held_out,
+        session=session, trajectory=trajectory, table=table, stages=stages, sizes=sizes, calibration=calibration,
+        prompts=prompts, held_out=held_out,
     )  # fmt: skip
 
 
-def _cut(session: Session, trajectory: Trajectory) -> Stages:
-    transformer, interface = session.model.transformer, session.interface
+def _cut(session: Session, trajectory: Trajectory) -> tuple[Stages, Sizes]:
+    """The stages, with as many of the wanted sizes as they take."""
+    transformer, example = session.model.transformer, _example(session, trajectory)
     with session.reporter.on("cut", type(transformer).__name__):
-        return cut(transformer, _example(session, trajectory), constants=interface.constants, output=interface.output)
+        stages, sizes = stages_for(transformer, session.interface, example, session.wanted, session.seen)
+    for axis, reason in sizes.fixed.items():
+        session.reporter.note(f"{axis} stays as compiled: {reason}")
+    return stages, sizes
 
 
 def default_prompts() -> list[str]:
@@ -257,6 +276,9 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
         max_sequence_length=options.max_sequence_length or own.max_sequence_length,
         negative_prompt=own.negative_prompt if options.negative_prompt is None else options.negative_prompt,
     )  # fmt: skip
+    others = wanted(
+        own_point(call), sizes=options.sizes, frame_counts=options.frame_counts, text_lengths=options.text_lengths
+    )
     encoders = text_encoders(model.pipeline, call.max_sequence_length or 0)
     interface = probe(model.pipeline, call, options.nominal_scale, prompts)
     latents = torch.randn(2, *interface.latents_shape, generator=torch.Generator().manual_seed(0))
@@ -288,9 +310,16 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
         (options.workspace or default_workspace()) / digest_of_value(key)[7:23],
         on_reuse=lambda name: None if name in (ATTEMPT, "capture", "evaluate") else reporter.reused(name),
     )
+    points = others.probed(own_point(call)) if others.axes else ()
+    seen = tuple(see(model.pipeline, interface, call, options.nominal_scale, prompts, point) for point in points)
+    if not others.listed and (odd := [each for each in seen if programs_differ(each.table, seen[0].table)]):
+        raise UsageError(
+            f"sizes are a range, but the sampler of {name} is another at {described(odd[0].point)}: expected a list, so that each "
+            "size gets programs of its own"
+        )
     return Session(
         options=options, model=model, call=call, interface=interface, workspace=workspace, reporter=reporter, key=key,
-        decoder=decoder, decoder_example={"latents": latents}, encoders=encoders,
+        decoder=decoder, decoder_example={"latents": latents}, encoders=encoders, wanted=others, seen=seen,
     )  # fmt: skip
 
 
@@ -480,6 +509,24 @@ def evaluation_key(session: Session, prompts: Sequence[str], budget: int, progra
     return [session.key, list(prompts), budget, program.model_dump(mode="json"), "one roll-out"]
 
 
+def _programs_at(prepared: Prepared, found: Found, seen: Seen) -> list[schema.BudgetProgram]:
+    """Programs of a size whose sampler is another: the schedules that were found, with coefficients fitted and measured there."""
+    own = prepared.session
+    session = replace(
+        own, call=seen.call, interface=seen.interface, decoder=None, key={**own.key, "served at": seen.point}
+    )  # pictures are the pipeline's own: its decoder is for the size that is compiled
+    trajectory = _captured(session, "capture", prepared.prompts, session.options.seed, session.margin)
+    calibration = replace(
+        prepared.calibration, denoiser=denoiser_of(session.model.transformer, seen.interface, trajectory), trajectory=trajectory,
+        table=seen.table, decode=session.decode, references=session.decode(trajectory.latents[-1]), fitted={},
+        attempts=Attempts(session.workspace, [session.key, session.margin, session.options.objective]),
+    )  # fmt: skip
+    with session.reporter.on("fit", f"schedules at {described(seen.point)}"):
+        here = refitted(found, calibration)
+    at_size = replace(prepared, session=session, trajectory=trajectory, table=seen.table, calibration=calibration)
+    return _budget_programs(here, _evaluated(at_size, here))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exported:
     """Files of the artifact's stages in folders of the workspace, and what the manifest says of them."""
@@ -490,21 +537,30 @@ class Exported:
     max_relative_error: float
     """Of embed, blocks and head one after the other, against torch."""
     tokenizers: list[schema.Tokenizer]
+    symbols: list[Symbol]
+    """Of all dimensions that follow a request's size."""
+    decoded_as: Literal["latents", "noise"]
 
 
-def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Exported:
-    """Export the trunk, text encoders and decoder to ONNX, each checked against torch."""
-    encoders, decoder = session.encoders, session.decoder
+def _exported(prepared: Prepared) -> Exported:
+    """Export the trunk, text encoders and decoder to ONNX, each checked against torch at every size."""
+    session, stages, trajectory, sizes = prepared.session, prepared.stages, prepared.trajectory, prepared.sizes
+    encoders, decoder, pipeline = session.encoders, session.decoder, session.model.pipeline
+    encoders_there, text_sizes = encoders_at(pipeline, sizes)
+    general, decoder_sizes = decoder_at(pipeline, sizes) if decoder is not None and sizes.pictures > 1 else (None, NONE)
 
     def trunk(folder: Path) -> None:
         with session.reporter.on("export", f"{len(stages.stages)} stages of the transformer") as advance:
-            example = _example(session, trajectory)
+            held = {name: session.interface.constants[name] for name in sizes.constants}
+            example, others = {**_example(session, trajectory), **held}, trunk_at(sizes)
             served, inputs = stages, example
             if session.options.dtype != "float32":
-                dtype = getattr(torch, session.options.dtype)
-                served, inputs = stages_in(dtype, session.model.transformer, session.interface, example)
-            written = list(export_stages(served, inputs, folder / ENGINES, progress=advance))
-            _describe(folder, written, end_to_end_error(written, inputs, run_stages(stages, example)))
+                dtype, transformer = getattr(torch, session.options.dtype), session.model.transformer
+                served, inputs, elsewhere = stages_in(dtype, transformer, session.interface, example, sizes)
+                others = replace(others, inputs=tuple(elsewhere))
+            written = list(export_stages(served, inputs, folder / ENGINES, progress=advance, others=others))
+            chain = end_to_end_error(written, inputs, run_stages(stages, example))
+            _describe(folder, written, sizes.book, chain)
 
     def text(folder: Path, encoders: Encoders) -> None:
         (folder / "tokenizers").mkdir()
@@ -514,13 +570,24 @@ def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Expor
         path = folder / ENGINES / "text_encoder.onnx"
         with session.reporter.on("export", "text encoders"):
             names = encoders.output_names
-            written = export_module(encoders.module, encoders.example, names, path, kind="text_encoder")
-            _describe(folder, [written])
+            written = export_module(
+                encoders.module, encoders.example, names, path, kind="text_encoder", others=text_sizes
+            )
+            _describe(folder, [written], sizes.book)
 
     def pictures(folder: Path, decoder: torch.nn.Module) -> None:
         path = folder / ENGINES / "vae_decoder.onnx"
         with session.reporter.on("export", "decoder"):
-            _describe(folder, [export_module(decoder, session.decoder_example, ("images",), path, kind="decoder")])
+            if general is not None:
+                with contextlib.suppress(SpecialisedError):
+                    example = dict(decoder_sizes.inputs[0])
+                    written = export_module(general, example, ("images",), path, kind="decoder", others=decoder_sizes)
+                    _describe(folder, [written], sizes.book)
+                    return
+            if sizes.pictures > 1:
+                session.reporter.note("the decoder knows one size: other sizes give latents")
+            written = export_module(decoder, session.decoder_example, ("images",), path, kind="decoder")
+            _describe(folder, [written], sizes.book)
 
     parts: dict[str, Callable[[Path], None]] = {"export": trunk}
     if encoders is not None:
@@ -529,33 +596,44 @@ def _exported(session: Session, stages: Stages, trajectory: Trajectory) -> Expor
         parts["export-decoder"] = partial(pictures, decoder=decoder)
     folders = [session.workspace.tree(name, export_key(session, name), compute) for name, compute in parts.items()]
     written = [json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")) for folder in folders]
+    found = [schema.Stage.model_validate(value) for part in written for value in part["stages"]]
+    tokenizers = [
+        schema.Tokenizer(
+            input_name=value.input_name, path=f"tokenizers/{value.input_name}.json", length=value.length,
+            pad_id=value.pad_id, template=value.template,
+            length_symbol=_length_symbol([each.tokenizers[position].length for each in encoders_there], sizes),
+        )
+        for position, value in enumerate(encoders.tokenizers if encoders else ())
+    ]  # fmt: skip
+    symbols = {value["name"]: Symbol.model_validate(value) for part in written for value in part["symbols"]}
+    as_noise = bool(found[-1].inputs[0].symbols) and found[-1].kind == "decoder"
     return Exported(
-        folders=folders,
-        stages=[schema.Stage.model_validate(value) for part in written for value in part["stages"]],
-        max_relative_error=written[0]["chain"],
-        tokenizers=[
-            schema.Tokenizer(
-                input_name=value.input_name, path=f"tokenizers/{value.input_name}.json", length=value.length,
-                pad_id=value.pad_id, template=value.template,
-            )
-            for value in (encoders.tokenizers if encoders else ())
-        ],
+        folders=folders, stages=found, max_relative_error=written[0]["chain"], tokenizers=tokenizers,
+        symbols=list(symbols.values()), decoded_as="noise" if as_noise else "latents",
     )  # fmt: skip
+
+
+def _length_symbol(lengths: Sequence[int], sizes: Sizes) -> str | None:
+    symbol = sizes.book.of(lengths, "a tokenizer's length") if lengths else None
+    return symbol.name if symbol else None
 
 
 def export_key(session: Session, name: str) -> Any:
     """What exported stages (one of `EXPORTS`) depend on, for the workspace."""
     dtype = session.options.dtype if name == EXPORTS[0] else "float32"
-    return [session.key, session.call.height, session.call.width, dtype]
+    return [session.key, session.call.height, session.call.width, dtype, repr(session.wanted)]
 
 
-def _describe(folder: Path, written: Sequence[ExportedStage], chain: float | None = None) -> None:
+def _describe(folder: Path, written: Sequence[ExportedStage], book: SymbolBook, chain: float | None = None) -> None:
     """Write what the manifest says of exported stages; `chain` is the error of all of them one after the other."""
-    stages = [described(stage) for stage in written]
-    (folder / DESCRIPTION).write_text(json.dumps({"stages": stages, "chain": chain}), encoding="utf-8")
+    value = {
+        "stages": [stage_fields(stage) for stage in written], "chain": chain,
+        "symbols": [symbol.model_dump() for symbol in book.symbols],
+    }  # fmt: skip
+    (folder / DESCRIPTION).write_text(json.dumps(value), encoding="utf-8")
 
 
-def described(stage: ExportedStage) -> dict[str, Any]:
+def stage_fields(stage: ExportedStage) -> dict[str, Any]:
     """What the manifest says of an exported stage."""
     return {
         "name": stage.name, "kind": stage.kind, "onnx": f"{ENGINES}/{stage.path.name}",
@@ -565,24 +643,14 @@ def described(stage: ExportedStage) -> dict[str, Any]:
 
 
 def _tensors(tensors: Sequence[TensorInfo]) -> list[dict[str, Any]]:
-    return [{"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)} for tensor in tensors]
+    return [
+        {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "symbols": list(tensor.symbols)}
+        for tensor in tensors
+    ]
 
 
-def _manifest_fields(
-    session: Session,
-    table: SolverTable,
-    stages: Stages,
-    found: Found,
-    evaluated: Evaluated,
-    exported: Exported,
-    prompts: Sequence[str],
-    held_out: Sequence[str],
-) -> dict[str, Any]:
-    """The manifest but for files and digest, as a JSON value."""
-    options, call, interface, model = session.options, session.call, session.interface, session.model
-    total = options.num_inference_steps
-    low, high = options.guidance_scale
-    scheduler = model.pipeline.scheduler
+def _budget_programs(found: Found, evaluated: Evaluated) -> list[schema.BudgetProgram]:
+    """The full sampler, then what was chosen for each budget and what else was tried."""
     programs = [schema.BudgetProgram(budget=FULL, program=evaluated.full)]
     for budget, trials in found.trials.items():
         programs.append(
@@ -594,6 +662,32 @@ def _manifest_fields(
                 candidates=tuple(trial.candidate(chosen=position == 0) for position, trial in enumerate(trials)),
             )
         )
+    return programs
+
+
+def _manifest_fields(
+    prepared: Prepared,
+    found: Found,
+    evaluated: Evaluated,
+    exported: Exported,
+    programs_at: Mapping[str, list[schema.BudgetProgram]],
+) -> dict[str, Any]:
+    """The manifest but for files and digest, as a JSON value. programs_at: of sizes with a sampler of their own."""
+    session, table, stages, sizes = prepared.session, prepared.table, prepared.stages, prepared.sizes
+    prompts, held_out = prepared.prompts, prepared.held_out
+    options, call, interface, model = session.options, session.call, session.interface, session.model
+    total = options.num_inference_steps
+    low, high = options.guidance_scale
+    scheduler = model.pipeline.scheduler
+    layouts = [seen.interface for seen in sizes.seen] or [interface]
+    if len({layout.noise_permutation for layout in layouts}) > 1:
+        raise ModelError(f"{type(model.pipeline).__name__} arranges noise otherwise at other sizes: leave --sizes out")
+    latents: dict[str, Any] = {
+        "noise_symbols": sizes.book.shape([layout.noise_shape for layout in layouts], "the noise's shape"),
+        "split_symbols": sizes.book.shape([layout.noise_split for layout in layouts], "the noise's split"),
+        "shape_symbols": sizes.book.shape([layout.latents_shape for layout in layouts], "the latents' shape"),
+    }
+    symbols = {symbol.name: symbol for symbol in (*exported.symbols, *sizes.book.symbols)}
     parts: dict[str, Any] = {
         "schema_version": schema.SCHEMA_VERSION,
         "producer": versions(),
@@ -612,7 +706,7 @@ def _manifest_fields(
         ),
         "latents": schema.Latents(
             noise_shape=interface.noise_shape, split=interface.noise_split, permutation=interface.noise_permutation,
-            shape=interface.latents_shape, initial_scale=table.initial_scale,
+            shape=interface.latents_shape, initial_scale=table.initial_scale, decoded_as=exported.decoded_as, **latents,
         ),
         "timestep_scale": interface.timestep_scale,
         "latents_input": interface.latents_input,
@@ -628,7 +722,8 @@ def _manifest_fields(
         "tokenizers": exported.tokenizers,
         "reference": schema.Policy(schedule=found.reference.schedule, num_inference_steps=total, source=found.reference.name),
         "anchor": schema.Policy(schedule=found.anchor.schedule, num_inference_steps=total, source=found.anchor.name),
-        "programs": programs,
+        "programs": _budget_programs(found, evaluated),
+        "shapes": manifest_shapes(sizes, list(symbols.values()), programs_at),
         "golden": None if session.encoders is None else golden_record(
             prompt=held_out[0], budget=min(found.trials), seed=options.seed + EVALUATION_SEED,
             guidance_scale=None if interface.guidance_kind == "none" else calibration_scales(low, high, 1)[0],

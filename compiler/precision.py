@@ -8,23 +8,30 @@ and nothing is cast between them. Time stays float32: half of it would round the
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .cut import cut
 from .interface import Interface
+from .sizes import Sizes, cut_at
 from .stages import Stages
 
 
 def stages_in(
-    dtype: torch.dtype, transformer: nn.Module, interface: Interface, example: Mapping[str, Tensor]
-) -> tuple[Stages, dict[str, Tensor]]:
-    """The transformer's stages in the dtype, and an example of their inputs. example: in float32. Raises ModelError."""
-    inputs = inputs_in(example, dtype, timestep=interface.timestep_input)
-    made = in_dtype(transformer, dtype)
-    return cut(made, inputs, constants=interface.constants, output=interface.output), inputs
+    dtype: torch.dtype, transformer: nn.Module, interface: Interface, example: Mapping[str, Tensor], sizes: Sizes
+) -> tuple[Stages, dict[str, Tensor], list[dict[str, Tensor]]]:
+    """The transformer's stages in the dtype, an example of their inputs, and the inputs at each of `sizes`. Raises ModelError.
+
+    example: in float32, with the constants of the size, which stay so.
+    """
+    kept = (interface.timestep_input, *sizes.constants)
+    inputs, made = inputs_in(example, dtype, kept=kept), in_dtype(transformer, dtype)
+    elsewhere = [inputs_in(each, dtype, kept=kept) for each in sizes.inputs()]
+    if elsewhere:
+        return cut_at(made, interface, sizes, elsewhere), inputs, elsewhere
+    return cut(made, inputs, constants=interface.constants, output=interface.output), inputs, []
 
 
 def in_dtype(transformer: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -37,9 +44,9 @@ def in_dtype(transformer: nn.Module, dtype: torch.dtype) -> nn.Module:
     return made
 
 
-def inputs_in(inputs: Mapping[str, Tensor], dtype: torch.dtype, *, timestep: str) -> dict[str, Tensor]:
-    """Inputs of the model for its copy in the dtype. timestep: the one that stays as it is."""
+def inputs_in(inputs: Mapping[str, Tensor], dtype: torch.dtype, *, kept: Collection[str]) -> dict[str, Tensor]:
+    """Inputs of the model for its copy in the dtype. kept: those that stay as they are."""
     return {
-        name: value.to(dtype) if value.is_floating_point() and name != timestep else value
+        name: value.to(dtype) if value.is_floating_point() and name not in kept else value
         for name, value in inputs.items()
     }

@@ -57,14 +57,17 @@ class TokenizerSpec:
 
 
 class LatentDecoder(nn.Module):
-    """Final latents, as the scheduler sees them → pictures float32 (batch, [frames,] height, width, 3) in [0, 1]."""
+    """Final latents, as the scheduler sees them → pictures float32 (batch, [frames,] height, width, 3) in [0, 1].
 
-    def __init__(self, pipeline: Any, height: int, width: int) -> None:
+    size: height and width, for a pipeline that packs latents; None where they come in the order of the noise.
+    """
+
+    def __init__(self, pipeline: Any, size: tuple[int, int] | None) -> None:
         super().__init__()
         self.vae = pipeline.vae
-        self.size = (height, width)
+        self.size = size or (0, 0)
         self.vae_scale_factor = getattr(pipeline, "vae_scale_factor", None)
-        self.unpack = getattr(type(pipeline), "_unpack_latents", None)
+        self.unpack = None if size is None else getattr(type(pipeline), "_unpack_latents", None)
         config = self.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
@@ -107,16 +110,47 @@ def latent_decoder(pipeline: Any, latents: Tensor, pictures: Tensor, height: int
     if not hasattr(getattr(pipeline, "vae", None), "decode"):
         return None
     try:
-        decoder: nn.Module = LatentDecoder(pipeline, height, width).eval()
-        with torch.no_grad():
-            found = decoder(latents)
-        if found.ndim == pictures.ndim + 1 and found.shape[1] == 1:
-            decoder, found = FirstFrame(decoder).eval(), found[:, 0]
+        decoder, found = _tried(LatentDecoder(pipeline, (height, width)), latents, pictures)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         _log.info("%s decodes in a way of its own: %s", type(pipeline).__name__, error)
         return None
-    agree = found.shape == pictures.shape and float((found - pictures).abs().max()) < PICTURES_AGREE
-    return decoder if agree else None
+    return decoder if _agree(found, pictures) else None
+
+
+def unpacked_shape(pipeline: Any, latents: Tensor, height: int, width: int) -> tuple[int, ...] | None:
+    """What one sample's latents are unpacked to before they are decoded; None for a pipeline that does not pack them."""
+    unpack = getattr(type(pipeline), "_unpack_latents", None)
+    return None if unpack is None else tuple(unpack(latents, height, width, pipeline.vae_scale_factor).shape[1:])
+
+
+def noise_order_decoder(pipeline: Any, examples: Sequence[tuple[Tensor, Tensor]]) -> nn.Module | None:
+    """A decoder that knows no height and width: from latents unpacked, or never packed, to pictures; None if there is none.
+
+    examples: such latents (n, …) of some sizes, and the pictures that the pipeline makes of them.
+    """
+    decoder: nn.Module = LatentDecoder(pipeline, None)
+    try:
+        for latents, pictures in examples:
+            decoder, found = _tried(decoder, latents, pictures)
+            if not _agree(found, pictures):
+                return None
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        _log.info("%s decodes in a way of its own: %s", type(pipeline).__name__, error)
+        return None
+    return decoder
+
+
+@torch.no_grad()
+def _tried(decoder: nn.Module, latents: Tensor, pictures: Tensor) -> tuple[nn.Module, Tensor]:
+    """The decoder, of one frame where `pictures` have none, and what it makes of latents."""
+    found: Tensor = decoder.eval()(latents)
+    if found.ndim == pictures.ndim + 1 and found.shape[1] == 1:
+        return FirstFrame(decoder).eval(), found[:, 0]
+    return decoder, found
+
+
+def _agree(found: Tensor, pictures: Tensor) -> bool:
+    return found.shape == pictures.shape and float((found - pictures).abs().max()) < PICTURES_AGREE
 
 
 # --- tokenizers ----------------------------------------------------------------------------------------------------------

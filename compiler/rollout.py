@@ -60,12 +60,15 @@ class StagedModel:
 
     def __init__(self, stages: Stages, denoiser: Denoiser, keep: int = 16) -> None:
         self.stages, self.denoiser, self.keep = stages, denoiser, keep
+        constants = denoiser.interface.constants
+        self.constants = {name: constants[name] for name in stages.inputs if name in constants}
+        """Of the size, where the stages take them as inputs."""
         self.residuals: list[dict[str, Tensor]] = []
         """Of each computed step, newest last: result name → result − source."""
 
     def __call__(self, latents: Tensor, step: Step) -> Tensor:
         """The guided output at one step; the blocks run if `step.compute`."""
-        values = self.denoiser.inputs(latents, step.timestep, step.input_scale)
+        values = {**self.constants, **self.denoiser.inputs(latents, step.timestep, step.input_scale)}
         for stage in self.stages.stages:
             if stage.kind == "block" and not step.compute:
                 continue

@@ -109,6 +109,20 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
     return Found(reference=reference, anchor=anchor, trials=trials, costs=costs)
 
 
+def refitted(found: Found, calibration: Calibration) -> Found:
+    """The schedules that were found, as programs for another calibration set. The payload of each budget stays."""
+    gram: np.ndarray | None = None
+    trials: dict[int, list[Trial]] = {}
+    for budget, (best, *_) in found.trials.items():
+        family: Family = OutputFamily(calibration)
+        if best.program.payload == "residual":
+            gram = residual_statistics(calibration) if gram is None else gram
+            family = ResidualFamily(calibration, gram, end_to_end=False, forecasts=AUTO_FORECASTS)
+        attempts = family.attempts(best.schedule, best.name, best.weight)
+        trials[budget] = sorted(attempts, key=lambda trial: -trial.score)
+    return replace(found, trials=trials)
+
+
 def highest_costs(options: CompileOptions, prompts: int) -> dict[str, float]:
     """What `search` charges at most, in full runs for each of the calibration prompts, before anything is computed.
 
@@ -161,20 +175,25 @@ def _residual_statistics(
             )
         charged("residuals", None)
         return None
-    stages = calibration.stages
     with reporter.on("residuals", "inner products along a full run") as advance:
-        program = program_from_table(calibration.table, payload="residual")
-
-        few = calibration.trajectory.rows(slice(RESIDUAL_SAMPLES))
-        denoiser = replace(calibration.denoiser, conditioning=few.conditioning, guidance=few.guidance)
-
-        def gram() -> list[list[float]]:
-            values: list[list[float]] = residual_gram(program, denoiser, few.latents[0], stages, advance).tolist()
-            return values
-
-        found = np.array(calibration.attempts.get(["residuals", few.count], denoiser.evaluations, gram))
+        found = residual_statistics(calibration, advance)
         charged("residuals", advance)
     return found
+
+
+def residual_statistics(calibration: Calibration, advance: Callable[[int, int], None] | None = None) -> np.ndarray:
+    """Gram matrix (T, T) of the blocks' residuals along full runs of a few calibration samples."""
+    stages = calibration.stages
+    assert stages is not None
+    program = program_from_table(calibration.table, payload="residual")
+    few = calibration.trajectory.rows(slice(RESIDUAL_SAMPLES))
+    denoiser = replace(calibration.denoiser, conditioning=few.conditioning, guidance=few.guidance)
+
+    def gram() -> list[list[float]]:
+        values: list[list[float]] = residual_gram(program, denoiser, few.latents[0], stages, advance).tolist()
+        return values
+
+    return np.array(calibration.attempts.get(["residuals", few.count], denoiser.evaluations, gram))
 
 
 def _meter(calibration: Calibration, costs: dict[str, float], total: int) -> Callable[[str, Pass | None], None]:

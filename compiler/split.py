@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from otcache.schemas.errors import ModelError
 
 from .features import features_of
-from .graph import Graph, batch_dimension, is_batch, is_size, scope_of
+from .graph import Graph, ancestors, is_size, own_symbols, scope_of, symbols_in
 from .labels import Labels
 from .stages import Stage, StageKind, Stages
 
@@ -149,8 +151,11 @@ class _Builder:
         read = {argument for node in members for argument in node.all_input_nodes}
         inputs = [node for node in self.graph.input_nodes.values() if node in read]
         inputs += [node for node in self.graph.nodes if node in read and self.stage_of.get(node, index) != index]
-        if any(is_size(node) for node in read) and all(batch_dimension(node) is None for node in inputs):
-            inputs.insert(0, next(iter(self.graph.input_nodes.values())))
+        sizes = [node for node in ancestors(read) if is_size(node)]
+        wanted = {symbol for node in sizes for symbol in symbols_in(node.meta["val"])}
+        for node in self.graph.input_nodes.values():
+            if wanted & set(own_symbols(node)) - {symbol for given in inputs for symbol in own_symbols(given)}:
+                inputs.insert(0, node)
         return inputs
 
     @staticmethod
@@ -171,17 +176,23 @@ class _Builder:
         return copy
 
     def _size(self, made: fx.Graph, node: fx.Node, inputs: list[fx.Node], copied: Any) -> fx.Node:
-        """A size, read from the stage's own inputs."""
+        """A size, worked out from those of the stage's own inputs.
+
+        Arithmetic is copied as the model does it: in its simplest form it may divide negative numbers, which ONNX rounds otherwise.
+        """
         value = node.meta["val"]
-        if is_batch(value):
-            source = next(source for source in inputs if batch_dimension(source) is not None)
-            arguments = (copied(source), batch_dimension(source))
-            copy = made.call_function(torch.ops.aten.sym_size.int, arguments)
-            copy.meta = dict(node.meta)
-            return copy
-        if any(not is_size(argument) for argument in node.all_input_nodes):
-            raise ModelError(
-                f"{self.graph.subject}: {node.name} reads the size {value} of a tensor that its stage does not have: "
-                "expected sizes that follow from the batch; fix the other sizes by passing constants"
-            )
-        return made.node_copy(node, copied)
+        if node.target is not torch.ops.aten.sym_size.int:
+            return made.node_copy(node, copied)
+
+        def read(symbol: Any) -> fx.Proxy:
+            source = next(source for source in inputs if symbol in own_symbols(source))
+            size = made.call_function(torch.ops.aten.sym_size.int, (copied(source), own_symbols(source)[symbol]))
+            return fx.Proxy(size)
+
+        expression = value.node.expr
+        found = sympy_interp(
+            PythonReferenceAnalysis, {symbol: read(symbol) for symbol in expression.free_symbols}, expression
+        )
+        copy: fx.Node = found.node
+        copy.meta = dict(node.meta)
+        return copy

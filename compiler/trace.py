@@ -1,8 +1,9 @@
-"""A module → the graph that `torch.export` finds in it, symbolic in the batch, with the named rewrites applied."""
+"""A module → the graph that `torch.export` finds in it, symbolic in the batch and in what else varies, with the named rewrites applied."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, fx, nn
 
 from otcache.schemas.errors import ModelError
 
-from .graph import is_batch
+from .graph import symbols_in
 from .rewrites import REWRITES
+from .varying import SpecialisedError, Varying
 from .wiring import Output, arguments
 
 
@@ -58,9 +60,9 @@ def check_arguments(subject: str, module: nn.Module, kwargs: Mapping[str, Tensor
         )
 
 
-def captured(subject: str, bound: Bound, kwargs: dict[str, Tensor]) -> tuple[fx.GraphModule, bool]:
-    """The graph with parameters as `get_attr`, functional, dynamic in the batch, and rewritten; whether it rounds otherwise."""
-    program = exported_program(subject, bound, kwargs)
+def captured(subject: str, bound: Bound, kwargs: dict[str, Tensor], varying: Varying) -> tuple[fx.GraphModule, bool]:
+    """The graph with parameters as `get_attr`, functional, symbolic in what varies, and rewritten; whether it rounds otherwise."""
+    program = exported_program(subject, bound, kwargs, static=varying.unbatched, dimensions=varying.dimensions)
     if any(_mutates(node) for node in program.graph.nodes):
         program = program.run_decompositions({})
     module: fx.GraphModule = program.module()  # type: ignore[assignment]
@@ -70,13 +72,29 @@ def captured(subject: str, bound: Bound, kwargs: dict[str, Tensor]) -> tuple[fx.
 
 
 def exported_program(
-    subject: str, module: nn.Module, inputs: Mapping[str, Tensor], *, static: Collection[str] = ()
+    subject: str,
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    static: Collection[str] = (),
+    dimensions: Mapping[str, Collection[int]] = MappingProxyType({}),
 ) -> torch.export.ExportedProgram:
-    """Export a module, proven dynamic in dimension 0 of every input that is not in `static`.
+    """Export a module, proven dynamic in dimension 0 of every input that is not in `static`, and in `dimensions`.
 
-    A `Bound` module takes the inputs as one dict, any other module takes them by position.
+    A `Bound` module takes the inputs as one dict, any other module takes them by position. Raises SpecialisedError where one of
+    `dimensions` stays fixed.
     """
-    dynamic: dict[str, Any] = {name: {} if name in static else {0: torch.export.Dim.AUTO} for name in inputs}
+    auto = torch.export.Dim.AUTO
+    dynamic: dict[str, Any] = {
+        name: {dimension: auto for dimension in (*(() if name in static else (0,)), *dimensions.get(name, ()))}
+        for name in inputs
+    }
+    for name, found in dynamic.items():
+        if ones := [dimension for dimension in found if inputs[name].shape[dimension] < 2]:
+            raise ModelError(
+                f"{subject}: {name} has shape {tuple(inputs[name].shape)}, and dimension {ones[0]} varies: expected an example of 2 or "
+                "more there, because torch.export treats a size of 1 as fixed; compile at a larger size"
+            )
     bound = isinstance(module, Bound)
     args = (dict(inputs),) if bound else tuple(inputs.values())
     try:
@@ -91,15 +109,20 @@ def exported_program(
         ) from error
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     names = [name for name in program.graph_signature.user_inputs if name in placeholders]
-    sizes = {
-        name: placeholders[node].meta["val"].shape[0] for name, node in zip(inputs, names, strict=True) if dynamic[name]
-    }
-    fixed = [f"{name} ({size})" for name, size in sizes.items() if not is_batch(size)]
-    if fixed:
+    shapes = {name: placeholders[node].meta["val"].shape for name, node in zip(inputs, names, strict=True)}
+    fixed = {
+        (name, dimension): shapes[name][dimension]
+        for name, asked in dynamic.items() for dimension in asked if not symbols_in(shapes[name][dimension])
+    }  # fmt: skip
+    if batch := [
+        f"{name} ({size})" for (name, dimension), size in fixed.items() if dimension == 0 and name not in static
+    ]:
         raise ModelError(
-            f"{subject}: the model fixes the batch of {', '.join(fixed)}: expected every input to be dynamic in dimension 0; "
+            f"{subject}: the model fixes the batch of {', '.join(batch)}: expected every input to be dynamic in dimension 0; "
             "look for code that turns the batch size into a Python number"
         )
+    if fixed:
+        raise SpecialisedError(subject, fixed)
     return program
 
 

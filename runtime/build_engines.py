@@ -270,7 +270,7 @@ def _shapes(inputs: tuple[TensorInfo, ...], rows: tuple[int, int, int]) -> dict[
     return {
         tensor.name: (extent(tensor, smallest), extent(tensor, usual), extent(tensor, largest))
         for tensor in inputs
-        if any(isinstance(size, str) for size in tensor.shape)
+        if any(isinstance(size, str) for size in tensor.shape) or any(tensor.symbols)
     }
 
 

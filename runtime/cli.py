@@ -15,7 +15,7 @@ import click
 
 from otcache.schemas.errors import HostError, OTCacheError, UsageError
 
-from .cli_options import artifact_argument, granularity_option, json_option
+from .cli_options import artifact_argument, granularity_option, json_option, size_options
 from .cli_options import print_json as _print_json
 from .completion import complete_backends, complete_budgets, completion
 from .trust_cli import pack, sign, unpack, verify
@@ -178,6 +178,7 @@ Examples:
   otc run artifacts/shapes --budget 8 --prompt "a small red ring on blue"
   otc run artifacts/shapes --budget full --prompt "a green star" -n 4 --seed 7 -o stars.png
   otc run artifacts/shapes --budget full,16,8,4 --prompt "a green star" --prompt "a red ring" -o compare.png
+  otc run artifacts/mine --height 768 --width 512 --budget 8 --prompt "a green star"
 """
 )
 @artifact_argument
@@ -192,6 +193,7 @@ Examples:
 @click.option(
     "--guidance-scale", type=float, default=None, help="Within the calibrated range; default: the artifact's."
 )
+@size_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out.png"), show_default=True,
               help="PNG, JPEG or WebP; several pictures make one contact sheet. A video: GIF, MP4, or frames as pictures.")  # fmt: skip
 @click.option("--fps", type=click.IntRange(1, 50), default=15, show_default=True, help="Frames a second of a video.")
@@ -211,6 +213,10 @@ def run(
     seed: int,
     images: int,
     guidance_scale: float | None,
+    height: int | None,
+    width: int | None,
+    num_frames: int | None,
+    max_sequence_length: int | None,
     output: Path,
     fps: int,
     separate: bool,
@@ -227,13 +233,21 @@ def run(
     from .artifact import Artifact
     from .conditioning import read_conditioning
     from .sampler import Sampler
+    from .sizes import Sizes
     from .timing import Timer
 
     if bool(prompt) == (conditioning is not None):
         raise UsageError("expected --prompt or --conditioning, and not both: `otc encode` writes the latter")
     if conditioning and (images > 1 or negative_prompt is not None):
         raise UsageError("--conditioning holds its negative prompt and its samples: leave out --negative-prompt and -n")
-    manifest = Artifact.open(artifact).manifest
+    whole = Artifact.open(artifact)
+    size: dict[str, Any] = {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "max_sequence_length": max_sequence_length,
+    }
+    manifest = Sizes(whole).manifest(size)
     request = read_conditioning(conditioning, manifest) if conditioning else None
     budgets = [name.strip() for name in budget.split(",")]
     count = images * len(prompt) if request is None else next(iter(request.values())).shape[1]
@@ -262,10 +276,13 @@ def run(
                 }
                 if request is None:
                     drawn[name] = sampler(
-                        list(prompt), negative_prompt=negative_prompt, images_per_prompt=images, **options
+                        list(prompt), negative_prompt=negative_prompt, images_per_prompt=images, **size, **options
                     )
                 else:
-                    drawn[name] = sampler.decode(sampler.sample(request, **options), timer=timer)
+                    latents = sampler.sample(request, **size, **options)
+                    drawn[name] = sampler.decode(
+                        latents, height=height, width=width, num_frames=num_frames, timer=timer
+                    )
                 timings[name] = timer.timing()
             seconds[name] = time.perf_counter() - start
         used, load_stages_s = sampler.backend, sampler.load_s
@@ -352,7 +369,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     stages = [{**stage.model_dump(mode="json"), "size_bytes": sizes[stage.onnx]} for stage in manifest.stages]
     budgets = [_budget_summary(entry) for name in manifest.budgets if (entry := manifest.program(name))]
     parts = ("schema_version", "digest", "producer", "model", "sampler", "conditions", "guidance", "reference",
-             "anchor", "costs", "measurements")  # fmt: skip
+             "anchor", "shapes", "costs", "measurements")  # fmt: skip
     dumped = manifest.model_dump(mode="json", include=set(parts))
     files = {"count": len(manifest.files), "size_bytes": sum(sizes.values())}
     engines = engine_summaries(manifest)
@@ -389,6 +406,7 @@ def _print_manifest(manifest: Manifest) -> None:
 
     from .engine_tables import engines_table
     from .messages import one_line, readable_size
+    from .sizes import size_lines
 
     def safe(value: object) -> str:
         return escape(one_line(value))
@@ -404,6 +422,7 @@ def _print_manifest(manifest: Manifest) -> None:
         ("sampler", f"{sampler.scheduler}, {sampler.num_inference_steps} steps"),
         ("guidance", scale if guidance.kind != "none" else "none"),
         ("pictures", f"{conditions.width} × {conditions.height}, {conditions.dtype}"),
+        *(("sizes", text) for text in size_lines(manifest)),
         ("calibrated", f"{conditions.calibration_prompts} prompts for {conditions.objective}, seed {conditions.seed}"),
         ("digest", manifest.digest),
     ):

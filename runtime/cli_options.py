@@ -29,6 +29,16 @@ def granularity_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--granularity", type=kind, default="block", show_default=True, help=text)(function)
 
 
+def size_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--height`, `--width`, `--num-frames`, `--max-sequence-length`: the size of a request."""
+    for name, what in (
+        ("--max-sequence-length", "Text tokens"), ("--num-frames", "Frames of a video"), ("--width", "Pixels"), ("--height", "Pixels"),
+    ):  # fmt: skip
+        text = f"{what}; `otc inspect` shows the range.  [default: the artifact's]"
+        function = click.option(name, type=click.IntRange(min=1), default=None, help=text)(function)
+    return function
+
+
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--json`: exactly one JSON value on stdout, and JSON lines (events, logs, the error) on stderr."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(function)

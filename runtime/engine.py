@@ -68,12 +68,14 @@ class Part:
 class Request:
     """What is to be sampled, checked."""
 
+    manifest: Manifest
+    """For the request's size."""
     budget: str
     program: Program
     latents: NDArray[np.float32]
     """The first ones, (n, …)."""
-    conditioning: Mapping[str, Array]
-    """With a batch (g, n, …), others as the manifest has them."""
+    held: Mapping[str, Array]
+    """Conditioning and constants of the size: with a batch (g, n, …), others as the manifest has them."""
     guidance_weights: Sequence[float]
     timer: Timer
     step_done: Callable[[int, int], None]
@@ -109,8 +111,8 @@ class Backend(Protocol):
     def denoiser(self, manifest: Manifest, engines: Mapping[str, Any]) -> Denoiser:
         """The loop over this backend's engines, by the parts' names."""
 
-    def check(self, samples: int) -> None:
-        """Raise RequestError if engines do not serve so many samples at once."""
+    def check(self, samples: int, manifest: Manifest) -> None:
+        """Raise RequestError if engines do not serve so many samples at once, or not at the size of `manifest`."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Listing:
     tensors: dict[Value, TensorInfo]
     """Every value that lies in memory; constants do not."""
     brought: tuple[Value, ...]
-    """What the request brings: conditioning, and the first latents at the end."""
+    """What the request brings: what stays for all steps, and the first latents at the end."""
     final: Value
     """The final latents."""
 
@@ -83,7 +83,7 @@ class _Unroller:
         """The value that a trunk tensor has."""
 
     def listing(self) -> Listing:
-        for tensor in self.manifest.conditioning:
+        for tensor in self.manifest.held:
             self.now[tensor.name] = self.value(tensor.name, 0, tensor)
         brought = (*self.now.values(), self.value("@x", 0, self.latents))
         forecasts = forecast_steps(self.program)

@@ -123,10 +123,10 @@ class OnnxBackend:
     def denoiser(self, manifest: Manifest, engines: Mapping[str, Engine]) -> Denoiser:
         from .trunk import HostLoop
 
-        return HostLoop(manifest, engines, self)
+        return HostLoop(engines, self)
 
-    def check(self, samples: int) -> None:
-        """Graphs take any batch."""
+    def check(self, samples: int, manifest: Manifest) -> None:
+        """Graphs take any batch, and every size that the artifact serves."""
 
     def empty(self, shape: Sequence[int], dtype: str) -> OnnxTensor:
         try:

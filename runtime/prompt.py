@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,15 +35,26 @@ class Tokenizers:
     """The tokenizers of an artifact, by the text encoder's input that each feeds."""
 
     def __init__(self, artifact: Artifact) -> None:
+        self._lock = threading.Lock()
         self._tokenizers = [(entry, _load(artifact, entry)) for entry in artifact.manifest.tokenizers]
 
-    def __call__(self, texts: Texts) -> Mapping[str, Array]:
-        """Token ids int64 (n, length) of every tokenizer: cut to its length, special tokens kept, padded on the right."""
-        return {
-            # One by one: a batch would wake a pool of threads for what takes microseconds, and keep it for ever.
-            entry.input_name: np.array([tokenizer.encode(entry.text(text)).ids for text in texts], np.int64)
-            for entry, tokenizer in self._tokenizers
-        }
+    def __call__(self, texts: Texts, lengths: Mapping[str, int] | None = None) -> Mapping[str, Array]:
+        """Token ids int64 (n, length) of every tokenizer: cut to its length, special tokens kept, padded on the right.
+
+        lengths: by input name; None takes those that the artifact was compiled at.
+        """
+        # One by one: a batch would wake a pool of threads for what takes microseconds, and keep it for ever.
+        with self._lock:
+            found = {}
+            for entry, tokenizer in self._tokenizers:
+                _set_length(tokenizer, entry, lengths[entry.input_name] if lengths else entry.length)
+                found[entry.input_name] = np.array([tokenizer.encode(entry.text(text)).ids for text in texts], np.int64)
+            return found
+
+
+def _set_length(tokenizer: Any, entry: Tokenizer, length: int) -> None:
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=entry.pad_id)
 
 
 def _load(artifact: Artifact, entry: Tokenizer) -> Any:
@@ -51,8 +63,7 @@ def _load(artifact: Artifact, entry: Tokenizer) -> Any:
     data = artifact.read(entry.path)
     try:
         tokenizer = FastTokenizer.from_buffer(data)
-        tokenizer.enable_truncation(entry.length)
-        tokenizer.enable_padding(length=entry.length, pad_id=entry.pad_id)
+        _set_length(tokenizer, entry, entry.length)
     except Exception as error:  # the library raises plain Exception
         raise ArtifactError(
             f"tokenizer {entry.path}: {one_line(error)}: expected a tokenizer.json: compile it again"

@@ -5,7 +5,7 @@ enqueue its launches, and to set the few addresses that differ from the step bef
 because they run one after another; one arena for all programs, because requests do. A loop that is recorded as a graph has
 execution contexts of its own, which nothing touches afterwards: the graph refers to them.
 
-Only the request's own tensors go up (conditioning, first latents, weights of guidance), and only the final latents come down.
+Only the request's own tensors go up (conditioning, constants of its size, first latents, weights of guidance), and only the final latents come down.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from otcache.schemas.segments import Segment, coarsened
 
 from .address_plan import AddressPlan, aligned, plan_addresses
 from .engine import DTYPES, Array, Denoiser, Request
-from .launches import GUIDANCE, Launch, Value
+from .launches import GUIDANCE, Value
 from .messages import readable_size
 from .trunk import shape_of
 
@@ -147,13 +147,11 @@ class ResidentLoop:
         segments: tuple[Segment, ...],
         cuda_graph: bool = False,
     ) -> None:
-        self._manifest = manifest = coarsened(manifest, segments)
+        self._segments, self._branches = segments, manifest.guidance.branches
         self._engines, self._device, self._cuda_graph = engines, device, cuda_graph
-        self._info = {t.name: t for stage in manifest.trunk for t in (*stage.inputs, *stage.outputs)}
-        self._combinations = {"@" + combination.name: combination for combination in combinations(manifest)}
         self._arena, self._arena_bytes = 0, 0
         self._tables: list[int] = []
-        self._prepared: dict[tuple[str, int], _Prepared] = {}
+        self._prepared: dict[tuple[object, ...], _Prepared] = {}
         device.activate()
         self._workspace_bytes = max(1, *(engine.workspace_bytes for engine in engines.values()))
         self._workspace = device.allocate(self._workspace_bytes)
@@ -205,15 +203,18 @@ class ResidentLoop:
         self._prepared, self._tables, self._arena, self._arena_bytes = {}, [], 0, 0
 
     def _prepare(self, request: Request, n: int) -> _Prepared:
-        key = (request.budget, n)
+        size = request.manifest.conditions
+        key = (request.budget, n, size.height, size.width, size.num_frames, size.max_sequence_length)
         if key not in self._prepared:
-            plan = plan_addresses(self._manifest, request.program, n)
+            manifest = coarsened(request.manifest, self._segments)
+            plan = plan_addresses(manifest, request.program, n)
             self._grow(plan.size_bytes)
-            tables, content = _tables(self._manifest, plan, request)
+            tables, content = _tables(plan, request)
             base = self._device.allocate(len(content))
             self._tables.append(base)
             self._device.upload(base, np.frombuffer(content, np.uint8))
-            self._prepared[key] = self._bound(plan, {value: base + offset for value, offset in tables.items()}, n)
+            placed = {value: base + offset for value, offset in tables.items()}
+            self._prepared[key] = self._bound(manifest, plan, placed, n)
         return self._prepared[key]
 
     def _grow(self, size_bytes: int) -> None:
@@ -224,7 +225,9 @@ class ResidentLoop:
         self._arena = self._device.allocate(size_bytes)
         self._arena_bytes = size_bytes
 
-    def _bound(self, plan: AddressPlan, tables: Mapping[Value, int], n: int) -> _Prepared:
+    def _bound(self, manifest: Manifest, plan: AddressPlan, tables: Mapping[Value, int], n: int) -> _Prepared:
+        info = {t.name: t for stage in manifest.trunk for t in (*stage.inputs, *stage.outputs)}
+        sums = {"@" + combination.name: combination for combination in combinations(manifest)}
         addresses = {value: self._arena + place.offset for value, place in plan.places.items()} | dict(tables)
         steps: list[list[_Call]] = []
         for launch in plan.listing.launches:
@@ -232,26 +235,19 @@ class ResidentLoop:
                 steps.append([])
             both = (*launch.reads.items(), *launch.writes.items())
             pairs = tuple((name, addresses[value]) for name, value in both)
-            steps[-1].append(_Call(launch.engine, pairs, self._shapes(launch, n)))
+            rows, inputs = n * self._branches, [info[name] for name in launch.reads if name in info]
+            if combination := sums.get(launch.engine):
+                rows, inputs = n if combination.counts_samples else rows, list(combination.inputs)
+            steps[-1].append(_Call(launch.engine, pairs, _shapes(inputs, rows)))
         contexts = self._contexts or self._make_contexts(launch.engine for launch in plan.listing.launches)
         return _Prepared(plan, self._arena, tables[GUIDANCE], tuple(tuple(calls) for calls in steps), contexts)
-
-    def _shapes(self, launch: Launch, n: int) -> tuple[tuple[str, Shape], ...]:
-        rows = n * self._manifest.guidance.branches
-        inputs: Sequence[TensorInfo]
-        if combination := self._combinations.get(launch.engine):
-            rows = n if combination.counts_samples else rows
-            inputs = combination.inputs
-        else:
-            inputs = [self._info[name] for name in launch.reads]
-        return tuple((tensor.name, shape_of(tensor, rows)) for tensor in inputs if "batch" in tensor.shape)
 
     def _upload(self, prepared: _Prepared, request: Request) -> None:
         x, *_ = (value for value in prepared.plan.listing.brought if value.name == "@x")
         self._device.upload(prepared.address(x), np.ascontiguousarray(request.latents, np.float32))
         self._device.upload(prepared.guidance, np.array(request.guidance_weights, np.float32))
-        for tensor in self._manifest.conditioning:
-            array = as_type(request.conditioning[tensor.name], tensor.dtype)
+        for tensor in request.manifest.held:
+            array = as_type(request.held[tensor.name], tensor.dtype)
             self._device.upload(prepared.address(Value(tensor.name, 0)), array)
 
     def _make_contexts(self, names: Iterable[str]) -> dict[str, _Told]:
@@ -280,8 +276,15 @@ class ResidentLoop:
             prepared.contexts[call.engine].run(call)
 
 
-def _tables(manifest: Manifest, plan: AddressPlan, request: Request) -> tuple[dict[Value, int], bytes]:
+def _shapes(inputs: Sequence[TensorInfo], rows: int) -> tuple[tuple[str, Shape], ...]:
+    """Of the inputs whose shapes vary."""
+    varying = [tensor for tensor in inputs if "batch" in tensor.shape or any(tensor.symbols)]
+    return tuple((tensor.name, shape_of(tensor, rows)) for tensor in varying)
+
+
+def _tables(plan: AddressPlan, request: Request) -> tuple[dict[Value, int], bytes]:
     """Offset of every constant of a program, and their content: timesteps, coefficients, room for guidance's weights."""
+    manifest = request.manifest
     info = {tensor.name: tensor for tensor in manifest.trunk[0].inputs}.get(manifest.timestep_input) or next(
         tensor for stage in manifest.trunk for tensor in stage.inputs if tensor.name == manifest.timestep_input
     )

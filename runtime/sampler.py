@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from otcache.schemas.errors import HostError, RequestError, UsageError
-from otcache.schemas.manifest import BudgetProgram, Manifest, Stage, TensorInfo
+from otcache.schemas.manifest import BudgetProgram, Latents, Manifest, Stage, TensorInfo
 
 from .artifact import Artifact
 from .engine import Array, Denoiser, Engine, Options, Request, Selection, select_backend
@@ -28,6 +28,7 @@ from .loop import Callback, Float32
 from .messages import one_line
 from .noise import SEED_MAXIMUM, SEED_MINIMUM, noise
 from .prompt import Tokenizers, check_prompts
+from .sizes import Given, Sizes
 from .timing import Timer
 from .trunk import check_trunk, run_stage
 
@@ -46,6 +47,7 @@ class Sampler:
     def __init__(self, artifact: Artifact, selection: Selection) -> None:
         check_trunk(artifact.manifest)
         self.artifact = artifact
+        self._sizes = Sizes(artifact)
         self.backend = selection.backend.name
         self.passed_over = selection.passed_over
         """Backends that were not taken, with the reason."""
@@ -109,6 +111,10 @@ class Sampler:
         seed: int | Sequence[int] = 0,
         images_per_prompt: int = 1,
         guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        max_sequence_length: int | None = None,
         progress: Callback | None = None,
         timer: Timer | None = None,
     ) -> Float32:
@@ -117,11 +123,13 @@ class Sampler:
         Of a video artifact, float32 (n, frames, height, width, 3).
 
         seed: one draws the noise of all n pictures in one go, a list of n draws each picture's on its own: as one
-        generator and a list of generators do in diffusers. progress: called with (finished, all) steps after each
+        generator and a list of generators do in diffusers. height, width, num_frames, max_sequence_length: one of the sizes that the artifact
+        serves; None takes its own. progress: called with (finished, all) steps after each
         step; what it raises ends the request. timer: `timer.timing()` says afterwards where the time went. Raises
         RequestError for what the artifact does not serve.
         """
         watched = progress is not None or timer is not None
+        size = _size(height, width, num_frames, max_sequence_length)
         n = self.check(
             prompt,
             budget=budget,
@@ -129,16 +137,19 @@ class Sampler:
             seed=seed,
             images_per_prompt=images_per_prompt,
             guidance_scale=guidance_scale,
+            **size,
         )
         timer = timer or Timer()
         prompts = [text for text in check_prompts(prompt) for _ in range(images_per_prompt)]
         negative = negative_prompt
         if isinstance(negative, list | tuple):
             negative = [text for text in negative for _ in range(images_per_prompt)]
-        conditioning = self.encode(prompts, negative_prompt=negative, timer=timer)
-        latents = self._sample(conditioning, budget, seed, None, guidance_scale, progress, timer, watched=watched)
-        pictures = self.decode(latents, timer=timer)
-        if n == 1:
+        conditioning = self.encode(
+            prompts, negative_prompt=negative, max_sequence_length=max_sequence_length, timer=timer
+        )
+        latents = self._sample(conditioning, budget, seed, None, guidance_scale, size, progress, timer, watched=watched)
+        pictures = self._decode(latents, size, timer)
+        if n == 1 and self._sizes.manifest(size).conditions == self.manifest.conditions:
             with self._latencies_lock:
                 self._latencies.setdefault(str(budget), deque(maxlen=_HISTORY)).append(timer.timing().latency_s)
         return pictures
@@ -152,16 +163,21 @@ class Sampler:
         seed: int | Sequence[int] = 0,
         images_per_prompt: int = 1,
         guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        max_sequence_length: int | None = None,
     ) -> int:
         """How many pictures a request with these arguments makes; costs next to nothing. Raises RequestError."""
         if not _is_int(images_per_prompt) or images_per_prompt < 1:
             raise RequestError(f"images_per_prompt is {images_per_prompt!r}: expected a whole number of at least 1")
-        self._program(budget)
+        manifest = self._sizes.manifest(_size(height, width, num_frames, max_sequence_length))
+        self._program(budget, manifest)
         self._guidance_weights(guidance_scale)
         prompts = check_prompts(prompt)
         self._check_negative(negative_prompt, len(prompts))
         _check_seed(seed, len(prompts) * images_per_prompt)
-        self._backend.check(len(prompts) * images_per_prompt)
+        self._backend.check(len(prompts) * images_per_prompt, manifest)
         return len(prompts) * images_per_prompt
 
     def encode(
@@ -169,13 +185,15 @@ class Sampler:
         prompt: str | list[str],
         *,
         negative_prompt: str | list[str] | None = None,
+        max_sequence_length: int | None = None,
         timer: Timer | None = None,
     ) -> dict[str, Array]:
         """Conditioning of n prompts: each of the text encoder's outputs as (g, n, …), the negative branch first.
 
         negative_prompt: one for all or n of them; None takes the artifact's. Raises RequestError.
         """
-        stage = self._stage("text_encoder", "give `sample` its conditioning instead")
+        manifest = self._sizes.manifest({"max_sequence_length": max_sequence_length})
+        stage = _stage(manifest, "text_encoder", "give `sample` its conditioning instead")
         timer = timer or Timer()
         positive = check_prompts(prompt)
         self._check_negative(negative_prompt, len(positive))
@@ -188,7 +206,8 @@ class Sampler:
         if tokenizers is None:
             raise _closed()
         with timer.part("encode"):
-            encoded = self._run(stage, tokenizers(unique), timer)
+            lengths = {entry.input_name: entry.length for entry in manifest.tokenizers}
+            encoded = self._run(stage, tokenizers(unique, lengths), timer)
         rows = [unique.index(text) for text in texts]
         shape = (len(branches), len(positive))
         wanted = {tensor.name for tensor in self.manifest.conditioning}
@@ -204,25 +223,44 @@ class Sampler:
         seed: int | Sequence[int] = 0,
         latents: Array | None = None,
         guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        max_sequence_length: int | None = None,
         progress: Callback | None = None,
         timer: Timer | None = None,
     ) -> Float32:
-        """Final latents, float32 (n, *latents.shape), from conditioning tensors.
+        """Final latents, float32 (n, *latents.shape at the request's size), from conditioning tensors.
 
         conditioning: an array (g, n, …) for each of `manifest.conditioning` with a batch, as `encode` gives it; the
         others in the manifest's shape. latents: noise (n, *latents.shape) to use instead of the seed's, before it is
         scaled for the sampler. Raises RequestError.
         """
         watched = progress is not None or timer is not None
+        size = _size(height, width, num_frames, max_sequence_length)
         return self._sample(
-            conditioning, budget, seed, latents, guidance_scale, progress, timer or Timer(), watched=watched
+            conditioning, budget, seed, latents, guidance_scale, size, progress, timer or Timer(), watched=watched
         )
 
-    def decode(self, latents: Array, *, timer: Timer | None = None) -> Float32:
-        """Pictures, float32 (n, [frames,] height, width, 3) in [0, 1], from latents (n, *latents.shape)."""
-        stage = self._stage("decoder", "decode the latents of `sample` elsewhere")
-        latents = _check_latents(latents, self.manifest.latents.shape)
-        timer = timer or Timer()
+    def decode(
+        self,
+        latents: Array,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        timer: Timer | None = None,
+    ) -> Float32:
+        """Pictures, float32 (n, [frames,] height, width, 3) in [0, 1], from latents (n, *latents.shape at that size)."""
+        return self._decode(latents, _size(height, width, num_frames, None), timer or Timer())
+
+    def _decode(self, latents: Array, size: Given, timer: Timer) -> Float32:
+        manifest = self._sizes.manifest(size)
+        stage = _stage(manifest, "decoder", "decode the latents of `sample` elsewhere")
+        layout = manifest.latents
+        latents = _check_latents(latents, layout.shape)
+        if layout.decoded_as == "noise":
+            latents = as_noise(latents, layout).reshape(-1, *stage.inputs[0].shape[1:])
         with timer.part("decode"):
             decoded = self._run(stage, {stage.inputs[0].name: latents}, timer)[stage.outputs[0].name]
             if decoded.ndim == 4 and decoded.shape[1] == 3 and decoded.shape[3] != 3:
@@ -280,11 +318,11 @@ class Sampler:
         finally:
             self._lock.release()
 
-    def _program(self, budget: object) -> BudgetProgram:
-        found = self.manifest.program(budget) if _is_int(budget) or isinstance(budget, str) else None  # type: ignore[arg-type]
+    def _program(self, budget: object, manifest: Manifest) -> BudgetProgram:
+        found = manifest.program(budget) if _is_int(budget) or isinstance(budget, str) else None  # type: ignore[arg-type]
         if found is None:
             raise RequestError(
-                f"budget is {one_line(repr(budget), 40)}: expected one of {', '.join(self.budgets)}: "
+                f"budget is {one_line(repr(budget), 40)}: expected one of {', '.join(manifest.budgets)}: "
                 "choose one, or compile the artifact for it"
             )
         return found
@@ -317,15 +355,17 @@ class Sampler:
             return [self.manifest.guidance.negative_prompt] * n
         return [negative_prompt] * n if isinstance(negative_prompt, str) else list(negative_prompt)
 
-    def _count(self, conditioning: Mapping[str, Array], seed: int | Sequence[int], latents: Array | None) -> int:
+    def _count(
+        self, manifest: Manifest, conditioning: Mapping[str, Array], seed: int | Sequence[int], latents: Array | None
+    ) -> int:
         """Number of samples, after every conditioning tensor has been checked."""
         if not isinstance(conditioning, Mapping):
             raise RequestError(f"conditioning is a {type(conditioning).__name__}: expected a dict of arrays")
-        wanted = {tensor.name: tensor for tensor in self.manifest.conditioning}
+        wanted = {tensor.name: tensor for tensor in manifest.conditioning}
         if set(conditioning) != set(wanted):
             have = one_line(sorted(map(str, conditioning)))
             raise RequestError(f"conditioning holds {have}: expected exactly {sorted(wanted)}")
-        branches = self.manifest.guidance.branches
+        branches = manifest.guidance.branches
         batched = [name for name, tensor in wanted.items() if tensor.shape[:1] == ("batch",)]
         given = np.shape(conditioning[batched[0]])[1:2] if batched else () if latents is None else np.shape(latents)[:1]
         n = given[0] if given else len(seed) if isinstance(seed, Sequence) else 1
@@ -334,12 +374,12 @@ class Sampler:
         if n < 1:
             raise RequestError("conditioning holds 0 samples: expected at least one")
         _check_seed(seed, n)
-        if latents is not None and len(_check_latents(latents, self.manifest.latents.shape)) != n:
+        if latents is not None and len(_check_latents(latents, manifest.latents.shape)) != n:
             raise RequestError(f"latents hold {len(latents)} samples: expected {n} as the conditioning")
         return n
 
-    def _initial_latents(self, seed: int | Sequence[int], latents: Array | None, n: int) -> Float32:
-        layout = self.manifest.latents
+    @staticmethod
+    def _initial_latents(layout: Latents, seed: int | Sequence[int], latents: Array | None, n: int) -> Float32:
         if latents is None:
             drawn = noise(layout.noise_shape, seed, n).reshape(n, *layout.split)
             drawn = drawn.transpose(0, *(axis + 1 for axis in layout.permutation))
@@ -354,16 +394,19 @@ class Sampler:
         seed: int | Sequence[int],
         latents: Array | None,
         guidance_scale: float | None,
+        size: Given,
         progress: Callback | None,
         timer: Timer,
         *,
         watched: bool,
     ) -> Float32:
         """As `sample`. watched: somebody looks at single steps."""
-        program = self._program(budget).program
+        manifest = self._sizes.manifest(size)
+        program = self._program(budget, manifest).program
         weights = self._guidance_weights(guidance_scale)
-        n = self._count(conditioning, seed, latents)
-        self._backend.check(n)
+        n = self._count(manifest, conditioning, seed, latents)
+        held = {**conditioning, **self._sizes.constants(size)}
+        self._backend.check(n, manifest)
 
         def step_done(done: int, total: int) -> None:
             step = program.steps[done - 1]
@@ -373,8 +416,8 @@ class Sampler:
 
         try:
             request = Request(
-                budget=str(budget), program=program, latents=self._initial_latents(seed, latents, n),
-                conditioning=conditioning, guidance_weights=weights, timer=timer, step_done=step_done, watched=watched,
+                manifest=manifest, budget=str(budget), program=program,
+                latents=self._initial_latents(manifest.latents, seed, latents, n), held=held, guidance_weights=weights, timer=timer, step_done=step_done, watched=watched,
             )  # fmt: skip
             with self._device(timer):
                 if self._denoise is None:
@@ -382,12 +425,6 @@ class Sampler:
                 return self._denoise(request)
         except MemoryError:
             raise HostError(f"no memory for {n} samples at once: ask for fewer, or use a larger host") from None
-
-    def _stage(self, kind: str, instead: str) -> Stage:
-        stage = self.manifest.stage(kind)
-        if stage is None:
-            raise RequestError(f"this artifact has no {kind.replace('_', ' ')}: {instead}")
-        return stage
 
     def _run(self, stage: Stage, inputs: Mapping[str, Array], timer: Timer) -> dict[str, Array]:
         with self._device(timer):
@@ -400,6 +437,25 @@ class Sampler:
             return statistics.median(own)
         stated = [m.value for m in self.manifest.measurements if m.name == LATENCY + budget]
         return stated[-1] if stated else None
+
+
+def as_noise(latents: Array, layout: Latents) -> Array:
+    """Latents (n, *shape) back in the order in which their noise was drawn: (n, elements)."""
+    order = layout.permutation
+    packed = latents.reshape(-1, *(layout.split[axis] for axis in order))
+    inverse = [order.index(axis) + 1 for axis in range(len(order))]
+    return packed.transpose(0, *inverse).reshape(len(latents), -1)
+
+
+def _size(height: int | None, width: int | None, num_frames: int | None, max_sequence_length: int | None) -> Given:
+    return {"height": height, "width": width, "num_frames": num_frames, "max_sequence_length": max_sequence_length}
+
+
+def _stage(manifest: Manifest, kind: str, instead: str) -> Stage:
+    stage = manifest.stage(kind)
+    if stage is None:
+        raise RequestError(f"this artifact has no {kind.replace('_', ' ')} at this size: {instead}")
+    return stage
 
 
 def _closed() -> RequestError:

@@ -163,7 +163,7 @@ class TensorrtBackend:
 
         self.name: str = plans.backend
         self._plans, self._cuda_graph = plans, cuda_graph
-        self._segments = segments_of(plans, manifest)
+        self._segments, self._conditions = segments_of(plans, manifest), manifest.conditions
         self._trt = library(plans.backend)
         self._log = error_log(self._trt)
         self._device = CudaDevice()
@@ -189,8 +189,14 @@ class TensorrtBackend:
     def denoiser(self, manifest: Manifest, engines: Mapping[str, Any]) -> Denoiser:
         return resident_denoiser(manifest, engines, self._device, segments=self._segments, cuda_graph=self._cuda_graph)
 
-    def check(self, samples: int) -> None:
+    def check(self, samples: int, manifest: Manifest) -> None:
         check_profile(self._plans, samples)
+        if manifest.conditions != self._conditions:
+            own = self._conditions
+            raise RequestError(
+                f"size is {manifest.conditions.height}x{manifest.conditions.width}: expected {own.height}x{own.width}, the only one "
+                f"that plans of {self.name} are built for: serve other sizes with backend onnxruntime"
+            )
 
 
 def plan_parts(plans: Plans, manifest: Manifest) -> tuple[Part, ...]:

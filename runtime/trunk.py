@@ -76,10 +76,10 @@ class Trunk:
         self._buffers = _make_buffers(manifest, backend, manifest.guidance.branches * n)
         self._calls = [(stage.kind, stage.name, self._bind(stage, engines[stage.name])) for stage in manifest.trunk]
 
-    def condition(self, conditioning: Mapping[str, Array]) -> None:
-        """Put the request's tensors in place: with a batch (g, n, …), others as the manifest has them."""
-        for tensor in self._manifest.conditioning:
-            self._buffers[tensor.name].write(conditioning[tensor.name].reshape(self._buffers[tensor.name].shape))
+    def hold(self, held: Mapping[str, Array]) -> None:
+        """Put in place what stays for all steps: with a batch (g, n, …), others as the manifest has them."""
+        for tensor in self._manifest.held:
+            self._buffers[tensor.name].write(held[tensor.name].reshape(self._buffers[tensor.name].shape))
 
     def embed(self, x: Float32, timestep: float) -> None:
         branches = self._manifest.guidance.branches
@@ -126,13 +126,13 @@ class Trunk:
 class HostLoop:
     """A `Denoiser` with its arithmetic on the host: engines run one after the other, each to its end."""
 
-    def __init__(self, manifest: Manifest, engines: Mapping[str, Engine], backend: Backend) -> None:
-        self._manifest, self._engines, self._backend = manifest, engines, backend
+    def __init__(self, engines: Mapping[str, Engine], backend: Backend) -> None:
+        self._engines, self._backend = engines, backend
 
     def __call__(self, request: Request) -> Float32:
-        manifest = self._manifest
+        manifest = request.manifest
         trunk = Trunk(manifest, self._engines, self._backend, len(request.latents), request.timer)
-        trunk.condition(request.conditioning)
+        trunk.hold(request.held)
         request.timer.begin_steps()
         return sample(
             trunk,

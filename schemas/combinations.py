@@ -41,7 +41,9 @@ class Combination:
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
         """`coefs`, if it has any, then the terms."""
-        vector = self.total.model_copy(update={"name": COEFS, "dtype": "float32", "shape": (self.coefs,)})
+        vector = self.total.model_copy(
+            update={"name": COEFS, "dtype": "float32", "shape": (self.coefs,), "symbols": ()}
+        )
         return (vector, *self.terms) if self.coefs else self.terms
 
     @property

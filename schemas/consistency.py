@@ -7,6 +7,7 @@ error. The specification is `schemas/README.md`, "Consistency"; the checks are i
 from __future__ import annotations
 
 import itertools
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ def check_files(manifest: Manifest) -> None:
     needed = {stage.onnx for stage in manifest.stages} | {tokenizer.path for tokenizer in manifest.tokenizers}
     needed |= {path for stage in manifest.stages for path in stage.external_data}
     needed |= {path for engine in manifest.engines for path in (*engine.stages.values(), *engine.combinations.values())}
+    needed |= {
+        path for entry in (manifest.shapes.sizes if manifest.shapes else ()) for path in entry.constants.values()
+    }
     if missing := sorted(needed - listed):
         raise ValueError(f"files: {missing[0]} is used but not listed")
     for stage in manifest.stages:
@@ -87,11 +91,15 @@ def _check_shared(manifest: Manifest, engine: Engine) -> None:
 
 def check_programs(manifest: Manifest) -> None:
     """One program for each budget, within the steps of the sampler, with as many computed steps as the budget says."""
-    names = [entry.budget for entry in manifest.programs]
-    if len(set(names)) != len(names):
-        raise ValueError("programs: two have the same budget")
-    for entry in manifest.programs:
-        _check_program(manifest, entry)
+    for programs in (
+        manifest.programs,
+        *(entry.programs for entry in (manifest.shapes.sizes if manifest.shapes else ())),
+    ):
+        names = [entry.budget for entry in programs]
+        if len(set(names)) != len(names):
+            raise ValueError("programs: two have the same budget")
+        for entry in programs:
+            _check_program(manifest, entry)
     total = manifest.sampler.num_inference_steps
     for name, policy in (("reference", manifest.reference), ("anchor", manifest.anchor)):
         if policy.num_inference_steps != total:
@@ -128,8 +136,8 @@ def check_wiring(manifest: Manifest) -> None:
     for tensor in (request[manifest.latents_input], known[manifest.output]):
         _expect(tensor, FLOATS, latents)
     _check_features(manifest, known, request)
-    _check_encoder(manifest)
-    _check_decoder(manifest, latents)
+    check_encoder(manifest)
+    check_decoder(manifest)
 
 
 def _check_tensors(stage: Stage) -> None:
@@ -195,7 +203,7 @@ def _check_features(manifest: Manifest, known: dict[str, TensorInfo], request: d
         )
 
 
-def _check_encoder(manifest: Manifest) -> None:
+def check_encoder(manifest: Manifest) -> None:
     """Tokens in, and out everything that the trunk needs besides latents and timestep."""
     encoder = _only(manifest, "text_encoder")
     lengths = {tokenizer.input_name: tokenizer.length for tokenizer in manifest.tokenizers}
@@ -216,14 +224,21 @@ def _check_encoder(manifest: Manifest) -> None:
         _expect(made[tensor.name], None, tensor.shape)
 
 
-def _check_decoder(manifest: Manifest, latents: tuple[int | str, ...]) -> None:
+def check_decoder(manifest: Manifest) -> None:
+    """Latents in, pictures of the artifact's size out."""
     decoder = _only(manifest, "decoder")
     if decoder is None:
         return
     if len(decoder.inputs) != 1 or len(decoder.outputs) != 1:
         raise ValueError(f"stages: {decoder.name} is a decoder: expected one input and one output: compile it again")
     height, width, frames = (getattr(manifest.conditions, name) for name in ("height", "width", "num_frames"))
-    _expect(decoder.inputs[0], FLOATS, latents)
+    latents = manifest.latents
+    if latents.decoded_as == "latents":
+        _expect(decoder.inputs[0], FLOATS, ("batch", *latents.shape))
+    elif decoder.inputs[0].shape[:1] != ("batch",) or elements(decoder.inputs[0]) != math.prod(latents.shape):
+        raise ValueError(
+            f"{decoder.inputs[0].name} has shape {decoder.inputs[0].shape}: expected as many elements as latents"
+        )
     pictures = [("batch", height, width, 3), ("batch", 3, height, width)]
     _expect(decoder.outputs[0], FLOATS, *(pictures if frames is None else [("batch", frames, height, width, 3)]))
 

@@ -8,14 +8,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from . import consistency
+from . import consistency, sized
 from .consistency import FULL as FULL
 from .consistency import MANIFEST_NAME as MANIFEST_NAME
 from .consistency import SIGNATURE_NAME as SIGNATURE_NAME
 from .digest import digest_of_value
 from .program import MAX_STEPS, Coefficient, Frozen, Program
+from .shapes import Axis, AxisName, Symbol, SymbolName, Symbols
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 4
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 5
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 MAX_MANIFEST_BYTES = 16 << 20
 PLACE = "{}"
@@ -67,6 +68,9 @@ class TensorInfo(Frozen):
     name: Name
     dtype: DType
     shape: tuple[Size | Literal["batch"], ...] = Field(max_length=8)
+    """At the artifact's own size."""
+    symbols: Symbols = Field(default=(), max_length=8)
+    """Since 1.5: what its dimensions follow at other sizes."""
 
 
 class Stage(Frozen):
@@ -99,6 +103,8 @@ class Tokenizer(Frozen):
     pad_id: int = Field(ge=0)
     template: str = Field(default=PLACE, max_length=8192)
     """Since 1.3: what is encoded, with the prompt in the place of the one `{}`."""
+    length_symbol: SymbolName | None = None
+    """Since 1.5: what `length` follows at other sizes."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Tokenizer:
@@ -121,6 +127,12 @@ class Latents(Frozen):
     shape: tuple[Size, ...] = Field(min_length=1, max_length=6)
     """Shape of one sample's latents, as the scheduler sees them."""
     initial_scale: Coefficient
+    noise_symbols: Symbols = Field(default=(), max_length=6)
+    """Since 1.5, as those of tensors; likewise the next two."""
+    split_symbols: Symbols = Field(default=(), max_length=12)
+    shape_symbols: Symbols = Field(default=(), max_length=6)
+    decoded_as: Literal["latents", "noise"] = "latents"
+    """Since 1.5: what the decoder reads: latents, or latents put back in the noise's order and given its input's shape."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Latents:
@@ -259,6 +271,30 @@ class BudgetProgram(Frozen):
     baselines: tuple[Baseline, ...] = Field(default=(), max_length=256, fail_fast=True)
 
 
+class ServedSize(Frozen):
+    """One of the sizes that are served, where not every size within the ranges is."""
+
+    size: dict[AxisName, Size] = Field(min_length=1, max_length=4)
+    """A value for each axis."""
+    constants: dict[Name, ArtifactPath] = Field(default={}, max_length=64)
+    """Files with the values of `Shapes.constants` at this size: little-endian, in C order, nothing else in the file."""
+    programs: tuple[BudgetProgram, ...] = Field(default=(), max_length=256, fail_fast=True)
+    """Those that are served at this size instead of the artifact's; empty where the artifact's hold."""
+
+
+class Shapes(Frozen):
+    """Since 1.5: the sizes that a request may choose, and what follows from them."""
+
+    axes: tuple[Axis, ...] = Field(default=(), max_length=4)
+    symbols: tuple[Symbol, ...] = Field(default=(), max_length=4096, fail_fast=True)
+    constants: tuple[Name, ...] = Field(default=(), max_length=64)
+    """Inputs of the trunk that depend on the size alone, such as positions: they come from files, not from the request."""
+    sizes: tuple[ServedSize, ...] = Field(default=(), max_length=1024, fail_fast=True)
+    """Where it is not empty, no other size is served."""
+    fixed: dict[AxisName, str] = Field(default={}, max_length=4)
+    """Axes that stay as compiled although others were asked for, with the reason."""
+
+
 class Cost(Frozen):
     """Model evaluations that a pass took, in full runs of T steps per calibration prompt."""
 
@@ -334,6 +370,7 @@ class Manifest(Frozen):
     anchor: Policy
     programs: tuple[BudgetProgram, ...] = Field(min_length=1, max_length=4096, fail_fast=True)
     golden: Golden | None = None
+    shapes: Shapes | None = None
     costs: tuple[Cost, ...] = Field(default=(), max_length=256, fail_fast=True)
     engines: tuple[Engine, ...] = Field(default=(), max_length=256, fail_fast=True)
     files: tuple[FileEntry, ...] = Field(max_length=65536, fail_fast=True)
@@ -345,6 +382,7 @@ class Manifest(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         consistency.check(self)
+        sized.check_shapes(self)
         return self
 
     @property
@@ -358,7 +396,13 @@ class Manifest(Frozen):
 
     @property
     def conditioning(self) -> tuple[TensorInfo, ...]:
-        """The trunk's inputs that a request brings: all but latents and timestep."""
+        """The trunk's inputs that a request brings: all but latents, timestep, and constants of the size."""
+        constants = self.shapes.constants if self.shapes else ()
+        return tuple(tensor for tensor in self.held if tensor.name not in constants)
+
+    @property
+    def held(self) -> tuple[TensorInfo, ...]:
+        """The trunk's inputs that stay for all steps: conditioning, and constants of the size."""
         produced = {tensor.name for stage in self.trunk for tensor in stage.outputs}
         found: dict[str, TensorInfo] = {}
         for stage in self.trunk:

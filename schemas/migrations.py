@@ -65,7 +65,31 @@ def _from_1_3(value: Value) -> Value:
     ]}  # fmt: skip
 
 
-MIGRATIONS: dict[int, Callable[[Value], Value]] = {0: _from_1_0, 1: _from_1_1, 2: _from_1_2, 3: _from_1_3}
+def _from_1_4(value: Value) -> Value:
+    """1.5 has sizes that a request chooses, which 1.4 did not know: `shapes`, and what follows symbols."""
+    result = {key: item for key, item in value.items() if key != "shapes"}
+    if isinstance(latents := value.get("latents"), dict):
+        new = ("noise_symbols", "split_symbols", "shape_symbols", "decoded_as")
+        result["latents"] = {key: item for key, item in latents.items() if key not in new}
+    if isinstance(tokenizers := value.get("tokenizers"), list):
+        result["tokenizers"] = [_without(entry, "length_symbol") for entry in tokenizers]
+    if isinstance(stages := value.get("stages"), list):
+        result["stages"] = [_with_fixed_shapes(stage) for stage in stages]
+    return result
+
+
+def _with_fixed_shapes(stage: Any) -> Any:
+    if not isinstance(stage, dict):
+        return stage
+    sides = {side: stage[side] for side in ("inputs", "outputs") if isinstance(stage.get(side), list)}
+    return {**stage, **{side: [_without(tensor, "symbols") for tensor in tensors] for side, tensors in sides.items()}}
+
+
+def _without(value: Any, name: str) -> Any:
+    return {key: item for key, item in value.items() if key != name} if isinstance(value, dict) else value
+
+
+MIGRATIONS: dict[int, Callable[[Value], Value]] = {0: _from_1_0, 1: _from_1_1, 2: _from_1_2, 3: _from_1_3, 4: _from_1_4}
 """Of major version 1: minor version → function to the next one."""
 
 

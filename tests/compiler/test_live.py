@@ -122,6 +122,7 @@ def test_every_option_is_taken(pipeline, tmp_path):
         "budgets": [0], "num_inference_steps": 0, "guidance_scale": -1, "prompts": ["one"], "height": 1, "width": 1,
         "num_frames": 0, "reference_budget": 0, "anchor_budget": 0, "trials": 0, "calibration_prompts": 0,
         "evaluation_prompts": 0, "revision": "main", "trust_remote_code": True, "lora": tmp_path,
+        "sizes": "one", "frame_counts": "one", "text_lengths": "one",
     }  # fmt: skip
     for name, value in refused.items():
         with pytest.raises(UsageError, match=f"{name}|{name.replace('_', '-')}"):
@@ -134,7 +135,7 @@ def test_every_option_is_taken(pipeline, tmp_path):
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(ArtifactError, match="replace it with --force"):
         otcache.compiler.compile(pipeline, **SMALL, output=str(tmp_path / "taken"), progress=False)
-    others = {"model", "output", "negative_prompt", "max_sequence_length", "objective", "payload", "edge_costs", "seed",
+    others = {"model", "output", "negative_prompt", "max_sequence_length", "dtype", "objective", "payload", "edge_costs", "seed",
               "workspace", "force"}  # fmt: skip
     assert set(refused) | others >= {field.name for field in dataclasses.fields(CompileOptions)}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]

@@ -42,7 +42,7 @@ def test_weights_are_those_that_diffusers_loads(make, dtype, tmp_path):
 
 def test_time_and_integers_stay():
     example = {"hidden_states": torch.ones(2, 3), "timestep": torch.ones(2), "ids": torch.ones(2, dtype=torch.int64)}
-    found = {name: value.dtype for name, value in inputs_in(example, torch.float16, timestep="timestep").items()}
+    found = {name: value.dtype for name, value in inputs_in(example, torch.float16, kept=("timestep",)).items()}
     assert found == {"hidden_states": torch.float16, "timestep": torch.float32, "ids": torch.int64}
 
 

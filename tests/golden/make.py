@@ -2,7 +2,7 @@
 
 Each holds `artifact/`, compiled by `otc compile` from a tiny random FLUX (its reports removed: attachments may be), and what
 the runtime of its time drew from it: `request.json`, and of each budget `latents-<budget>.npy` (float32) and
-`pictures-<budget>.npy` (uint8). `tests/runtime/test_golden.py` holds every later runtime to them. A folder is made once, when
+`pictures-<budget>.npy` (uint8); from 1.5 on `sized-<budget>.npy` as well, latents at another size than the artifact's own. `tests/runtime/test_golden.py` holds every later runtime to them. A folder is made once, when
 its version is released, and never again: a runtime that cannot reproduce it is wrong, not the folder.
 """
 
@@ -19,7 +19,11 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REQUEST = {"prompt": ["a red ring", "a blue star"], "seed": 11}
-OPTIONS = ("--budgets", "2,3", "--num-inference-steps", "6", "--calibration-prompts", "4", "--evaluation-prompts", "2", "--trials", "4")  # fmt: skip
+SIZE = {"height": 24, "width": 16, "max_sequence_length": 4}
+OPTIONS = (
+    "--budgets", "2,3", "--num-inference-steps", "6", "--calibration-prompts", "4", "--evaluation-prompts", "2", "--trials", "4",
+    "--sizes", "16x16,24x16", "--text-lengths", "6,4",
+)  # fmt: skip
 COLOURS, SHAPES = ("red", "blue", "green", "white"), ("ring", "star", "cross")
 
 
@@ -89,13 +93,16 @@ def make(target: Path) -> None:
         shutil.rmtree(work / "artifact" / "report")
         (work / "artifact" / "report.html").unlink()
         shutil.copytree(work / "artifact", target / "artifact")
-    (target / "request.json").write_text(json.dumps(REQUEST, indent=1) + "\n")
+    (target / "request.json").write_text(json.dumps({**REQUEST, "size": SIZE}, indent=1) + "\n")
     with Sampler.load(target / "artifact", threads=1) as sampler:
         for budget in sampler.budgets:
             latents = sampler.sample(sampler.encode(REQUEST["prompt"]), budget=budget, seed=REQUEST["seed"])
             np.save(target / f"latents-{budget}.npy", latents, allow_pickle=False)
             pictures = np.round(255 * sampler.decode(latents)).astype(np.uint8)
             np.save(target / f"pictures-{budget}.npy", pictures, allow_pickle=False)
+            encoded = sampler.encode(REQUEST["prompt"], max_sequence_length=SIZE["max_sequence_length"])
+            sized = sampler.sample(encoded, budget=budget, seed=REQUEST["seed"], **SIZE)
+            np.save(target / f"sized-{budget}.npy", sized, allow_pickle=False)
 
 
 if __name__ == "__main__":

@@ -148,12 +148,18 @@ class HostContext:
     def enqueue(self):
         self.calls["enqueue"] += 1
         contract = self.part.contract
-        (rows,) = {shape[0] for shape in self.shapes.values()}
+        (rows,) = {self.shapes[tensor.name][0] for tensor in contract.inputs if "batch" in tensor.shape}
+        known = {
+            symbol: self.shapes[tensor.name][dimension]
+            for tensor in contract.inputs for dimension, symbol in enumerate(tensor.symbols) if symbol
+        }  # fmt: skip
         sides = []
         for tensors, batch in ((contract.inputs, rows), (contract.outputs, self.output_rows(rows))):
             side = {}
             for tensor in tensors:
-                shape = tuple(batch if isinstance(size, str) else size for size in tensor.shape)
+                symbols = tensor.symbols or (None,) * len(tensor.shape)
+                sizes = [known.get(symbol, size) for symbol, size in zip(symbols, tensor.shape, strict=True)]
+                shape = tuple(batch if isinstance(size, str) else size for size in sizes)
                 side[tensor.name] = self.device.view(self.addresses[tensor.name], shape, DTYPES[tensor.dtype])
             sides.append(side)
         inputs, outputs = sides
@@ -230,7 +236,7 @@ class HostBackend:
     def denoiser(self, manifest, engines):
         return resident_denoiser(manifest, engines, self.device, segments=self.segments, cuda_graph=self.cuda_graph)
 
-    def check(self, samples):
+    def check(self, samples, manifest):
         pass
 
 

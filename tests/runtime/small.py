@@ -179,11 +179,11 @@ def ids_of(text: str) -> list[int]:
 
 
 def oracle(text: np.ndarray, noise: np.ndarray, program: Any, weights: tuple[float, ...]) -> np.ndarray:
-    """float64 latents of a program; text (g, n, WIDTH), noise (n, 3, 4, 4)."""
-    n = len(noise)
-    x = np.zeros((n, TOKENS, WIDTH))
-    for row, column in np.ndindex(2, 2):
-        x[:, 2 * row + column] = noise[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(n, WIDTH)
+    """float64 latents of a program; text (g, n, WIDTH), noise (n, 3, height, width), which are 4 unless sizes are chosen."""
+    n, rows, columns = len(noise), noise.shape[2] // 2, noise.shape[3] // 2
+    x = np.zeros((n, rows * columns, WIDTH))
+    for row, column in np.ndindex(rows, columns):
+        x[:, columns * row + column] = noise[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(n, WIDTH)
     w = {name: matrix.astype(np.float64) for name, matrix in MATRICES.items()}
     residuals, outputs = [], []
     for step in program.steps:

@@ -48,6 +48,11 @@ def test_golden_output(version):
             pictures = np.round(255 * sampler(request["prompt"], budget=budget, seed=request["seed"]))
             expected = np.load(folder / f"pictures-{budget}.npy", allow_pickle=False)
             assert np.abs(pictures - expected).max() <= 1, budget
+            if size := request.get("size"):
+                encoded = sampler.encode(request["prompt"], max_sequence_length=size["max_sequence_length"])
+                found = sampler.sample(encoded, budget=budget, seed=request["seed"], **size)
+                expected = np.load(folder / f"sized-{budget}.npy", allow_pickle=False)
+                assert np.linalg.norm(found - expected) <= RELATIVE * np.linalg.norm(expected), (budget, size)
 
 
 def test_a_golden_request_is_run_again(tmp_path):

@@ -207,8 +207,14 @@ def test_a_combination_without_a_plan(built):
 
 
 def test_requests_beyond_the_profile_are_refused(built, backend):
+    manifest = Artifact.open(built).manifest
     for samples in (1, 4):
-        backend.check(samples)
+        backend.check(samples, manifest)
+    larger = manifest.model_copy(update={"conditions": manifest.conditions.model_copy(update={"height": 8})})
+    with pytest.raises(
+        RequestError, match=r"size is 8x4: expected 4x4, the only one that plans of .* are built for: serve other sizes"
+    ):
+        backend.check(1, larger)
     with pytest.raises(RequestError, match=r"8 pictures at once: expected 1 to 4.*--profile batch=1:1:8"):
         check_profile(plans_of(built), 8)
 

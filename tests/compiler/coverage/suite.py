@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,17 @@ from otcache.compiler.export import TOLERANCES, ExportedStage, end_to_end_error,
 from otcache.compiler.interface import Interface, probe
 from otcache.compiler.lower import SolverTable, lower, program_from_table
 from otcache.compiler.models import transformer_of
-from otcache.compiler.pipeline import ENGINES, described
+from otcache.compiler.pipeline import ENGINES, stage_fields
 from otcache.compiler.prompt import latent_decoder
 from otcache.compiler.residual import residual_program
 from otcache.compiler.rollout import roll_out
+from otcache.compiler.sizes import Sizes, own_point, see, stages_for
 from otcache.compiler.stages import Stages, run_stages
+from otcache.compiler.wanted import Wanted, spanned
 from otcache.runtime import Sampler
 from otcache.schemas import manifest as schema
 from otcache.schemas.digest import digest_of_value
+from otcache.schemas.errors import OTCacheError
 from otcache.schemas.program import Program
 
 STEPS, BUDGET, SCALE = 5, 2, 4.0
@@ -74,6 +78,7 @@ def cover(pipeline: Any, call: dict[str, int], prompts: list[str], folder: Path)
         errors[payload] = relative(found, expected)
     assert full < 10 * EXACT and max(errors.values()) < 10 * EXACT
 
+    sizes = symbolic_sizes(pipeline, interface, options, prompts, example)
     latents = trajectory.latents[-1]
     pictures = decoded(pipeline, options, latents)
     decoder = latent_decoder(pipeline, latents, pictures, options.height, options.width)
@@ -81,8 +86,30 @@ def cover(pipeline: Any, call: dict[str, int], prompts: list[str], folder: Path)
         transformer=type(transformer).__name__, pipeline=name, supported=True, guidance=interface.guidance_kind,
         payloads=tuple(programs), stages=len(stages.stages), prompt=name in FAMILIES, decoder=decoder is not None,
         stage_error=max(stage.max_relative_error for stage in exported), full_error=full,
-        program_error=max(errors.values()),
+        program_error=max(errors.values()), symbolic=("batch", *(axis.name for axis in sizes.wanted.axes)),
+        fixed=dict(sizes.fixed),
     )  # fmt: skip
+
+
+def symbolic_sizes(
+    pipeline: Any, interface: Interface, options: CallOptions, prompts: list[str], example: dict[str, torch.Tensor]
+) -> Sizes:
+    """What the exporter keeps symbolic of height, width, frames and text length; stages are compared with the model at other sizes."""
+    own = own_point(options)
+    others = {name: 2 * value - (name == "num_frames") for name, value in own.items()}
+    points = [{**own, name: value} for name, value in others.items()] + [others]
+    seen, refused = [see(pipeline, interface, options, SCALE, prompts, own)], {}
+    for point in points:
+        try:
+            seen.append(see(pipeline, interface, options, SCALE, prompts, point))
+        except OTCacheError as error:
+            for name in [name for name in own if point[name] != own[name]] if point is not others else []:
+                refused[name] = str(error)
+    taken = tuple(each.point for each in seen if all(each.point[name] == own[name] for name in refused))
+    wanted = Wanted(axes=tuple(spanned(taken)), listed=taken) if len(taken) > 1 else Wanted()
+    wanted = replace(wanted, axes=tuple(axis for axis in wanted.axes if axis.minimum < axis.maximum))
+    _, sizes = stages_for(transformer_of(pipeline, "the case"), interface, example, wanted, seen)
+    return replace(sizes, fixed={**refused, **sizes.fixed})
 
 
 def write_artifact(
@@ -119,7 +146,7 @@ def write_artifact(
         "timestep_scale": interface.timestep_scale, "latents_input": interface.latents_input,
         "timestep_input": interface.timestep_input, "output": stages.output,
         "guidance": {"kind": interface.guidance_kind, "scale": SCALE, "minimum": SCALE, "maximum": SCALE},
-        "stages": [described(stage) for stage in exported],
+        "stages": [stage_fields(stage) for stage in exported],
         "features": [{"source": source, "result": result} for source, result in stages.features],
         "tokenizers": [], "reference": policy, "anchor": policy,
         "programs": [

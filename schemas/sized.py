@@ -1,0 +1,149 @@
+"""An artifact's manifest for another size than its own: `sized`. With it, readers know fixed shapes only.
+
+What a request's size changes: dimensions that follow symbols, the layout of the noise, lengths of tokens, `conditions`, and where
+a listed size has programs of its own, those. A decoder or text encoder that is fixed to the artifact's own size is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from . import consistency
+from .shapes import AxisName, Request, Symbols, corners, described
+
+if TYPE_CHECKING:
+    from .manifest import Latents, Manifest, ServedSize, Shapes, Stage, TensorInfo
+
+Shape = tuple[Any, ...]
+
+
+def own_size(manifest: Manifest) -> dict[AxisName, int]:
+    """The size that the artifact was compiled at, on the axes that it has."""
+    axes = manifest.shapes.axes if manifest.shapes else ()
+    return {axis.name: getattr(manifest.conditions, axis.name) for axis in axes}
+
+
+def served_size(manifest: Manifest, request: Request) -> ServedSize | None:
+    """The entry of the listed sizes that a request is for."""
+    listed = manifest.shapes.sizes if manifest.shapes else ()
+    return next((entry for entry in listed if all(request[name] == value for name, value in entry.size.items())), None)
+
+
+def sized(manifest: Manifest, request: Request) -> Manifest:
+    """The manifest as it would be had the artifact been compiled for `request`, a value for each axis.
+
+    Raises ValueError where shapes do not fit together at that size.
+    """
+    shapes = manifest.shapes
+    if shapes is None:
+        return manifest
+    sizes = {symbol.name: symbol.size(request) for symbol in shapes.symbols}
+    entry = served_size(manifest, request)
+    found = manifest.model_copy(
+        update={
+            "conditions": manifest.conditions.model_copy(update={str(name): value for name, value in request.items()}),
+            "latents": _latents(manifest.latents, sizes),
+            "stages": tuple(_stage(stage, sizes) for stage in manifest.stages),
+            "tokenizers": tuple(
+                entry.model_copy(update={"length": sizes[entry.length_symbol]}) if entry.length_symbol else entry
+                for entry in manifest.tokenizers
+            ),
+            "programs": entry.programs if entry and entry.programs else manifest.programs,
+        }
+    )
+    if dict(request) != own_size(manifest):
+        found = _without_fixed(found)
+    consistency.check_wiring(found)
+    return found
+
+
+def _without_fixed(manifest: Manifest) -> Manifest:
+    """Without the decoder and text encoder where they do not follow to this size."""
+    dropped, tokenizers = set(), manifest.tokenizers
+    try:
+        consistency.check_decoder(manifest)
+    except ValueError:
+        dropped.add("decoder")
+    try:
+        consistency.check_encoder(manifest)
+    except ValueError:
+        dropped.add("text_encoder")
+        tokenizers = ()
+    if not dropped:
+        return manifest
+    stages = tuple(stage for stage in manifest.stages if stage.kind not in dropped)
+    return manifest.model_copy(update={"stages": stages, "tokenizers": tokenizers})
+
+
+def _latents(latents: Latents, sizes: Mapping[str, int]) -> Latents:
+    changed = {
+        "noise_shape": _shape(latents.noise_shape, latents.noise_symbols, sizes),
+        "split": _shape(latents.split, latents.split_symbols, sizes),
+        "shape": _shape(latents.shape, latents.shape_symbols, sizes),
+    }
+    return type(latents).model_validate({**dict(latents), **changed})
+
+
+def _stage(stage: Stage, sizes: Mapping[str, int]) -> Stage:
+    sides = {side: tuple(_tensor(tensor, sizes) for tensor in getattr(stage, side)) for side in ("inputs", "outputs")}
+    return stage.model_copy(update=sides)
+
+
+def _tensor(tensor: TensorInfo, sizes: Mapping[str, int]) -> TensorInfo:
+    return tensor.model_copy(update={"shape": _shape(tensor.shape, tensor.symbols, sizes)})
+
+
+def _shape(shape: Shape, symbols: Symbols, sizes: Mapping[str, int]) -> Shape:
+    if not symbols:
+        return shape
+    if len(symbols) != len(shape) or any(name is not None and name not in sizes for name in symbols):
+        raise ValueError(
+            f"a shape {shape} has symbols {symbols}: expected one of {sorted(sizes)} or none for each dimension"
+        )
+    return tuple(size if name is None else sizes[name] for size, name in zip(shape, symbols, strict=True))
+
+
+def check_shapes(manifest: Manifest) -> None:
+    """Dimensions follow from every size that is served, and fit together there; the artifact's own size is one of them."""
+    shapes, own = manifest.shapes, own_size(manifest)
+    if shapes is None:
+        if any(tensor.symbols for stage in manifest.stages for tensor in (*stage.inputs, *stage.outputs)):
+            raise ValueError("stages: dimensions follow symbols, but there are no shapes")
+        return
+    for what, names in (("axes", [axis.name for axis in shapes.axes]), ("symbols", [s.name for s in shapes.symbols])):
+        if len(set(names)) != len(names):
+            raise ValueError(f"shapes.{what}: two have the same name")
+    for axis in shapes.axes:
+        if own[axis.name] is None or own[axis.name] not in axis:
+            raise ValueError(f"shapes.axes: {axis.name} is {own[axis.name]} in conditions: expected {axis}")
+    for symbol in shapes.symbols:
+        if odd := {axis for term in symbol.terms for axis in term.axes} - set(own):
+            raise ValueError(f"shapes.symbols: {symbol.name} follows {min(odd)}, which is no axis")
+    same = sized(manifest, own)
+    if (same.latents, same.stages, same.tokenizers) != (manifest.latents, manifest.stages, manifest.tokenizers):
+        raise ValueError(f"shapes: dimensions at {described(own)} are not those of the artifact: compile it again")
+    if not shapes.sizes:
+        if shapes.constants:
+            raise ValueError("shapes.constants: there are no sizes that they belong to")
+        for corner in corners(shapes.axes):
+            sized(manifest, corner)
+    else:
+        _check_sizes(manifest, shapes, own)
+
+
+def _check_sizes(manifest: Manifest, shapes: Shapes, own: Request) -> None:
+    """Of sizes that are listed one by one: each within the ranges, with its constants' files; each is checked again when it is served."""
+    axes = {axis.name: axis for axis in shapes.axes}
+    held = {tensor.name: tensor for tensor in manifest.held}
+    if odd := sorted(set(shapes.constants) - set(held)):
+        raise ValueError(f"shapes.constants: {odd[0]} is no input of the model that stays for all steps")
+    seen = set()
+    for entry in shapes.sizes:
+        if set(entry.size) != set(axes) or any(value not in axes[name] for name, value in entry.size.items()):
+            raise ValueError(f"shapes.sizes: {described(entry.size)} is not within the ranges of {', '.join(axes)}")
+        if set(entry.constants) != set(shapes.constants):
+            raise ValueError(f"shapes.sizes: {described(entry.size)} has other constants than {shapes.constants}")
+        seen.add(described(entry.size))
+    if len(seen) != len(shapes.sizes) or served_size(manifest, own) is None:
+        raise ValueError("shapes.sizes: expected each size once, and the artifact's own among them")

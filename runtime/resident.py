@@ -30,6 +30,8 @@ from .trunk import shape_of
 
 _log = logging.getLogger(__name__)
 Shape = tuple[int, ...]
+MOST_PREPARED = 64
+"""Programs (of a budget, a batch and a size) that are kept: requests choose them, and each holds memory of the device."""
 
 
 class Recording(Protocol):
@@ -206,6 +208,8 @@ class ResidentLoop:
         size = request.manifest.conditions
         key = (request.budget, n, size.height, size.width, size.num_frames, size.max_sequence_length)
         if key not in self._prepared:
+            if len(self._prepared) >= MOST_PREPARED:
+                self._forget()
             manifest = coarsened(request.manifest, self._segments)
             plan = plan_addresses(manifest, request.program, n)
             self._grow(plan.size_bytes)

@@ -13,6 +13,7 @@ import pytest
 import small_artifact as small
 
 from otcache.runtime import HostError, Sampler
+from otcache.runtime import resident as resident_module
 from otcache.runtime.artifact import Artifact
 from otcache.runtime.engine import Selection
 from otcache.runtime.resident import as_type
@@ -50,6 +51,22 @@ def test_latents_are_those_of_the_loop_on_the_host(artifact_folder, plain, cuda_
                 np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     assert backend.device.calls["replay"] - before == (9 if cuda_graph else 0)
     assert ("block_0..block_1" in backend.engines) == (granularity == "trunk")
+    sampler.close()
+    assert not backend.device.memory, "everything is freed"
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_requests_cannot_fill_the_device(artifact_folder, plain, cuda_graph, monkeypatch):
+    monkeypatch.setattr(resident_module, "MOST_PREPARED", 2)
+    sampler, backend = resident(artifact_folder, cuda_graph=cuda_graph)
+    held = []
+    for _ in range(3):
+        for budget, n in itertools.product(sampler.budgets, (3, 1, 2)):
+            found, expected = draw(sampler, budget, n), draw(plain, budget, n)
+            np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+            held.append(len(backend.device.memory))
+    weights = min(held) - 2  # beside them the arena and one table
+    assert max(held) <= weights + 3
     sampler.close()
     assert not backend.device.memory, "everything is freed"
 

@@ -141,10 +141,7 @@ def stages_for(
         try:
             return cut_at(transformer, interface, sizes, sizes.inputs()), sizes
         except SpecialisedError as error:
-            blamed, reason = (
-                _axes_of(sizes, error.fixed),
-                f"the exporter {str(error).split(': expected')[0].split(' ', 1)[1]}",
-            )
+            blamed, reason = _axes_of(sizes, error.fixed), f"the exporter fixes {error.listed}"
         except ModelError as error:
             blamed, reason = {axis.name for axis in sizes.wanted.axes}, str(error).split(": expected")[0]
         sizes = _grouped(

@@ -31,7 +31,10 @@ class SpecialisedError(ModelError):
     def __init__(self, subject: str, fixed: Mapping[tuple[str, int], int]) -> None:
         self.fixed = frozenset(fixed)
         """(input, dimension)."""
-        listed = ", ".join(f"dimension {dimension} of {name} ({size})" for (name, dimension), size in fixed.items())
+        self.listed = ", ".join(
+            f"dimension {dimension} of {name} ({size})" for (name, dimension), size in fixed.items()
+        )
+        """For people."""
         super().__init__(
-            f"{subject} fixes {listed}: expected sizes that stay symbolic; look for code that turns them into Python numbers"
+            f"{subject} fixes {self.listed}: expected sizes that stay symbolic; look for code that turns them into Python numbers"
         )

@@ -35,13 +35,20 @@ def stages_in(
 
 
 def in_dtype(transformer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy with the weights that diffusers' `from_pretrained(torch_dtype=…)` loads: its class keeps some in float32."""
+    """A copy with the weights that diffusers' `from_pretrained(torch_dtype=…)` loads: its class keeps some in float32.
+
+    Weights are cast one by one, and those that are kept are shared with the original: no second float32 copy is ever in memory.
+    """
     kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
-    made = copy.deepcopy(transformer)
-    for name, value in made.state_dict(keep_vars=True).items():
-        if value.is_floating_point() and kept.isdisjoint(name.split(".")):
-            value.data = value.data.to(dtype)
-    return made
+    made: dict[int, Tensor] = {}
+    for name, value in transformer.state_dict(keep_vars=True).items():
+        if not value.is_floating_point() or not kept.isdisjoint(name.split(".")):
+            made[id(value)] = value
+        elif id(value) not in made:  # a weight may have two names
+            cast = value.detach().to(dtype)
+            made[id(value)] = nn.Parameter(cast, value.requires_grad) if isinstance(value, nn.Parameter) else cast
+    copied: nn.Module = copy.deepcopy(transformer, dict(made))
+    return copied
 
 
 def inputs_in(inputs: Mapping[str, Tensor], dtype: torch.dtype, *, kept: Collection[str]) -> dict[str, Tensor]:

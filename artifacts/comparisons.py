@@ -18,6 +18,10 @@ from .readme import PICTURES, rewrite
 
 MARKS = ("<!-- comparisons: written by otcache.artifacts.comparisons -->", "<!-- end of comparisons -->")
 RESULTS = Path(__file__).parent / "results"
+LEAD = (
+    "Against caching libraries, other caches and other schedules, with their own code where it exists (`otc compare MODEL`; this "
+    "part is written by `python -m otcache.artifacts.comparisons artifacts/compare/MODEL README.md`):"
+)
 
 
 def kept() -> list[Comparison]:
@@ -28,8 +32,8 @@ def kept() -> list[Comparison]:
 
 
 def section(comparisons: Sequence[Comparison]) -> str:
-    """The comparisons in Markdown, each with its picture."""
-    parts = []
+    """The comparisons in Markdown, each with its picture; empty while there is none."""
+    parts = [LEAD] if comparisons else []
     for comparison in comparisons:
         name = Path(comparison.model).name
         picture = f"![{name}: fidelity against model evaluations](artifacts/pictures/{name}-comparison.png)"

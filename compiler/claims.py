@@ -17,8 +17,8 @@ from .comparison import Claim
 from .families import OutputFamily
 from .interpolate import interpolated_schedule
 from .peers.method import Bench
-from .pipeline import Prepared
 from .policy import policy_from_schedule, wasserstein_distance
+from .prepare import Prepared
 from .search import Found
 
 SEARCHES = (8, 80)

@@ -17,7 +17,8 @@ from .peers.hooks import hook_methods
 from .peers.measure import bench_of, default_method, measured
 from .peers.method import Method
 from .peers.programs import program_methods
-from .pipeline import prepare, searched
+from .pipeline import searched
+from .prepare import prepare
 from .progress import Reporter
 
 BEST_PEERS = 3

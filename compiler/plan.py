@@ -1,6 +1,6 @@
 """`otc compile --dry-run`: what a compile would take, from its options, a loaded model and a short measurement.
 
-Consumes what `pipeline.begin` gives; writes nothing. Evaluations follow the formulas by which the manifest's costs are
+Consumes what `prepare.begin` gives; writes nothing. Evaluations follow the formulas by which the manifest's costs are
 charged. Those of the searches are upper bounds: schedules that come up twice are evaluated once, and how many do is known
 only when they are there. Seconds are extrapolated from a few model evaluations, everything else from measured rates.
 """
@@ -22,22 +22,14 @@ import torch
 from .baselines import baseline_programs
 from .calling import prepare_scheduler
 from .emit import check_target
+from .exported import EXPORTS, export_key
 from .guidance import calibration_scales
+from .held_out import evaluation_key
 from .interface import PROBE_SAMPLES, probe
 from .lower import lower
 from .options import CompileOptions
-from .pipeline import (
-    EVALUATION_SEED,
-    EXPORTS,
-    Session,
-    begin,
-    capture_chunks,
-    capture_key,
-    evaluation_key,
-    export_key,
-    search_key,
-    target_of,
-)
+from .pipeline import search_key, target_of
+from .prepare import EVALUATION_SEED, Session, begin, capture_chunks, capture_key
 from .progress import Reporter
 from .search import found_from_json, highest_costs
 

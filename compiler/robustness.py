@@ -12,7 +12,8 @@ from typing import Any
 from .comparison import DEFAULT, AtScale, Calibrated, Cell, Robustness, peers_at
 from .peers.measure import bench_of, default_method, measured
 from .peers.method import Method
-from .pipeline import Prepared, prepare, searched
+from .pipeline import searched
+from .prepare import Prepared, prepare
 
 BUDGET = 8
 GUIDANCE_RANGE = (2.0, 6.0)

@@ -14,7 +14,8 @@ from .. import metrics
 from ..comparison import DEFAULT, Cell, Skipped, Spread
 from ..denoiser import denoiser_of
 from ..evaluate import Evaluation
-from ..pipeline import Prepared, held_out_trajectory, nominal_calibration
+from ..held_out import held_out_trajectory
+from ..prepare import Prepared, nominal_calibration
 from ..search import Found
 from .method import Bench, Method, NotApplicable, Outcome, ProgramMethod
 

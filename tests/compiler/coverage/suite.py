@@ -19,10 +19,10 @@ from otcache.compiler.denoiser import denoiser_of
 from otcache.compiler.emit import emit
 from otcache.compiler.encoders import FAMILIES
 from otcache.compiler.export import TOLERANCES, ExportedStage, end_to_end_error, export_stages
+from otcache.compiler.exported import ENGINES, stage_fields
 from otcache.compiler.interface import Interface, probe
 from otcache.compiler.lower import SolverTable, lower, program_from_table
 from otcache.compiler.models import transformer_of
-from otcache.compiler.pipeline import ENGINES, stage_fields
 from otcache.compiler.prompt import latent_decoder
 from otcache.compiler.residual import residual_program
 from otcache.compiler.rollout import roll_out

@@ -9,7 +9,7 @@ import pytest
 def prepared(tiny_flux_folder, workspace):
     from otcache.compiler.logs import quiet
     from otcache.compiler.options import CompileOptions
-    from otcache.compiler.pipeline import prepare
+    from otcache.compiler.prepare import prepare
     from otcache.compiler.progress import Reporter
 
     quiet()

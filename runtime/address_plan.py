@@ -1,4 +1,5 @@
-"""Where every value of a program lies on the device: one arena, offsets that are a pure function of the manifest.
+"""Where every value of a program lies on the device: one arena, offsets that are a pure function of the manifest
+and the request's size, which is that of the manifest that is given (`otcache.schemas.sized`).
 
 Consumes a `Listing`, produces an `AddressPlan`. Values that live from one step into another (latents, outputs, residuals,
 conditioning) get slots that stay: caches are kept in place, and latents go back and forth between two. What lives within a
@@ -53,7 +54,7 @@ class AddressPlan:
 
 
 def plan_addresses(manifest: Manifest, program: Program, samples: int) -> AddressPlan:
-    """The plan of a program for a number of samples at once."""
+    """The plan of a program for a number of samples at once, at the size that the manifest is for."""
     listing = list_launches(manifest, program)
     lives = _lifetimes(listing)
     sizes = {value: size_of(manifest, listing, value, samples) for value in listing.tensors}

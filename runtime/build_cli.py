@@ -27,6 +27,7 @@ _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MiB": 1 << 20, "GiB": 1 << 30}
 Examples:
   otc build-engines artifacts/shapes --backend tensorrt-rtx --target sm_89,sm_120
   otc build-engines artifacts/shapes --backend tensorrt --profile batch=1:1:8 --workspace 8GB
+  otc build-engines artifacts/mine --backend tensorrt --profile height=512:1024:1024,width=512:1024:1024
   otc build-engines artifacts/shapes --backend tensorrt-rtx --target sm_86 --jobs 2 --json
   otc build-engines artifacts/shapes --backend tensorrt --granularity trunk
 
@@ -38,8 +39,9 @@ was stopped goes on where it was when it is started again. Engines for other tar
 @artifact_argument
 @click.option("--backend", type=click.Choice(["tensorrt", "tensorrt-rtx"]), required=True, help="Whose plans to build.")
 @click.option("--target", default="", metavar="sm_NN[,…]", help="Compute capabilities; default: this host's GPU.")
-@click.option("--profile", default="batch=1:1:4", show_default=True, metavar="NAME=MIN:OPT:MAX[,…]",
-              help="Sizes to serve, of what the shapes leave open; batch counts pictures.")  # fmt: skip
+@click.option("--profile", default="", metavar="NAME=MIN:OPT:MAX[,…]",
+              help="Pictures at once (batch) and sizes (height, width, num_frames, max_sequence_length) to serve.  "
+                   "[default: batch=1:1:4, and all sizes that the artifact serves]")  # fmt: skip
 @click.option("--workspace", default=None, metavar="SIZE", help="Most memory of one layer, such as 4GB.")
 @granularity_option
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Plans built at once.")
@@ -93,9 +95,9 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 
 def parse_profile(text: str) -> dict[str, tuple[int, int, int]]:
-    """`batch=1:1:4` → {"batch": (1, 1, 4)}."""
+    """`batch=1:1:4,height=512:1024:1024` → {"batch": (1, 1, 4), "height": (512, 1024, 1024)}."""
     found = {}
-    for part in text.split(","):
+    for part in text.split(",") if text else ():
         match = re.fullmatch(r"\s*([A-Za-z_]\w*)=([0-9]{1,9}):([0-9]{1,9}):([0-9]{1,9})\s*", part)
         if match is None:
             raise click.BadParameter(

@@ -19,7 +19,7 @@ from typing import Any
 
 from otcache.schemas.combinations import Combination, combinations
 from otcache.schemas.digest import digest_of_file, digest_of_value
-from otcache.schemas.errors import ArtifactError, HostError, UsageError
+from otcache.schemas.errors import ArtifactError, HostError
 from otcache.schemas.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -31,7 +31,6 @@ from otcache.schemas.manifest import (
     Manifest,
     Measurement,
     Stage,
-    TensorInfo,
     core_digest,
 )
 from otcache.schemas.segments import Granularity, coarsened, name_of, segments
@@ -41,12 +40,10 @@ from .build_workers import build_all
 from .manifest_file import replace_manifest
 from .messages import one_line
 from .onnx_segments import OnnxSegment, check_onnx
-from .tensorrt_build import BuildJob, Built, Extent, Range
+from .profiles import BATCH, Profile, Range, Triple, input_shapes, profile_for
+from .tensorrt_build import BuildJob, Built
 from .tensorrt_library import choose_targets, host_platform, library
 
-Profile = Mapping[str, tuple[int, int, int]]
-DEFAULT_PROFILE: Profile = {"batch": (1, 1, 4)}
-"""Of each symbol the smallest, most frequent and largest size; `batch` counts samples."""
 BUILD_TIME = "build_s/"
 """Measurements of the manifest with this prefix say how long a plan took: build_s/<backend>/<target>/<name>."""
 COMBINATIONS = "combinations/"
@@ -113,7 +110,7 @@ def build_engines(
     *,
     backend: str,
     targets: tuple[str, ...] = (),
-    profile: Profile = DEFAULT_PROFILE,
+    profile: Profile | None = None,
     workspace_bytes: int | None = None,
     granularity: Granularity = "block",
     jobs: int = 1,
@@ -123,7 +120,8 @@ def build_engines(
     """Build a plan for each stage and combination, for each target, and list them in the manifest.
 
     backend: `tensorrt` or `tensorrt-rtx`. targets: such as `sm_89`; none takes this host's GPU. granularity: how many blocks
-    a plan holds (`otcache.schemas.segments`). jobs: plans built at once.
+    a plan holds (`otcache.schemas.segments`). jobs: plans built at once. profile: `batch` and axes that shall not be as `profile_for` has
+    them, which is up to four samples and every size that the artifact serves.
     Raises ArtifactError, HostError (with the layer that cannot be built), UsageError.
     """
     trt = library(backend)
@@ -134,12 +132,12 @@ def build_engines(
             f"{folder} is signed, and the signature would not cover new engines: expected an unsigned artifact: "
             "remove it with --unsign, and sign again with otc sign"
         )
-    _check_profile(artifact.manifest, profile)
+    whole = profile_for(artifact.manifest, profile or {})
     if granularity != "block":
         check_onnx()
     results = []
     for target in chosen:
-        choices = _Choices(backend=backend, version=trt.__version__, target=target, profile=profile,
+        choices = _Choices(backend=backend, version=trt.__version__, target=target, profile=whole,
                            workspace_bytes=workspace_bytes, granularity=granularity)  # fmt: skip
         try:
             results.append(_build_target(artifact, choices, jobs, unsign, progress or (lambda _: None)))
@@ -154,18 +152,6 @@ def build_engines(
 def check_build(backend: str, targets: tuple[str, ...]) -> None:
     """Raise HostError or UsageError if plans of the backend cannot be built here for the targets."""
     choose_targets(backend, library(backend), targets)
-
-
-def _check_profile(manifest: Manifest, profile: Profile) -> None:
-    tensors = [tensor for stage in manifest.stages for tensor in (*stage.inputs, *stage.outputs)]
-    symbols = sorted({size for tensor in tensors for size in tensor.shape if isinstance(size, str)})
-    if set(profile) != set(symbols):
-        raise UsageError(
-            f"--profile is for {', '.join(profile)}: expected {', '.join(symbols)}, as the artifact's shapes"
-        )
-    for symbol, (smallest, usual, largest) in profile.items():
-        if not 1 <= smallest <= usual <= largest:
-            raise UsageError(f"--profile {symbol}={smallest}:{usual}:{largest}: expected increasing sizes from 1")
 
 
 def _build_target(
@@ -222,11 +208,13 @@ def _wanted(artifact: Artifact, choices: _Choices) -> list[_Wanted]:
                 sources={
                     part.name: tuple(digests[path] for path in (part.onnx, *part.external_data)) for part in parts
                 },
-                shapes=_shapes(stage.inputs, _stage_rows(manifest, stage, choices.profile["batch"])),
+                shapes=input_shapes(
+                    manifest, choices.profile, stage.inputs, _stage_rows(manifest, stage, choices.profile[BATCH])
+                ),
             )
         )
     for combination in combinations(manifest):
-        rows = choices.profile["batch"]
+        rows = choices.profile[BATCH]
         if not combination.counts_samples:
             rows = _times(rows, manifest.guidance.branches)
         plans.append(
@@ -235,7 +223,7 @@ def _wanted(artifact: Artifact, choices: _Choices) -> list[_Wanted]:
                 path=f"{choices.folder}/{COMBINATIONS}{combination.name}.plan",
                 source=combination,
                 sources={COMBINATIONS + combination.name: (_digest_of(combination),)},
-                shapes=_shapes(combination.terms, rows),
+                shapes=input_shapes(manifest, choices.profile, combination.terms, rows),
             )
         )
     return plans
@@ -249,7 +237,7 @@ def _source(artifact: Artifact, stage: Stage, parts: tuple[Stage, ...]) -> Path 
     return OnnxSegment(parts, paths, tuple(tensor.name for tensor in stage.outputs))
 
 
-def _stage_rows(manifest: Manifest, stage: Stage, samples: tuple[int, int, int]) -> tuple[int, int, int]:
+def _stage_rows(manifest: Manifest, stage: Stage, samples: Triple) -> Triple:
     """Rows that a stage gets for so many samples: the text encoder takes every distinct text once."""
     if stage.kind == "decoder":
         return samples
@@ -257,21 +245,9 @@ def _stage_rows(manifest: Manifest, stage: Stage, samples: tuple[int, int, int])
     return (1, *rows[1:]) if stage.kind == "text_encoder" else rows
 
 
-def _times(sizes: tuple[int, int, int], factor: int) -> tuple[int, int, int]:
+def _times(sizes: Triple, factor: int) -> Triple:
     smallest, usual, largest = sizes
     return smallest * factor, usual * factor, largest * factor
-
-
-def _shapes(inputs: tuple[TensorInfo, ...], rows: tuple[int, int, int]) -> dict[str, Range]:
-    def extent(tensor: TensorInfo, count: int) -> Extent:
-        return tuple(count if isinstance(size, str) else size for size in tensor.shape)
-
-    smallest, usual, largest = rows
-    return {
-        tensor.name: (extent(tensor, smallest), extent(tensor, usual), extent(tensor, largest))
-        for tensor in inputs
-        if any(isinstance(size, str) for size in tensor.shape) or any(tensor.symbols)
-    }
 
 
 def _digest_of(combination: Combination) -> str:

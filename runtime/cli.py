@@ -232,6 +232,8 @@ def run(
     from . import pictures
     from .artifact import Artifact
     from .conditioning import read_conditioning
+    from .engine import Options, select_backend
+    from .profiles import request_of
     from .sampler import Sampler
     from .sizes import Sizes
     from .timing import Timer
@@ -259,7 +261,8 @@ def run(
     pictures.check_targets(targets, force=force, video=frames is not None)
     begin = time.perf_counter()
     drawn, seconds, timings = {}, {}, {}
-    with Sampler.load(artifact, backend, threads) as sampler:
+    options = Options(threads=threads, request=request_of(manifest, count))
+    with Sampler(whole, select_backend(backend, whole.manifest, options)) as sampler:
         loaded = time.perf_counter()
         _log.info("serves %s on %s, loaded in %.2f s", artifact, sampler.backend, loaded - begin)
         for passed_over, reason in sampler.passed_over.items():
@@ -267,7 +270,7 @@ def run(
         for name in budgets:
             start, timer = time.perf_counter(), Timer()
             with _progress_bar(f"budget {name}") as progress:
-                options: dict[str, Any] = {
+                settings: dict[str, Any] = {
                     "budget": name,
                     "seed": seed,
                     "guidance_scale": guidance_scale,
@@ -276,10 +279,10 @@ def run(
                 }
                 if request is None:
                     drawn[name] = sampler(
-                        list(prompt), negative_prompt=negative_prompt, images_per_prompt=images, **size, **options
+                        list(prompt), negative_prompt=negative_prompt, images_per_prompt=images, **size, **settings
                     )
                 else:
-                    latents = sampler.sample(request, **size, **options)
+                    latents = sampler.sample(request, **size, **settings)
                     drawn[name] = sampler.decode(
                         latents, height=height, width=width, num_frames=num_frames, timer=timer
                     )
@@ -310,23 +313,42 @@ Examples:
   otc inspect artifacts/shapes
   otc inspect artifacts/shapes --json | jq .budgets
   otc inspect artifacts/shapes --memory --images 4 --granularity trunk
+  otc inspect artifacts/mine --memory --height 768 --width 512
 """
 )
 @artifact_argument
-@click.option("--memory", is_flag=True, help="Show the device memory of each budget, and every address, instead.")
+@click.option(
+    "--memory", is_flag=True, help="Show the device memory of each budget at a size, and every address, instead."
+)
 @click.option("-n", "--images", type=click.IntRange(min=1), default=1, show_default=True, help="At once, for --memory.")
+@size_options
 @granularity_option
 @json_option
-def inspect(artifact: Path, memory: bool, images: int, granularity: Granularity, as_json: bool) -> None:
+def inspect(
+    artifact: Path,
+    memory: bool,
+    images: int,
+    height: int | None,
+    width: int | None,
+    num_frames: int | None,
+    max_sequence_length: int | None,
+    granularity: Granularity,
+    as_json: bool,
+) -> None:
     """Show what ARTIFACT holds: model, stages, engines, budgets, quality and every schedule."""
     from .artifact import Artifact
     from .engine_tables import memory_summary, memory_tables
+    from .sizes import Sizes
 
-    manifest = Artifact.open(artifact).manifest
-    if memory and as_json:
-        _print_json(memory_summary(manifest, images, granularity))
-    elif memory:
-        _print_tables(memory_tables(manifest, images, granularity))
+    whole = Artifact.open(artifact)
+    manifest = whole.manifest
+    if memory:
+        size = {"height": height, "width": width, "num_frames": num_frames, "max_sequence_length": max_sequence_length}
+        sized = Sizes(whole).manifest(size)
+        if as_json:
+            _print_json(memory_summary(sized, images, granularity))
+        else:
+            _print_tables(memory_tables(sized, images, granularity))
     elif as_json:
         _print_json(summary(manifest))
     else:

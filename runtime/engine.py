@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -131,6 +131,8 @@ class Options:
     """CPU threads of a stage; None takes one for each core."""
     cuda_graph: bool = False
     """Record each program once and replay it as a whole, where the backend keeps everything on a GPU."""
+    request: Mapping[str, int] = field(default_factory=dict)
+    """`batch` and axes of a request that shall be served: a backend whose plans do not cover it is passed over."""
 
 
 def select_backend(name: str, manifest: Manifest, options: Options | None = None) -> Selection:
@@ -144,7 +146,7 @@ def select_backend(name: str, manifest: Manifest, options: Options | None = None
     passed_over: dict[str, str] = {}
     for candidate in BACKENDS if name == "auto" else (name,):
         why_not, create = BACKENDS[candidate]
-        reason = _SLOW_TO_LOAD if name == "auto" and candidate in _ON_REQUEST else why_not(manifest)
+        reason = _SLOW_TO_LOAD if name == "auto" and candidate in _ON_REQUEST else why_not(manifest, options)
         if reason is None and options.cuda_graph and candidate not in _RESIDENT:
             reason = "it has no CUDA graphs: leave cuda_graph out"
         if reason is None:
@@ -154,17 +156,17 @@ def select_backend(name: str, manifest: Manifest, options: Options | None = None
     raise HostError(f"backend {name} cannot serve this artifact here: {reasons}")
 
 
-def _why_not_plans(backend: str) -> Callable[[Manifest], str | None]:
-    def why_not(manifest: Manifest) -> str | None:
+def _why_not_plans(backend: str) -> Callable[[Manifest, Options], str | None]:
+    def why_not(manifest: Manifest, options: Options) -> str | None:
         from .plan_hosts import usable_plans
 
-        return usable_plans(backend, manifest)[1]
+        return usable_plans(backend, manifest, options.request)[1]
 
     return why_not
 
 
-def _why_not_onnxruntime(provider: str | None) -> Callable[[Manifest], str | None]:
-    def why_not(manifest: Manifest) -> str | None:
+def _why_not_onnxruntime(provider: str | None) -> Callable[[Manifest, Options], str | None]:
+    def why_not(manifest: Manifest, options: Options) -> str | None:
         if importlib.util.find_spec("onnxruntime") is None:
             return "it is not installed: pip install onnxruntime"
         tensors = [tensor for stage in manifest.stages for tensor in (*stage.inputs, *stage.outputs)]
@@ -188,7 +190,7 @@ def _create_plans(backend: str) -> Callable[[Manifest, Options], Backend]:
         from .plan_hosts import usable_plans
         from .tensorrt_engine import TensorrtBackend
 
-        plans, reason = usable_plans(backend, manifest)
+        plans, reason = usable_plans(backend, manifest, options.request)
         if plans is None:
             raise HostError(f"{backend}: {reason}")
         return TensorrtBackend(plans, manifest, cuda_graph=options.cuda_graph)
@@ -214,7 +216,7 @@ _RESIDENT = ("tensorrt-rtx", "tensorrt")
 _ON_REQUEST = ("onnxruntime-tensorrt-rtx", "onnxruntime-tensorrt")
 _SLOW_TO_LOAD = "it builds its engines while it loads: ask for it by name"
 
-BACKENDS: dict[str, tuple[Callable[[Manifest], str | None], Callable[[Manifest, Options], Backend]]] = {
+BACKENDS: dict[str, tuple[Callable[[Manifest, Options], str | None], Callable[[Manifest, Options], Backend]]] = {
     **{name: (_why_not_plans(name), _create_plans(name)) for name in _RESIDENT},
     **{
         name: (_why_not_onnxruntime(provider), _create_onnxruntime(name, provider))

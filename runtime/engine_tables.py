@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from otcache.schemas.manifest import Engine, Manifest
 from otcache.schemas.segments import Granularity, coarsened, segments, segments_of
+from otcache.schemas.shapes import described
+from otcache.schemas.sized import whole_size
 
 from .address_plan import AddressPlan, plan_addresses
 from .build_engines import BUILD_TIME
@@ -21,20 +23,26 @@ def engine_summaries(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def engines_table(manifest: Manifest) -> Table:
-    """A row for each backend and target."""
+    """A few lines for each backend and target, which wrap where the terminal is narrow."""
     from rich.markup import escape
+    from rich.table import Table
 
-    table = _table("Engines", "backend", "version", "target", "profile", ">files", ">size", ">build s", "layers")
+    table = Table(title="Engines", title_justify="left", box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for engine in manifest.engines:
         facts = _facts(manifest, engine)
-        profile = ",".join(f"{name}={':'.join(map(str, sizes))}" for name, sizes in engine.profile.items())
-        layers = ", ".join(f"{count} {dtype}" for dtype, count in facts["layers_by_type"].items())
-        together = f" ({facts['blocks_per_plan']} blocks)" if facts["blocks_per_plan"] > 1 else ""
-        table.add_row(
-            engine.backend, escape(one_line(engine.version)), escape(one_line(engine.target)), escape(profile) or "–",
-            f"{len(_paths(engine))}{together}", readable_size(facts["size_bytes"]), f"{facts['build_s']:.1f}" if facts["build_s"] else "–",
-            escape(one_line(layers)) or "–",
-        )  # fmt: skip
+        together = f", up to {facts['blocks_per_plan']} blocks in one" if facts["blocks_per_plan"] > 1 else ""
+        built = f", built in {facts['build_s']:.1f} s" if facts["build_s"] else ""
+        where = "" if engine.target == "any" else f" for {engine.target}, {engine.platform}"
+        table.add_row(engine.backend, escape(one_line(engine.version + where)))
+        for name, value in (
+            ("profile", ", ".join(f"{name} {':'.join(map(str, sizes))}" for name, sizes in engine.profile.items())),
+            ("files", f"{len(_paths(engine))}{together}, {readable_size(facts['size_bytes'])}{built}"),
+            ("layers", ", ".join(f"{count} {dtype}" for dtype, count in facts["layers_by_type"].items())),
+        ):
+            if value:
+                table.add_row(f"  {name}", escape(one_line(value)))
     return table
 
 
@@ -43,6 +51,7 @@ def memory_summary(manifest: Manifest, samples: int, granularity: Granularity) -
     plans = _plans(manifest, samples, granularity)
     return {
         "samples": samples,
+        "size": whole_size(manifest),
         "granularity": granularity,
         "budgets": {name: _memory(plan) for name, plan in plans.items()},
     }
@@ -51,7 +60,8 @@ def memory_summary(manifest: Manifest, samples: int, granularity: Granularity) -
 def memory_tables(manifest: Manifest, samples: int, granularity: Granularity) -> list[Table]:
     """Arena and lower bound of every budget; the addresses of the first and last step of the largest arena."""
     plans = _plans(manifest, samples, granularity)
-    sizes = _table(f"Device memory beside weights, {samples} at once", ">budget", ">launches", ">arena", ">lower bound")
+    what = f"{described(whole_size(manifest))}, {samples} at once"
+    sizes = _table(f"Device memory beside weights, {what}", ">budget", ">launches", ">arena", ">lower bound")
     for name, plan in plans.items():
         sizes.add_row(name, str(len(plan.listing.launches)), readable_size(plan.size_bytes),
                       readable_size(plan.lower_bound_bytes))  # fmt: skip
@@ -113,8 +123,6 @@ def _table(title: str, *headings: str) -> Table:
 
     table = Table(title=title, title_justify="left", box=None)
     for heading in headings:
-        wraps = heading == "layers"
-        table.add_column(
-            heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left", no_wrap=not wraps
-        )
+        justify: Literal["left", "right"] = "right" if heading.startswith(">") else "left"
+        table.add_column(heading.removeprefix(">"), justify=justify, no_wrap=True)
     return table

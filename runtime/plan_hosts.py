@@ -5,21 +5,29 @@ A plan runs with exactly the library that built it, on the platform and the comp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from otcache.schemas.errors import HostError
 from otcache.schemas.manifest import Engine, Manifest
 
 from .gpu import why_no_gpu
+from .profiles import why_outside
 from .tensorrt_library import MODULES, PACKAGES, buildable_targets, host_platform, library
 
 
-def usable_plans(backend: str, manifest: Manifest) -> tuple[Engine | None, str | None]:
-    """The first entry of the backend that this host can run, or None and the reasons of all."""
+def usable_plans(
+    backend: str, manifest: Manifest, request: Mapping[str, int] | None = None
+) -> tuple[Engine | None, str | None]:
+    """The first entry of the backend that this host can run, or None and the reasons of all.
+
+    request: `batch` and axes that the plans shall cover (`profiles.request_of`), where they are known.
+    """
     entries = [entry for entry in manifest.engines if entry.backend == backend]
     if not entries:
         return None, "the artifact holds no engines for it: otc build-engines adds them"
     reasons = {}
     for entry in entries:
-        reason = why_not(entry)
+        reason = why_not(entry) or why_outside(entry, manifest, request or {})
         if reason is None:
             return entry, None
         reasons[entry.target] = reason

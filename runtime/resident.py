@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from otcache.schemas.combinations import combinations
 from otcache.schemas.manifest import Manifest, TensorInfo
 from otcache.schemas.segments import Segment, coarsened
+from otcache.schemas.shapes import described
+from otcache.schemas.sized import whole_size
 
 from .address_plan import AddressPlan, aligned, plan_addresses
 from .engine import DTYPES, Array, Denoiser, Request
@@ -181,7 +183,7 @@ class ResidentLoop:
         final = np.empty(request.latents.shape, np.float32)
         self._device.download(prepared.address(prepared.plan.listing.final), final)
         if self._cuda_graph and prepared.recording is None:  # after one run, in which libraries have set themselves up
-            self._record(prepared, f"budget {request.budget}, {n} at once")
+            self._record(prepared, f"budget {request.budget}, {described(whole_size(request.manifest))}, {n} at once")
         return final
 
     def close(self) -> None:
@@ -205,8 +207,7 @@ class ResidentLoop:
         self._prepared, self._tables, self._arena, self._arena_bytes = {}, [], 0, 0
 
     def _prepare(self, request: Request, n: int) -> _Prepared:
-        size = request.manifest.conditions
-        key = (request.budget, n, size.height, size.width, size.num_frames, size.max_sequence_length)
+        key = (request.budget, n, *whole_size(request.manifest).items())
         if key not in self._prepared:
             if len(self._prepared) >= MOST_PREPARED:
                 self._forget()

@@ -15,12 +15,9 @@ from otcache.schemas.errors import HostError
 
 from .messages import one_line
 from .onnx_segments import OnnxSegment, joined_file
+from .profiles import Range
 from .tensorrt_library import buildable_targets, error_log, library
 from .tensorrt_network import NetworkError, add_combination, create_network, layers_by_type, parse_stage
-
-Extent = tuple[int, ...]
-Range = tuple[Extent, Extent, Extent]
-"""Smallest, most frequent and largest shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +99,15 @@ def _config(job: BuildJob, trt: Any, builder: Any) -> Any:
     if job.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
     if job.shapes:
-        profile = builder.create_optimization_profile()
-        for name, (smallest, usual, largest) in job.shapes.items():
-            profile.set_shape(name, smallest, usual, largest)
-        config.add_optimization_profile(profile)
+        config.add_optimization_profile(_profile(job, builder))
     return config
+
+
+def _profile(job: BuildJob, builder: Any) -> Any:
+    profile = builder.create_optimization_profile()
+    for name, (smallest, usual, largest) in job.shapes.items():
+        profile.set_shape(name, smallest, usual, largest)
+    return profile
 
 
 def _timing_cache(job: BuildJob, trt: Any, config: Any) -> Any:

@@ -22,6 +22,7 @@ from .artifact import Artifact
 from .engine import Array, Denoiser, Part, Tensor
 from .messages import one_line
 from .plan_hosts import why_not
+from .profiles import request_of, why_outside
 from .resident import Device, Shape, as_type, resident_denoiser
 from .tensorrt_library import error_log, library
 from .tensorrt_network import TYPES
@@ -163,7 +164,7 @@ class TensorrtBackend:
 
         self.name: str = plans.backend
         self._plans, self._cuda_graph = plans, cuda_graph
-        self._segments, self._conditions = segments_of(plans, manifest), manifest.conditions
+        self._segments, self._manifest = segments_of(plans, manifest), manifest
         self._trt = library(plans.backend)
         self._log = error_log(self._trt)
         self._device = CudaDevice()
@@ -190,13 +191,8 @@ class TensorrtBackend:
         return resident_denoiser(manifest, engines, self._device, segments=self._segments, cuda_graph=self._cuda_graph)
 
     def check(self, samples: int, manifest: Manifest) -> None:
-        check_profile(self._plans, samples)
-        if manifest.conditions != self._conditions:
-            own = self._conditions
-            raise RequestError(
-                f"size is {manifest.conditions.height}x{manifest.conditions.width}: expected {own.height}x{own.width}, the only one "
-                f"that plans of {self.name} are built for: serve other sizes with backend onnxruntime"
-            )
+        if reason := why_outside(self._plans, self._manifest, request_of(manifest, samples)):
+            raise RequestError(reason)
 
 
 def plan_parts(plans: Plans, manifest: Manifest) -> tuple[Part, ...]:
@@ -211,14 +207,3 @@ def plan_parts(plans: Plans, manifest: Manifest) -> tuple[Part, ...]:
     files = {**plans.stages, **{name_of(segment): plans.stages[segment[0]] for segment in segments}}
     stages = [Part(stage.name, stage, files[stage.name]) for stage in coarsened(manifest, segments).stages]
     return (*stages, *(Part("@" + one.name, one, plans.combinations[one.name]) for one in needed))
-
-
-def check_profile(plans: Plans, samples: int) -> None:
-    """Raise RequestError if the plans do not take so many samples at once."""
-    smallest, usual, largest = plans.profile["batch"]
-    if not smallest <= samples <= largest:
-        wider = f"batch={min(smallest, samples)}:{usual}:{max(largest, samples)}"
-        raise RequestError(
-            f"{samples} pictures at once: expected {smallest} to {largest}, for which the engines were built: ask for fewer, or "
-            f"otc build-engines ARTIFACT --backend {plans.backend} --target {plans.target} --profile {wider}"
-        )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from otcache.schemas.combinations import COEFS, Combination
+from otcache.schemas.manifest import TensorInfo
 
 from .messages import one_line
 
@@ -52,23 +53,20 @@ def add_combination(trt: Any, network: Any, combination: Combination) -> Any:
         tensor.name: network.add_input(
             tensor.name,
             getattr(trt.DataType, TYPES[tensor.dtype]),
-            tuple(-1 if isinstance(size, str) else size for size in tensor.shape),
+            _dimensions(tensor),
         )
         for tensor in combination.inputs
     }
     ops = _Operations(trt, network, inputs.pop(COEFS, None), rank=len(combination.total.shape))
     terms = [ops.cast(term, trt.DataType.FLOAT) for term in inputs.values()]
-    sizes = tuple(size for size in combination.total.shape if isinstance(size, int))
     if combination.kind == "spread":
-        one = ops.reshape(ops.times(terms[0], 0), (1, -1, *sizes))
-        total = ops.reshape(ops.joined([one] * combination.branches), (-1, *sizes))
+        total = ops.joined([ops.times(terms[0], 0)] * combination.branches)
     elif combination.kind == "residual":
         total = ops.apply(terms[0], terms[1], trt.ElementWiseOperation.SUB)
     elif combination.kind == "forecast":
         total = ops.add(terms[0], ops.weighed(terms[1:], first_coef=0))
     elif combination.kind == "guide":
-        branches = ops.reshape(terms[0], (combination.branches, -1, *sizes))
-        each = [ops.row(branches, index) for index in range(combination.branches)]
+        each = ops.parts(terms[0], combination.branches)
         total = ops.weighed(each, first_coef=0)
         if combination.keep_norm:
             total = ops.as_long_as(total, each[-1])
@@ -89,6 +87,14 @@ def layers_by_type(network: Any) -> dict[str, int]:
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     types = Counter(layer.get_output(0).dtype.name for layer in layers if layer.num_outputs)
     return {_NAMES.get(name, name.lower()): count for name, count in sorted(types.items())}
+
+
+def _dimensions(tensor: TensorInfo) -> tuple[int, ...]:
+    """Of an input; -1 for what its profile says."""
+    symbols = tensor.symbols or (None,) * len(tensor.shape)
+    return tuple(
+        -1 if symbol or isinstance(size, str) else size for size, symbol in zip(tensor.shape, symbols, strict=True)
+    )
 
 
 class _Operations:
@@ -116,11 +122,6 @@ class _Operations:
         layer.reshape_dims = shape
         return layer.get_output(0)
 
-    def joined(self, tensors: list[Any]) -> Any:
-        layer = self.network.add_concatenation(tensors)
-        layer.axis = 0
-        return layer.get_output(0)
-
     def times(self, tensor: Any, coef: int) -> Any:
         """The tensor times a coefficient."""
         one = self.network.add_slice(self.coefs, (coef,), (1,), (1,)).get_output(0)
@@ -133,11 +134,30 @@ class _Operations:
             total = self.add(total, self.times(term, index))
         return total
 
-    def row(self, tensor: Any, index: int) -> Any:
-        """tensor[index]."""
+    def joined(self, tensors: list[Any]) -> Any:
+        layer = self.network.add_concatenation(tensors)
+        layer.axis = 0
+        return layer.get_output(0)
+
+    def parts(self, tensor: Any, count: int) -> list[Any]:
+        """The tensor's rows in so many equal parts, whatever its shape."""
+        operation = self.trt.ElementWiseOperation
+        shape = self.network.add_shape(tensor).get_output(0)
+        size = self.apply(shape, self._vector(count, others=1), operation.FLOOR_DIV)
+        found = []
+        for index in range(count):
+            zeros, ones = (0,) * self.rank, (1,) * self.rank
+            layer = self.network.add_slice(tensor, zeros, zeros, ones)
+            layer.set_input(1, self.apply(size, self._vector(index, others=0), operation.PROD))
+            layer.set_input(2, size)
+            found.append(layer.get_output(0))
+        return found
+
+    def _vector(self, rows: int, *, others: int) -> Any:
+        """A number for the rows of a shape, and one for every other dimension."""
         import numpy as np
 
-        return self.network.add_gather(tensor, self.constant(np.array(index, np.int32)), 0).get_output(0)
+        return self.constant(np.array([rows, *[others] * (self.rank - 1)], np.int64))
 
     def as_long_as(self, tensor: Any, other: Any) -> Any:
         """The tensor, its vectors along the last axis as long as the other's."""

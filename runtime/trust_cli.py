@@ -84,6 +84,9 @@ def _print_outcome(outcome: Outcome) -> None:
             word, reason = ("ok", "run here") if plans.reason is None else ("note", f"do not run here: {plans.reason}")
             said = one_line(f"{word}: {plans.backend} plans for {plans.target} {reason}", 400)
             click.echo(said, err=plans.reason is not None)
+            if plans.narrower:
+                said = f"note: {plans.backend} plans for {plans.target} serve {plans.narrower}"
+                click.echo(one_line(said, 400), err=True)
     if golden := outcome.golden:
         click.echo(
             f"ok: golden request at budget {golden.budget}: relative error {golden.relative_error:.2g} "

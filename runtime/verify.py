@@ -21,6 +21,7 @@ from otcache.schemas.manifest import Golden
 from .artifact import Artifact
 from .messages import damaged
 from .plan_hosts import why_not
+from .profiles import narrower
 from .signing import check_signature
 from .tensorrt_library import MODULES
 
@@ -39,6 +40,8 @@ class PlansCheck:
     target: str
     reason: str | None
     """Why it cannot, with the command that makes it so; None if it can."""
+    narrower: str | None
+    """What the plans do not cover of the sizes that the artifact serves, with the command that mends it; None if all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +131,8 @@ def _run(
 def _check_plans(artifact: Artifact) -> tuple[PlansCheck, ...]:
     return tuple(
         PlansCheck(backend=engine.backend, version=engine.version, target=engine.target,
-                   reason=why_not(engine, str(artifact.folder)))
+                   reason=why_not(engine, str(artifact.folder)),
+                   narrower=narrower(engine, artifact.manifest, str(artifact.folder)))
         for engine in artifact.manifest.engines if engine.backend in MODULES
     )  # fmt: skip
 

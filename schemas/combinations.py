@@ -58,10 +58,10 @@ class Combination:
 
 
 def combinations(manifest: Manifest) -> tuple[Combination, ...]:
-    """Those that the artifact's programs need, in the order of a step."""
+    """Those that the artifact's programs need, at all its sizes, in the order of a step."""
     tensors = {tensor.name: tensor for stage in manifest.trunk for tensor in (*stage.inputs, *stage.outputs)}
     output, branches = tensors[manifest.output], manifest.guidance.branches
-    steps = [step for entry in manifest.programs for step in entry.program.steps]
+    steps = [step for entry in manifest.all_programs for step in entry.program.steps]
     forecasts = sorted({len(step.residual_coefs) for step in steps if not step.compute})
     updates = sorted({len(step.output_coefs) for step in steps})
 

@@ -315,7 +315,7 @@ class Engine(Frozen):
     platform: str = Field(default="any", max_length=64)
     """Since 1.4: system and machine whose code plans hold, such as `linux-x86_64`."""
     profile: dict[str, tuple[Size, Size, Size]] = Field(default={}, max_length=8)
-    """Since 1.4: of each symbol the smallest, most frequent and largest size; `batch` counts samples."""
+    """Smallest, most frequent and largest, since 1.4 of `batch`, which counts samples, since 1.5 of each axis that is served."""
     workspace_bytes: Count | None = None
     """Since 1.4: the limit that plans were built under; None for the library's own."""
     sources: dict[str, tuple[Digest, ...]] = Field(default={}, max_length=4096)
@@ -416,6 +416,12 @@ class Manifest(Frozen):
         """Names of the budgets, the numbers in increasing order, then `full`."""
         numbers = sorted(int(entry.budget) for entry in self.programs if entry.budget != FULL)
         return (*map(str, numbers), *(FULL for entry in self.programs if entry.budget == FULL))
+
+    @property
+    def all_programs(self) -> tuple[BudgetProgram, ...]:
+        """The artifact's programs, and those that listed sizes have of their own."""
+        own = [entry.programs for entry in self.shapes.sizes] if self.shapes else []
+        return (*self.programs, *(entry for programs in own for entry in programs))
 
     def program(self, budget: int | str) -> BudgetProgram | None:
         return next((entry for entry in self.programs if entry.budget == str(budget)), None)

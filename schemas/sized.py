@@ -7,7 +7,7 @@ a listed size has programs of its own, those. A decoder or text encoder that is 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from . import consistency
 from .shapes import AxisName, Request, Symbols, corners, described
@@ -22,6 +22,12 @@ def own_size(manifest: Manifest) -> dict[AxisName, int]:
     """The size that the artifact was compiled at, on the axes that it has."""
     axes = manifest.shapes.axes if manifest.shapes else ()
     return {axis.name: getattr(manifest.conditions, axis.name) for axis in axes}
+
+
+def whole_size(manifest: Manifest) -> dict[AxisName, int]:
+    """The size in a manifest's conditions, axes that stay among them."""
+    names: tuple[AxisName, ...] = get_args(AxisName)
+    return {name: size for name in names if (size := getattr(manifest.conditions, name)) is not None}
 
 
 def served_size(manifest: Manifest, request: Request) -> ServedSize | None:
@@ -86,11 +92,12 @@ def _latents(latents: Latents, sizes: Mapping[str, int]) -> Latents:
 
 
 def _stage(stage: Stage, sizes: Mapping[str, int]) -> Stage:
-    sides = {side: tuple(_tensor(tensor, sizes) for tensor in getattr(stage, side)) for side in ("inputs", "outputs")}
+    sides = {side: tuple(tensor_at(tensor, sizes) for tensor in getattr(stage, side)) for side in ("inputs", "outputs")}
     return stage.model_copy(update=sides)
 
 
-def _tensor(tensor: TensorInfo, sizes: Mapping[str, int]) -> TensorInfo:
+def tensor_at(tensor: TensorInfo, sizes: Mapping[str, int]) -> TensorInfo:
+    """The tensor where its symbols have these sizes. Raises ValueError for one that is missing."""
     return tensor.model_copy(update={"shape": _shape(tensor.shape, tensor.symbols, sizes)})
 
 

@@ -21,6 +21,7 @@ def _helper(name: str, file: str):
 
 small = _helper("small_artifact", "small.py")
 _helper("host_device", "host_device.py")
+_helper("sized_artifact", "sized_small.py")
 
 
 @pytest.fixture(scope="session")

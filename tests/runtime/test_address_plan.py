@@ -6,14 +6,16 @@ import pytest
 import small_artifact as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sized_artifact import LATENTS, shapes, term
 
-from otcache.runtime.address_plan import ALIGNMENT, ITEM_BYTES, plan_addresses
+from otcache.runtime.address_plan import ALIGNMENT, ITEM_BYTES, aligned, plan_addresses
 from otcache.runtime.artifact import Artifact
-from otcache.runtime.launches import list_launches
+from otcache.runtime.launches import Value, list_launches
 from otcache.schemas.combinations import combinations
 from otcache.schemas.consistency import check_wiring
 from otcache.schemas.manifest import Manifest
 from otcache.schemas.segments import Granularity, coarsened, segments
+from otcache.schemas.sized import sized
 
 ZEROS = "sha256:" + "0" * 64
 
@@ -42,6 +44,27 @@ def manifests(draw, artifact_folder):
     )  # fmt: skip
 
 
+REQUESTS = st.fixed_dictionaries({
+    "height": st.sampled_from(range(2, 13, 2)), "width": st.sampled_from([4, 8]), "max_sequence_length": st.integers(1, 9),
+})  # fmt: skip
+
+
+def with_axes(value, tokens):
+    """The value of a chain's manifest whose picture stream follows the picture's area, and its text stream the text's length."""
+    area, text = shapes(), [term(1, "max_sequence_length"), term(tokens - small.LENGTH)]
+    lengths = {"name": "max_sequence_length", "minimum": 1, "maximum": 9, "step": 1}
+    more = [{"name": "stream", "terms": [term(4, "height", "width")]}, {"name": "text", "terms": text}]
+    value["shapes"] = {"axes": [*area["axes"], lengths], "symbols": [*area["symbols"], *more]}
+    value["latents"] |= LATENTS
+    for stage in value["stages"]:
+        for found in (*stage["inputs"], *stage["outputs"]):
+            if len(found["shape"]) == 3:
+                name = {"latents": "tokens", "velocity": "tokens", "a": "stream"}.get(
+                    found["name"].rstrip("0123456789"), "text"
+                )
+                found["symbols"] = [None, name, None]
+
+
 def chain(artifact_folder, program, *, dtype, width, tokens, blocks, joined, guided):
     def tensor(name, *shape):
         return small.tensor(name, "batch", *shape, dtype=dtype)
@@ -64,6 +87,7 @@ def chain(artifact_folder, program, *, dtype, width, tokens, blocks, joined, gui
     value.update(tokenizers=[], programs=[{"budget": str(nfe), "program": program}])
     value["sampler"]["num_inference_steps"] = value["reference"]["num_inference_steps"] = 10
     value["anchor"]["num_inference_steps"] = 10
+    with_axes(value, tokens)
     if not guided:
         value["guidance"] = {"kind": "none", "scale": 1.0, "minimum": 1.0, "maximum": 1.0}
     return Manifest.model_validate_json(small.canonical_json(value))
@@ -98,13 +122,18 @@ def check(manifest, program, samples):
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), samples=st.integers(1, 3))
-def test_random_programs(artifact_folder, data, samples):
-    manifest = data.draw(manifests(artifact_folder))
+@given(data=st.data(), samples=st.integers(1, 3), request=REQUESTS)
+def test_random_programs(artifact_folder, data, samples, request):
+    """At random sizes of a request, too: the plan is that of the shapes there."""
+    manifest = sized(data.draw(manifests(artifact_folder)), request)
     manifest = coarsened(manifest, segments(manifest, data.draw(st.sampled_from(get_args(Granularity)))))
     check_wiring(manifest)
     plan = check(manifest, manifest.programs[0].program, samples)
     assert plan.lower_bound_bytes <= plan.size_bytes <= 1.1 * plan.lower_bound_bytes
+    assert plan == plan_addresses(manifest, manifest.programs[0].program, samples), "a pure function"
+    stream = plan.listing.tensors[value := Value("a0", 0)]
+    rows, width = samples * manifest.guidance.branches * 4 * request["height"] * request["width"], stream.shape[2]
+    assert plan.places[value].size_bytes == aligned(rows * width * ITEM_BYTES[stream.dtype])
 
 
 def test_stages_keep_their_addresses_from_step_to_step(artifact_folder):

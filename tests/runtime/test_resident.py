@@ -99,7 +99,10 @@ def test_a_recorded_loop_gives_the_same_bits(artifact_folder, caplog):
         first = draw(sampler, budget, n)
         assert backend.device.calls["record"] == number
         np.testing.assert_array_equal(first, draw(sampler, budget, n))
-        assert backend.device.calls["record"] == number and f"budget {budget}, {n} at once: recorded" in caplog.text
+        assert (
+            backend.device.calls["record"] == number
+            and f"budget {budget}, 4x4, 3 tokens, {n} at once: recorded" in caplog.text
+        )
     assert "recorded 42 launches in 8 contexts" in caplog.text and "of workspace" in caplog.text
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import onnx
 import pytest
 from click.testing import CliRunner
 from host_device import HostBackend
-from small_artifact import TOKENS, WIDTH, oracle, output_program, read_manifest, write_artifact, write_manifest
+from sized_artifact import listed, shapes, term, with_sizes
+from small_artifact import WIDTH, oracle, output_program, read_manifest, write_artifact, write_manifest
 
 from otcache.runtime import Sampler, cli
 from otcache.runtime.address_plan import plan_addresses
@@ -21,52 +21,6 @@ from otcache.schemas.digest import digest_of_bytes
 from otcache.schemas.errors import ArtifactError, RequestError
 
 TEXT = np.linspace(-1.0, 1.0, 2 * WIDTH, dtype=np.float32).reshape(2, 1, WIDTH)
-
-
-def term(factor, *axes):
-    return {"factor": factor, "axes": list(axes)}
-
-
-def shapes(**changes):
-    return {
-        "axes": [{"name": "height", "minimum": 2, "maximum": 12, "step": 2}, {"name": "width", "minimum": 4, "maximum": 8, "step": 4}],
-        "symbols": [
-            {"name": "tokens", "terms": [term(1, "height", "width")], "divisor": 4},
-            {"name": "rows", "terms": [term(1, "height")], "divisor": 2}, {"name": "columns", "terms": [term(1, "width")], "divisor": 2},
-            {"name": "h", "terms": [term(1, "height")], "divisor": 1}, {"name": "w", "terms": [term(1, "width")], "divisor": 1},
-        ],
-        **changes,
-    }  # fmt: skip
-
-
-def with_sizes(folder, value=None):
-    """The small artifact, whose graphs of embed, blocks and head take any number of tokens, made to say so."""
-    manifest = read_manifest(folder)
-    manifest["schema_version"] = "1.5"
-    manifest["shapes"] = shapes() if value is None else value
-    manifest["latents"] |= {
-        "noise_symbols": [None, "h", "w"], "split_symbols": [None, "rows", None, "columns", None], "shape_symbols": ["tokens", None],
-    }  # fmt: skip
-    for stage in manifest["stages"]:
-        for tensor in (*stage["inputs"], *stage["outputs"]):
-            if tensor["shape"] == ["batch", TOKENS, WIDTH] and stage["kind"] != "decoder":
-                tensor["symbols"] = [None, "tokens", None]
-        if stage["kind"] in ("embed", "block", "head"):
-            _take_any_number(folder, stage["onnx"], manifest)
-    write_manifest(folder, manifest)
-    return folder
-
-
-def _take_any_number(folder, path, manifest):
-    """Declare the tokens in an ONNX file as a symbol."""
-    model = onnx.load(folder / path)
-    for value in (*model.graph.input, *model.graph.output):
-        if len(value.type.tensor_type.shape.dim) == 3:
-            value.type.tensor_type.shape.dim[1].dim_param = "tokens"
-    data = model.SerializeToString()
-    (folder / path).write_bytes(data)
-    entry = next(entry for entry in manifest["files"] if entry["path"] == path)
-    entry |= {"size_bytes": len(data), "digest": digest_of_bytes(data)}
 
 
 @pytest.fixture
@@ -131,25 +85,20 @@ def test_a_decoder_of_one_size_is_absent_at_others(folder):
             sampler("a red ring", budget=2, height=8)
 
 
-def listed(folder, programs=()):
-    sizes = [{"size": {"height": 4, "width": 4}}, {"size": {"height": 8, "width": 4}, "programs": list(programs)}]
-    axes = [
-        {"name": "height", "minimum": 4, "maximum": 8, "step": 4},
-        {"name": "width", "minimum": 4, "maximum": 4, "step": 1},
-    ]
-    return with_sizes(folder, shapes(axes=axes, sizes=sizes))
-
-
-def test_a_size_with_another_sampler_serves_its_own_programs(folder):
+@pytest.mark.parametrize("backend", ["onnxruntime", "resident"])
+def test_a_size_with_another_sampler_serves_its_own_programs(folder, backend):
+    """Its last step adds three outputs, as no step of the artifact's own programs does: such a sum has an engine, too."""
     program = output_program((0, 1))
-    with Sampler.load(listed(folder, programs=[{"budget": "2", "program": program}])) as sampler:
-        found = sampler.sample({"text": TEXT}, budget=2, seed=5, height=8)
-        own = Sizes(sampler.artifact).manifest({"height": 8}).program(2).program
-        assert own.schedule == (0, 1) != sampler.manifest.program(2).program.schedule
+    program["steps"][1]["output_coefs"] = [0.5, -1.5]
+    program["steps"].append({"step_index": 4, "timestep": 300.0, "latent_coef": 1.0, "output_coefs": [0.1, 0.2, -0.4]})
+    with _sampler(listed(folder, programs=[{"budget": "3", "program": program}]), backend) as sampler:
+        found = sampler.sample({"text": TEXT}, budget=3, seed=5, height=8)
+        own = Sizes(sampler.artifact).manifest({"height": 8}).program(3).program
+        assert own.schedule == (0, 1, 4) != sampler.manifest.program(3).program.schedule
         expected = oracle(TEXT, noise_for(8, 4, 5), own, (-3.0, 4.0))
         assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
-        with pytest.raises(RequestError, match="budget is 3: expected one of 2"):
-            sampler.sample({"text": TEXT}, budget=3, seed=5, height=8)
+        with pytest.raises(RequestError, match="budget is 2: expected one of 3"):
+            sampler.sample({"text": TEXT}, budget=2, seed=5, height=8)
         with pytest.raises(RequestError, match="height is 6"):
             sampler.check("a", budget=2, height=6)
 
@@ -250,6 +199,41 @@ def test_the_command_line_shows_and_takes_sizes(folder, tmp_path):
     assert CliRunner().invoke(cli.main, [*line, "--height", "4"]).exit_code == 0
     refused = CliRunner().invoke(cli.main, [*line, "--height", "5", "--force"])
     assert refused.exit_code == 5 and "height is 5: expected 2 to 12 in steps of 2" in refused.stderr
+
+
+def test_every_size_is_recorded_when_it_is_first_asked_for(folder, caplog):
+    """One graph for each budget and shape, with the bits that the loop gives without."""
+    caplog.set_level("INFO", "otcache.runtime.resident")
+    backend = HostBackend(cuda_graph=True)
+    sizes = [{"height": 12, "width": 8}, {}, {"height": 8}, {"height": 2, "width": 8}]
+    with (
+        Sampler(Artifact.open(with_sizes(folder)), Selection(backend, {})) as sampler, _sampler(folder, "resident") as plain,
+    ):  # fmt: skip
+        sampler.sample(
+            {"text": TEXT}, budget="full", seed=5, **sizes[0]
+        )  # the largest arena: nothing is prepared twice
+        for number, size in enumerate(sizes, start=1):
+            draw = lambda s, size=size: s.sample({"text": TEXT}, budget="full", seed=5, **size)  # noqa: E731
+            first, replayed = draw(sampler), draw(sampler)
+            assert backend.device.calls["record"] == number and backend.device.calls["replay"] >= number
+            np.testing.assert_array_equal(first, replayed)
+            np.testing.assert_array_equal(first, draw(plain))
+    assert "budget full, 12x8, 3 tokens, 1 at once: recorded" in caplog.text
+    assert "budget full, 2x8, 3 tokens, 1 at once: recorded" in caplog.text
+
+
+def test_memory_is_shown_for_the_size(folder):
+    with_sizes(folder)
+    line = ["inspect", str(folder), "--memory", "-n", "64", "--json"]
+    own, large = (
+        json.loads(CliRunner().invoke(cli.main, [*line, *size]).stdout) for size in ([], ["--height", "12", "--width", "8"])
+    )  # fmt: skip
+    assert own["size"]["height"] == 4 and large["size"] == {"height": 12, "width": 8, "max_sequence_length": 3}
+    assert large["budgets"]["2"]["size_bytes"] > 4 * own["budgets"]["2"]["size_bytes"]
+    refused = CliRunner().invoke(cli.main, [*line, "--height", "5"])
+    assert refused.exit_code == 5 and "height is 5: expected 2 to 12 in steps of 2" in refused.stderr
+    shown = CliRunner().invoke(cli.main, ["inspect", str(folder), "--memory", "--height", "8"])
+    assert "Device memory beside weights, 8x4, 3 tokens, 1 at once" in " ".join(shown.stdout.split())
 
 
 def test_memory_is_planned_for_the_size(folder):

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
+from multiprocessing.synchronize import Lock
 
 from otcache.schemas.errors import HostError, OTCacheError
 
@@ -24,7 +26,9 @@ def build_all(jobs: Sequence[BuildJob], workers: int, finished: Callable[[BuildJ
     Raises HostError at the first that cannot be built; those that were running then are ended.
     """
     waiting = deque(jobs)
-    started = [_Worker() for _ in range(min(workers, len(jobs)))]
+    context = multiprocessing.get_context("spawn")
+    lock = context.Lock()
+    started = [_Worker(context, lock) for _ in range(min(workers, len(jobs)))]
     try:
         for worker in started:
             worker.give(waiting.popleft())
@@ -45,10 +49,9 @@ def build_all(jobs: Sequence[BuildJob], workers: int, finished: Callable[[BuildJ
 class _Worker:
     job: BuildJob
 
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, context: SpawnContext, lock: Lock) -> None:
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other,), daemon=True)
+        self.process = context.Process(target=_serve, args=(other, lock), daemon=True)
         self.process.start()
         other.close()
 
@@ -76,7 +79,7 @@ class _Worker:
         self.process.join()
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, lock: Lock) -> None:
     """Answer jobs with `Built`, or with the message of what went wrong, until the parent closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
@@ -85,7 +88,7 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         try:
-            answer: Built | str = build_plan(job)
+            answer: Built | str = build_plan(job, lock)
         except OTCacheError as error:
             answer = str(error)
         except MemoryError:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from otcache.schemas.combinations import Combination
 from otcache.schemas.digest import digest_of_bytes
 from otcache.schemas.errors import HostError
 
+from . import timing_cache
+from .files import write_whole
 from .messages import one_line
 from .onnx_segments import OnnxSegment, joined_file
 from .profiles import Range
@@ -34,7 +35,7 @@ class BuildJob:
     workspace_bytes: int | None
     output: Path
     timing_cache: Path
-    """Kept from plan to plan; the library for RTX has none."""
+    """The file of what builds share (`timing_cache`); the library for RTX writes none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,8 @@ class Built:
     """Number of layers by the type of what they write."""
 
 
-def build_plan(job: BuildJob) -> Built:
-    """Build and write the plan, whole or not at all. Raises HostError, OSError."""
+def build_plan(job: BuildJob, lock: AbstractContextManager[object] | None = None) -> Built:
+    """Build and write the plan, whole or not at all. lock: of builds that share a timing cache. Raises HostError, OSError."""
     begin = time.perf_counter()
     trt = library(job.backend)
     log = error_log(trt)
@@ -57,7 +58,7 @@ def build_plan(job: BuildJob) -> Built:
     with ExitStack() as files:
         network, _weights = _network(job, trt, builder, log, files)
         config = _config(job, trt, builder)
-        timings = _timing_cache(job, trt, config)
+        timings = None if buildable_targets(trt) else timing_cache.attach(config, job.timing_cache)
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         reason = one_line(log.errors[-1] if log.errors else "it gives no reason")
@@ -66,9 +67,9 @@ def build_plan(job: BuildJob) -> Built:
             fix = "give it more with --workspace, or build fewer at once with --jobs 1"
         raise _error(job, trt, f"{reason}: {fix}")
     data = memoryview(plan)
-    _write(job.output, data)
+    write_whole(job.output, data)
     if timings is not None:
-        _write(job.timing_cache, memoryview(timings.serialize()))
+        timing_cache.keep(config, timings, job.timing_cache, lock or nullcontext())
     seconds = time.perf_counter() - begin
     return Built(
         size_bytes=data.nbytes, digest=digest_of_bytes(data), build_s=seconds, layers=layers_by_type(network)
@@ -110,27 +111,5 @@ def _profile(job: BuildJob, builder: Any) -> Any:
     return profile
 
 
-def _timing_cache(job: BuildJob, trt: Any, config: Any) -> Any:
-    """The cache that the build reads and adds to; None for RTX, which measures nothing while it builds."""
-    if buildable_targets(trt):
-        return None
-    before = job.timing_cache.read_bytes() if job.timing_cache.is_file() else b""
-    cache = config.create_timing_cache(before)
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
-
-
 def _error(job: BuildJob, trt: Any, reason: str) -> HostError:
     return HostError(f"{job.name}: {job.backend} {trt.__version__} cannot build it for {job.target}: {reason}")
-
-
-def _write(path: Path, data: memoryview) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import small_artifact as small
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 
-from otcache.runtime import Sampler, cli, tensorrt_build
+from otcache.runtime import Sampler, cli
 from otcache.runtime.artifact import Artifact
 from otcache.runtime.build_engines import build_engines
 from otcache.runtime.tensorrt_build import BuildJob, build_plan
@@ -241,27 +241,6 @@ def test_the_full_library_is_named_where_it_is_missing(artifact_folder):
         result.exit_code == 6
         and "tensorrt is not installed: expected its package: pip install tensorrt" in result.stderr
     )
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_timings_are_kept_from_plan_to_plan(artifact_folder, tmp_path, monkeypatch):
-    """As for the full library, whose timing cache RTX still has, but fills with nothing."""
-    monkeypatch.setattr(tensorrt_build, "buildable_targets", lambda trt: ())
-    given = []
-    keep = tensorrt_build._timing_cache
-
-    def watched(job, trt, config):
-        given.append(job.timing_cache.read_bytes() if job.timing_cache.is_file() else b"")
-        return keep(job, trt, config)
-
-    monkeypatch.setattr(tensorrt_build, "_timing_cache", watched)
-    (one, *_) = combinations(Artifact.open(artifact_folder).manifest)
-    for number in range(2):
-        build_plan(BuildJob(
-            name="spread", source=one, backend=RTX, target="any", shapes={"term_0": ((1, 4, 12), (1, 4, 12), (4, 4, 12))},
-            workspace_bytes=None, output=tmp_path / f"{number}.plan", timing_cache=tmp_path / "cache",
-        ))  # fmt: skip
-    assert given == [b"", (tmp_path / "cache").read_bytes()] and given[1]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -10,7 +10,6 @@ more and graphs take them away: `tests/benchmarks/resident.py` measures those.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -19,12 +18,14 @@ from typing import Any, get_args
 
 import numpy as np
 import onnx
+from output import host, output_option, write
 
 from otcache.runtime.artifact import Artifact
-from otcache.runtime.bench import host_facts, versions
+from otcache.runtime.bench import versions
 from otcache.runtime.engine import Engine
 from otcache.runtime.onnx_engine import OnnxBackend, OnnxEngine
 from otcache.runtime.onnx_segments import OnnxSegment, joined_model
+from otcache.runtime.sizes import Sizes
 from otcache.runtime.trunk import Trunk, shape_of
 from otcache.schemas.segments import Granularity, coarsened, name_of, segments
 
@@ -48,22 +49,23 @@ def trunk_of(artifact: Artifact, granularity: Granularity, backend: OnnxBackend,
     return Trunk(coarse, engines, backend, images)
 
 
-def conditioning_of(artifact: Artifact, images: int) -> dict[str, np.ndarray]:
+def held_of(artifact: Artifact, images: int) -> dict[str, np.ndarray]:
+    """Random conditioning, and what follows from the artifact's size alone."""
     random = np.random.default_rng(0)
     branches = artifact.manifest.guidance.branches
     found = {}
     for tensor in artifact.manifest.conditioning:
         values = random.standard_normal(shape_of(tensor, branches * images))
         found[tensor.name] = values.reshape(branches, images, *values.shape[1:]) if "batch" in tensor.shape else values
-    return found
+    return {**found, **Sizes(artifact).constants({})}
 
 
 def measured(artifact: Artifact, images: int, rounds: int, backend: OnnxBackend, folder: Path) -> dict[str, Any]:
     latents = np.random.default_rng(1).standard_normal((images, *artifact.manifest.latents.shape)).astype(np.float32)
     trunks = {name: trunk_of(artifact, name, backend, folder, images) for name in get_args(Granularity)}
-    conditioning, outputs, seconds = conditioning_of(artifact, images), {}, {name: [] for name in trunks}
+    held, outputs, seconds = held_of(artifact, images), {}, {name: [] for name in trunks}
     for trunk in trunks.values():
-        trunk.condition(conditioning)
+        trunk.hold(held)
     for index in range(rounds + 2):
         for name in list(trunks)[:: 1 if index % 2 else -1]:
             start = time.perf_counter()
@@ -92,7 +94,7 @@ def main() -> None:
     parser.add_argument("--images", default="1,4")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("-o", "--output", type=Path)
+    output_option(parser)
     options = parser.parse_args()
     artifact, backend = Artifact.open(options.artifact), OnnxBackend(threads=options.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -102,14 +104,11 @@ def main() -> None:
         }
     found = {
         "what": "a computed step of the bundled model through ONNX Runtime; no figures of a GPU", "device": backend.device,
-        "host": {key: value for key, value in host_facts().items() if key != "name"}, "versions": versions(),
+        "host": host(), "versions": versions(),
         "model": artifact.manifest.model.name, "blocks": len(artifact.manifest.trunk) - 2, "threads": options.threads,
         "rounds": options.rounds, "images": steps,
     }  # fmt: skip
-    text = json.dumps(found, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n", encoding="utf-8")
+    write(found, options.output)
 
 
 if __name__ == "__main__":

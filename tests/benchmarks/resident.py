@@ -12,7 +12,7 @@ call, and the output says so: then it shows that the script runs, and what the l
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import shutil
 import statistics
 import tempfile
@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from output import host, output_option, write
 
 from otcache.compiler import cut as cutting
 from otcache.compiler.baselines import extrapolated_program, uniform_schedule
 from otcache.compiler.lower import lower, program_from_table
 from otcache.compiler.residual import residual_program
 from otcache.runtime import Sampler
-from otcache.runtime.bench import host_facts, versions
+from otcache.runtime.bench import versions
 from otcache.runtime.build_engines import build_engines
 from otcache.runtime.engine import Request
 from otcache.runtime.gpu import why_no_gpu
@@ -92,7 +93,7 @@ class Subject:
         entry = self.manifest.program(budget)
         assert entry is not None
         return Request(
-            budget=budget, program=entry.program, latents=self.latents, conditioning=self.conditioning,
+            manifest=self.manifest, budget=budget, program=entry.program, latents=self.latents, held=self.conditioning,
             guidance_weights=(1.0,), timer=Timer(), step_done=lambda done, total: None, watched=False,
         )  # fmt: skip
 
@@ -376,7 +377,7 @@ def host_cost(subject: Subject, rounds: int) -> dict[str, Any]:
         engine = IdleEngine()
         engines = {name: engine for name in (*names, *("@" + one.name for one in combinations(manifest)))}
         loop = ResidentLoop(manifest, engines, device, segments=held)
-        request = subject.request("full")
+        request = dataclasses.replace(subject.request("full"), manifest=manifest)
         seconds = timed(lambda loop=loop, request=request: loop(request), 20 * rounds, clock=time.process_time)
         launches = len(list_launches(coarsened(manifest, held), request.program).launches)
         steps = len(request.program.steps)
@@ -486,7 +487,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--artifact", type=Path, default=NEWEST)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("-o", "--output", type=Path)
+    output_option(parser)
     options = parser.parse_args()
     gpu = torch.cuda.is_available()
     kind = "cuda" if gpu else "cpu"
@@ -497,15 +498,12 @@ def main() -> None:
         "what": "FLUX.1's sizes at 1024², bfloat16, random weights" if gpu else "reduced size in this host's memory: nothing here was executed on a GPU, and no graph was captured",
         "device": torch.cuda.get_device_name() if gpu else "none", "engines": built["backend"] if built else "torch",
         "plans_passed_over": reasons, "plans": built and built["results"],
-        "host": {key: value for key, value in host_facts().items() if key != "name"},
+        "host": host(),
         "versions": {**versions(), "torch": torch.__version__},
         "agreement_with_the_cpu": agreement(kind), "torch": timing(measured, kind, options.rounds),
         "host_cost_at_flux_blocks": host_cost(small, options.rounds), "target_share": SHARE,
     }  # fmt: skip
-    text = json.dumps(found, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n", encoding="utf-8")
+    write(found, options.output)
 
 
 if __name__ == "__main__":

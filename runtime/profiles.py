@@ -38,7 +38,7 @@ def profile_for(manifest: Manifest, asked: Profile) -> dict[str, Triple]:
         _check_asked(manifest, name, sizes)
     served = {name: (axis.minimum, own[axis.name], axis.maximum) for name, axis in axes.items()}
     profile = {BATCH: USUAL_BATCH, **served, **asked}
-    usual = {axis.name: profile[name][1] for name, axis in axes.items()}
+    usual = _usual(manifest, profile)
     if manifest.shapes and manifest.shapes.sizes and served_size(manifest, usual) is None:
         listed = "; ".join(described(entry.size) for entry in manifest.shapes.sizes)
         raise UsageError(
@@ -79,7 +79,7 @@ def input_shapes(manifest: Manifest, profile: Profile, inputs: Sequence[TensorIn
         return shape_of(tensor_at(tensor, dict(zip((s.name for s in symbols), found, strict=True))), count)
 
     smallest, largest = (_bound(choose, manifest, profile, sizes) for choose in (min, max))
-    usual = sizes({axis.name: profile[name][1] for name, axis in _axes(manifest).items()})
+    usual = sizes(_usual(manifest, profile))
     fewest, most_often, most = rows
     return {
         tensor.name: (shape(tensor, smallest, fewest), shape(tensor, usual, most_often), shape(tensor, largest, most))
@@ -121,6 +121,12 @@ def outside(profile: Profile, request: Mapping[str, int] | Request) -> str | Non
 def request_of(manifest: Manifest, samples: int) -> dict[str, int]:
     """What is asked for of `batch` and the axes; manifest: at the request's size."""
     return {BATCH: samples, **{str(name): size for name, size in own_size(manifest).items()}}
+
+
+def usual_request(plans: Engine, manifest: Manifest) -> tuple[Request, int]:
+    """The size, and the number of samples, that plans are mostly for."""
+    profile = covered(plans, manifest)
+    return _usual(manifest, profile), profile[BATCH][1]
 
 
 def why_outside(
@@ -174,6 +180,10 @@ def profile_text(profile: Profile) -> str:
 
 def _range(sizes: Triple) -> str:
     return str(sizes[0]) if sizes[0] == sizes[2] else f"{sizes[0]} to {sizes[2]}"
+
+
+def _usual(manifest: Manifest, profile: Profile) -> Request:
+    return {axis.name: profile[name][1] for name, axis in _axes(manifest).items()}
 
 
 def _axes(manifest: Manifest) -> dict[str, Axis]:

@@ -1,6 +1,7 @@
 """The sampling loop with everything on the device: latents, features, caches and coefficients, from the first step to the last.
 
-Consumes engines that read and write at addresses, and the `AddressPlan` of a program; what a step needs of the host is to
+Consumes engines that read and write at addresses, and the `AddressPlan` of a program, which is computed at load for the size and
+batch that are most frequent, and for others when they are first asked for; what a step needs of the host is to
 enqueue its launches, and to set the few addresses that differ from the step before. One stream; one workspace for all engines,
 because they run one after another; one arena for all programs, because requests do. A loop that is recorded as a graph has
 execution contexts of its own, which nothing touches afterwards: the graph refers to them.
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from otcache.schemas.combinations import combinations
 from otcache.schemas.manifest import Manifest, TensorInfo
+from otcache.schemas.program import Program
 from otcache.schemas.segments import Segment, coarsened
 from otcache.schemas.shapes import described
 from otcache.schemas.sized import whole_size
@@ -32,6 +34,8 @@ from .trunk import shape_of
 
 _log = logging.getLogger(__name__)
 Shape = tuple[int, ...]
+_Key = tuple[object, ...]
+"""Of a program: budget, batch, size."""
 MOST_PREPARED = 64
 """Programs (of a budget, a batch and a size) that are kept: requests choose them, and each holds memory of the device."""
 
@@ -150,17 +154,28 @@ class ResidentLoop:
         *,
         segments: tuple[Segment, ...],
         cuda_graph: bool = False,
+        samples: int = 1,
     ) -> None:
+        """manifest, samples: at the size and batch that most requests have; their programs are planned now."""
         self._segments, self._branches = segments, manifest.guidance.branches
         self._engines, self._device, self._cuda_graph = engines, device, cuda_graph
-        self._arena, self._arena_bytes = 0, 0
+        self._arena, self._arena_bytes, self._workspace = 0, 0, 0
         self._tables: list[int] = []
-        self._prepared: dict[tuple[object, ...], _Prepared] = {}
-        device.activate()
-        self._workspace_bytes = max(1, *(engine.workspace_bytes for engine in engines.values()))
-        self._workspace = device.allocate(self._workspace_bytes)
-        self._contexts = {} if cuda_graph else self._make_contexts(engines)
+        self._plans: dict[_Key, AddressPlan] = {}
+        self._prepared: dict[_Key, _Prepared] = {}
+        self._contexts: dict[str, _Told] = {}
         """Of all programs, unless they are recorded."""
+        self._workspace_bytes = max(1, *(engine.workspace_bytes for engine in engines.values()))
+        device.activate()
+        try:
+            self._workspace = device.allocate(self._workspace_bytes)
+            if not cuda_graph:
+                self._contexts = self._make_contexts(engines)
+            plans = [self._plan(manifest, entry.budget, entry.program, samples)[1] for entry in manifest.programs]
+            self._grow(max(plan.size_bytes for plan in plans))
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(self, request: Request) -> NDArray[np.float32]:
         self._device.activate()
@@ -206,20 +221,26 @@ class ResidentLoop:
                 self._device.free(address)
         self._prepared, self._tables, self._arena, self._arena_bytes = {}, [], 0, 0
 
+    def _plan(self, manifest: Manifest, budget: str, program: Program, n: int) -> tuple[_Key, AddressPlan]:
+        key = (budget, n, *whole_size(manifest).items())
+        if key not in self._plans:
+            if len(self._plans) >= MOST_PREPARED:
+                self._plans.clear()
+            self._plans[key] = plan_addresses(coarsened(manifest, self._segments), program, n)
+        return key, self._plans[key]
+
     def _prepare(self, request: Request, n: int) -> _Prepared:
-        key = (request.budget, n, *whole_size(request.manifest).items())
+        key, plan = self._plan(request.manifest, request.budget, request.program, n)
         if key not in self._prepared:
             if len(self._prepared) >= MOST_PREPARED:
                 self._forget()
-            manifest = coarsened(request.manifest, self._segments)
-            plan = plan_addresses(manifest, request.program, n)
             self._grow(plan.size_bytes)
             tables, content = _tables(plan, request)
             base = self._device.allocate(len(content))
             self._tables.append(base)
             self._device.upload(base, np.frombuffer(content, np.uint8))
             placed = {value: base + offset for value, offset in tables.items()}
-            self._prepared[key] = self._bound(manifest, plan, placed, n)
+            self._prepared[key] = self._bound(coarsened(request.manifest, self._segments), plan, placed, n)
         return self._prepared[key]
 
     def _grow(self, size_bytes: int) -> None:
@@ -331,8 +352,12 @@ def resident_denoiser(
     *,
     segments: tuple[Segment, ...],
     cuda_graph: bool,
+    samples: int = 1,
 ) -> Denoiser:
-    """The loop over the engines that it needs: the trunk's and the combinations'. segments: blocks with an engine together."""
+    """The loop over the engines that it needs: the trunk's and the combinations'. segments: blocks with an engine together.
+
+    manifest, samples: at the size and batch that most requests have.
+    """
     names = {stage.name for stage in coarsened(manifest, segments).trunk}
     needed = {name: engine for name, engine in engines.items() if name in names or name.startswith("@")}
-    return ResidentLoop(manifest, needed, device, segments=segments, cuda_graph=cuda_graph)
+    return ResidentLoop(manifest, needed, device, segments=segments, cuda_graph=cuda_graph, samples=samples)

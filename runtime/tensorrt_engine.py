@@ -16,13 +16,14 @@ from otcache.schemas.errors import ArtifactError, HostError, RequestError
 from otcache.schemas.manifest import Engine as Plans
 from otcache.schemas.manifest import Manifest
 from otcache.schemas.segments import coarsened, name_of, segments_of
+from otcache.schemas.sized import sized
 
 from .address_plan import ITEM_BYTES
 from .artifact import Artifact
 from .engine import Array, Denoiser, Part, Tensor
 from .messages import one_line
 from .plan_hosts import why_not
-from .profiles import request_of, why_outside
+from .profiles import request_of, usual_request, why_outside
 from .resident import Device, Shape, as_type, resident_denoiser
 from .tensorrt_library import error_log, library
 from .tensorrt_network import TYPES
@@ -188,7 +189,15 @@ class TensorrtBackend:
         return DeviceTensor(self._device, shape, dtype)
 
     def denoiser(self, manifest: Manifest, engines: Mapping[str, Any]) -> Denoiser:
-        return resident_denoiser(manifest, engines, self._device, segments=self._segments, cuda_graph=self._cuda_graph)
+        size, samples = usual_request(self._plans, manifest)
+        return resident_denoiser(
+            sized(manifest, size),
+            engines,
+            self._device,
+            segments=self._segments,
+            cuda_graph=self._cuda_graph,
+            samples=samples,
+        )
 
     def check(self, samples: int, manifest: Manifest) -> None:
         if reason := why_outside(self._plans, self._manifest, request_of(manifest, samples)):

@@ -147,42 +147,36 @@ class HostContext:
 
     def enqueue(self):
         self.calls["enqueue"] += 1
-        contract = self.part.contract
-        (rows,) = {self.shapes[tensor.name][0] for tensor in contract.inputs if "batch" in tensor.shape}
-        known = {
-            symbol: self.shapes[tensor.name][dimension]
-            for tensor in contract.inputs for dimension, symbol in enumerate(tensor.symbols) if symbol
-        }  # fmt: skip
-        sides = []
-        for tensors, batch in ((contract.inputs, rows), (contract.outputs, self.output_rows(rows))):
-            side = {}
-            for tensor in tensors:
-                symbols = tensor.symbols or (None,) * len(tensor.shape)
-                sizes = [known.get(symbol, size) for symbol, size in zip(symbols, tensor.shape, strict=True)]
-                shape = tuple(batch if isinstance(size, str) else size for size in sizes)
-                side[tensor.name] = self.device.view(self.addresses[tensor.name], shape, DTYPES[tensor.dtype])
-            sides.append(side)
-        inputs, outputs = sides
-        for name, output in outputs.items():
-            others = [*inputs.values(), *(other for key, other in outputs.items() if key != name)]
-            assert not any(np.may_share_memory(output, other) for other in others), (self.part.name, name)
+        contract, addresses = self.part.contract, dict(self.addresses)
+        for tensor in contract.inputs:
+            varies = "batch" in tensor.shape or any(tensor.symbols)
+            assert (tensor.name in self.shapes) == varies, (
+                f"{self.part.name} was told no shape of {tensor.name}, or a fixed one"
+            )
+        inputs = {
+            tensor.name: self.device.view(
+                addresses[tensor.name], self.shapes.get(tensor.name, tensor.shape), DTYPES[tensor.dtype]
+            )
+            for tensor in contract.inputs
+        }
 
         def launch():
             for name, array in inputs.items():
                 assert array.dtype.kind != "f" or np.isfinite(array).all(), f"{self.part.name} reads {name} unwritten"
-            for name, array in self.run({key: array.copy() for key, array in inputs.items()}).items():
-                outputs[name][...] = array
+            found = self.run({key: array.copy() for key, array in inputs.items()})
+            taken = list(inputs.values())
+            for tensor in contract.outputs:
+                array = found[tensor.name]
+                output = self.device.view(addresses[tensor.name], array.shape, DTYPES[tensor.dtype])
+                assert not any(np.may_share_memory(output, other) for other in taken), (self.part.name, tensor.name)
+                output[...] = array
+                taken.append(output)
             self.workspace[...] = 0xAA
 
         if self.device.recorded is None:
             launch()
         else:
             self.device.recorded.append((launch, self))
-
-    def output_rows(self, rows):
-        kind = getattr(self.part.contract, "kind", None)
-        branches = getattr(self.part.contract, "branches", 1)
-        return rows * branches if kind == "spread" else rows // branches if kind == "guide" else rows
 
 
 class HostTensor:

@@ -14,12 +14,13 @@ import small_artifact as small
 
 from otcache.runtime import HostError, Sampler
 from otcache.runtime import resident as resident_module
+from otcache.runtime.address_plan import plan_addresses
 from otcache.runtime.artifact import Artifact
 from otcache.runtime.engine import Selection
 from otcache.runtime.resident import as_type
 from otcache.runtime.timing import Timer
 
-FLUX = Path(__file__).parents[1] / "golden" / "1.4" / "artifact"
+FLUX = Path(__file__).parents[1] / "golden" / "1.5" / "artifact"
 
 
 def resident(folder, **options):
@@ -72,13 +73,15 @@ def test_requests_cannot_fill_the_device(artifact_folder, plain, cuda_graph, mon
 
 
 def test_a_real_export(plain):
-    """Blocks with two streams, of which a concatenation is one."""
+    """Blocks with two streams, of which a concatenation is one; at another size positions and all shapes are others."""
     with Sampler.load(FLUX, "onnxruntime", threads=1) as onnx:
         sampler, _ = resident(FLUX)
         for budget in sampler.budgets:
-            expected = onnx.sample(onnx.encode("a red ring"), budget=budget, seed=5)
-            found = sampler.sample(sampler.encode("a red ring"), budget=budget, seed=5)
-            np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+            for size in ({}, {"height": 24, "max_sequence_length": 4}):
+                encoded = onnx.encode("a red ring", max_sequence_length=size.get("max_sequence_length"))
+                expected = onnx.sample(encoded, budget=budget, seed=5, **size)
+                found = sampler.sample(encoded, budget=budget, seed=5, **size)
+                np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_guidance_that_keeps_the_norm(damaged):
@@ -166,6 +169,33 @@ def test_a_device_without_room_says_so_and_goes_on(artifact_folder, plain):
     with pytest.raises(HostError, match="fewer pictures"):
         sampler.sample(many, budget=3)
     np.testing.assert_allclose(draw(sampler, 3, 1), expected, atol=1e-4)
+
+
+def test_programs_are_planned_when_they_are_loaded(artifact_folder, monkeypatch):
+    """Of the size and batch that most requests have, in one arena; others when they are first asked for."""
+    planned = []
+
+    def watched(manifest, program, samples):
+        planned.append(samples)
+        return plan_addresses(manifest, program, samples)
+
+    monkeypatch.setattr(resident_module, "plan_addresses", watched)
+    sampler, backend = resident(artifact_folder)
+    assert planned == [1, 1, 1] and max(block.nbytes for block in backend.device.memory.values()) > 1000
+    before = set(backend.device.memory)
+    for budget in sampler.budgets:
+        draw(sampler, budget, 1)
+    assert planned == [1, 1, 1] and before <= set(backend.device.memory), "nothing is planned twice, no arena grows"
+    draw(sampler, 2, 3)
+    draw(sampler, 2, 3)
+    assert planned == [1, 1, 1, 3]
+
+
+def test_a_device_without_room_to_load_keeps_nothing(artifact_folder):
+    backend = host_device.HostBackend(capacity_bytes=5000)
+    with pytest.raises(HostError, match="no room"):
+        Sampler(Artifact.open(artifact_folder), Selection(backend, {}))
+    assert not backend.device.memory
 
 
 def test_bfloat16_is_rounded_to_nearest():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,3 +36,18 @@ def artifact_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def damaged(artifact_folder: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(artifact_folder, tmp_path / "small"))
+
+
+@pytest.fixture(scope="session")
+def built(artifact_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small artifact with plans for sm_89, built where no package of the compiler can be imported. Not to be changed."""
+    pytest.importorskip("tensorrt_rtx")
+    folder = Path(shutil.copytree(artifact_folder, tmp_path_factory.mktemp("artifacts") / "small"))
+    absent = tmp_path_factory.mktemp("absent")
+    for name in ("torch", "diffusers", "transformers", "onnx", "optuna", "ot", "scipy"):
+        (absent / f"{name}.py").write_text(f"raise ImportError('{name} is not here')\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(absent), os.environ.get("PYTHONPATH", "")])}
+    line = [sys.executable, "-m", "otcache.runtime.cli", "build-engines", str(folder)]
+    line += ["--backend", "tensorrt-rtx", "--target", "sm_89"]
+    subprocess.run(line, check=True, env=environment)
+    return folder

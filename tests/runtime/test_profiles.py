@@ -161,10 +161,10 @@ def test_the_most_frequent_size_is_one_of_those_listed():
 
 
 @pytest.fixture(scope="module")
-def built(ranged, tmp_path_factory):
+def planned(ranged, tmp_path_factory):
     """The artifact with real plans for all its sizes, and of each plan what the library was told of every input."""
     trt = pytest.importorskip("tensorrt_rtx")
-    folder = Path(shutil.copytree(ranged, tmp_path_factory.mktemp("artifacts") / "built"))
+    folder = Path(shutil.copytree(ranged, tmp_path_factory.mktemp("artifacts") / "planned"))
     told = {}
     network_of, profile_of = tensorrt_build._network, tensorrt_build._profile
 
@@ -194,9 +194,9 @@ def built(ranged, tmp_path_factory):
     return folder, told
 
 
-def test_the_library_gets_the_shapes_of_the_whole_range(built):
+def test_the_library_gets_the_shapes_of_the_whole_range(planned):
     """Two branches for each of 1 to 4 samples, 2 to 24 tokens; what stays fixed has no range."""
-    folder, told = built
+    folder, told = planned
     hidden = ((-1, -1, 12), ((2, 2, 12), (2, 4, 12), (8, 24, 12)))
     latents = ((-1, -1, 12), ((1, 2, 12), (1, 4, 12), (4, 24, 12)))
     coefs = lambda count: ((count,), None)  # noqa: E731
@@ -218,9 +218,9 @@ def on_sm_89(monkeypatch):
 
 
 @pytest.fixture
-def narrow(built):
+def narrow(planned):
     """The manifest of the same plans, had they been built for less."""
-    manifest = manifest_of(built[0])
+    manifest = manifest_of(planned[0])
     (engine,) = manifest.engines
     profile = {"batch": (1, 1, 4), "height": (4, 4, 8), "width": (4, 4, 4)}
     return manifest.model_copy(update={"engines": (engine.model_copy(update={"profile": profile}),)})
@@ -229,10 +229,10 @@ def narrow(built):
 MENDED = "ARTIFACT --backend tensorrt-rtx --target sm_89 --profile"
 
 
-def test_requests_within_and_beyond(built, narrow, on_sm_89, monkeypatch):
+def test_requests_within_and_beyond(planned, narrow, on_sm_89, monkeypatch):
     """A backend that was chosen says what was asked, what its plans cover, and what mends it."""
     monkeypatch.setattr("otcache.runtime.cuda_device.CudaDevice", host_device.HostDevice)
-    sizes, (engine,) = Sizes(Artifact.open(built[0])), narrow.engines
+    sizes, (engine,) = Sizes(Artifact.open(planned[0])), narrow.engines
     backend = TensorrtBackend(engine, narrow)
     for size in ({}, {"height": 8}, {"height": 6}):
         backend.check(4, sizes.manifest(size))
@@ -256,10 +256,10 @@ def cli_profile(message):
     return parse_profile(message.rpartition("--profile ")[2])
 
 
-def test_plans_that_name_no_axes_are_for_the_own_size(built, narrow):
+def test_plans_that_name_no_axes_are_for_the_own_size(planned, narrow):
     (engine,) = narrow.engines
     old = engine.model_copy(update={"profile": {"batch": (1, 1, 4)}})
-    sizes = Sizes(Artifact.open(built[0]))
+    sizes = Sizes(Artifact.open(planned[0]))
     assert why_outside(old, narrow, request_of(sizes.manifest({}), 1)) is None
     assert "height is 6: expected 4, which plans" in why_outside(
         old, narrow, request_of(sizes.manifest({"height": 6}), 1)
@@ -298,8 +298,8 @@ def test_the_command_line_serves_it_elsewhere_and_verify_says_what_is_missing(co
     assert shown["narrower"].startswith("height 4 of 2 to 12")
 
 
-def test_plans_for_everything_lack_nothing(built):
-    manifest = manifest_of(built[0])
+def test_plans_for_everything_lack_nothing(planned):
+    manifest = manifest_of(planned[0])
     assert (
         narrower(manifest.engines[0], manifest) is None
         and profile_text(WHOLE) == "batch=1:1:4,height=2:4:12,width=4:4:8"

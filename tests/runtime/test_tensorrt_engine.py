@@ -28,8 +28,9 @@ NO_GPU = why_no_gpu()[1] is None
 
 
 @pytest.fixture(scope="module")
-def built(artifact_folder, tmp_path_factory):
-    folder = Path(shutil.copytree(artifact_folder, tmp_path_factory.mktemp("artifacts") / "small"))
+def both(built, tmp_path_factory):
+    """With plans for two targets. Not to be changed."""
+    folder = Path(shutil.copytree(built, tmp_path_factory.mktemp("artifacts") / "small"))
     build_engines(folder, backend=RTX, targets=("sm_86", "sm_89"))
     return folder
 
@@ -84,19 +85,19 @@ def test_auto_passes_over_with_a_reason_for_each(built):
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
-def test_verify_says_what_runs_here(built):
-    outcome = verify(built, "host")
+def test_verify_says_what_runs_here(both):
+    outcome = verify(both, "host")
     assert outcome.host.backend == "onnxruntime"
     assert [(plans.target, "no NVIDIA GPU" in plans.reason) for plans in outcome.host.plans] == [
         ("sm_86", True), ("sm_89", True)]  # fmt: skip
-    result = CliRunner().invoke(cli.main, ["verify", str(built), "--level", "host"])
+    result = CliRunner().invoke(cli.main, ["verify", str(both), "--level", "host"])
     assert result.exit_code == 0 and result.stderr.count("note: tensorrt-rtx plans for sm_8") == 2
     assert "note: tensorrt-rtx was passed over: sm_86: no NVIDIA GPU" in result.stderr
     assert (
         "note: tensorrt was passed over: the artifact holds no engines for it: otc build-engines adds them"
         in result.stderr
     )
-    shown = json.loads(CliRunner().invoke(cli.main, ["verify", str(built), "--level", "host", "--json"]).stdout)
+    shown = json.loads(CliRunner().invoke(cli.main, ["verify", str(both), "--level", "host", "--json"]).stdout)
     assert shown["host"]["plans"][0]["target"] == "sm_86"
 
 
@@ -215,9 +216,9 @@ def test_requests_beyond_the_profile_are_refused(built, backend):
         backend.check(8, manifest)
 
 
-def test_inspect_shows_engines_and_memory(built):
+def test_inspect_shows_engines_and_memory(both):
     def otc(*arguments):
-        result = CliRunner().invoke(cli.main, ["inspect", str(built), *arguments])
+        result = CliRunner().invoke(cli.main, ["inspect", str(both), *arguments])
         assert result.exit_code == 0, result.output
         return result.stdout
 

@@ -11,6 +11,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from .cli_options import call_options, search_options
+
 NEEDED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "ot", "optuna", "skimage", "matplotlib", "jinja2")
 
 
@@ -40,24 +42,13 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
     "--budgets", default="4,8,16", show_default=True, help="Model evaluations to serve at, separated by commas."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact folder.  [default: artifacts/NAME]")
-@click.option("--num-inference-steps", default=50, show_default=True, help="Steps of the full sampler.")
-@click.option("--guidance-scale", default="4", show_default=True, help="Guidance scale, or a range such as 2:6.")
-@click.option(
-    "--prompts", type=click.Path(path_type=Path), help="Text file, a prompt a line; half at most is held out."
-)
-@click.option("--negative-prompt", help="Negative prompt of guided models.  [default: the model's, or none]")
-@click.option("--height", type=int, help="Pixels.  [default: the model's]")
-@click.option("--width", type=int, help="Pixels.  [default: the model's]")
-@click.option("--num-frames", type=int, help="Frames of a video.  [default: the model's]")
-@click.option("--max-sequence-length", type=int, help="Text tokens.  [default: the model's]")
+@call_options
 @click.option("--sizes", metavar="HxW,…|HxW:HxW:STEP", help="Sizes to serve as well: a list, or a range with its step.")
 @click.option("--frame-counts", metavar="N,…|N:N:STEP", help="Numbers of frames to serve as well.")
 @click.option("--text-lengths", metavar="N,…|N:N:STEP", help="Numbers of text tokens to serve as well.")
 @click.option("--reference-budget", type=int, help="Steps of the reference schedule.  [default: 2/5 of all]")
 @click.option("--anchor-budget", type=int, help="Steps of the anchor schedule.  [default: 1/12 of all]")
-@click.option("--trials", default=20, show_default=True, help="Trials of the anchor search.")
-@click.option("--objective", type=click.Choice(["ssim", "psnr", "lpips"]), default="ssim", show_default=True,
-              help="What decoded pictures are compared with; lpips needs `pip install 'otcache[lpips]'`.")  # fmt: skip
+@search_options
 @click.option(
     "--payload",
     type=click.Choice(["auto", "output", "residual"]),
@@ -72,9 +63,6 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
     show_default=True,
     help="Edges of the residual payload's graph: free, or replayed as in LeMiCa.",
 )
-@click.option("--calibration-prompts", default=32, show_default=True, help="Prompts to calibrate on, at most.")
-@click.option("--evaluation-prompts", default=32, show_default=True, help="Prompts to hold out, at most.")
-@click.option("--seed", default=0, show_default=True, help="Of the calibration's noise and the anchor search.")
 @click.option("--lora", type=click.Path(path_type=Path), help="Folder of a LoRA to fuse into the weights.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
               help="Of the transformer's engines; bfloat16 is served on GPUs only.")  # fmt: skip

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli import check_packages, complete_models
+from .cli_options import call_options, search_options
 
 if TYPE_CHECKING:
     from .comparison import Comparison
@@ -19,28 +20,9 @@ if TYPE_CHECKING:
 @click.argument("model", shell_complete=complete_models)
 @click.option("--budgets", default="4,8,10,16", show_default=True, help="Model evaluations to compare at.")
 @click.option("--against", help="Methods, separated by commas; a wrong one lists them.  [default: all]")
-@click.option(
-    "--prompts", type=click.Path(path_type=Path), help="Text file, a prompt a line; half at most is held out."
-)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder.  [default: artifacts/compare/NAME]")
-@click.option("--num-inference-steps", default=50, show_default=True, help="Steps of the full sampler.")
-@click.option("--guidance-scale", default="4", show_default=True, help="Guidance scale, or a range such as 2:6.")
-@click.option("--negative-prompt", help="Negative prompt of guided models.  [default: the model's, or none]")
-@click.option("--height", type=int, help="Pixels.  [default: the model's]")
-@click.option("--width", type=int, help="Pixels.  [default: the model's]")
-@click.option("--num-frames", type=int, help="Frames of a video.  [default: the model's]")
-@click.option("--max-sequence-length", type=int, help="Text tokens.  [default: the model's]")
-@click.option("--trials", default=20, show_default=True, help="Trials of otcache's anchor search.")
-@click.option(
-    "--objective",
-    type=click.Choice(["ssim", "psnr", "lpips"]),
-    default="ssim",
-    show_default=True,
-    help="What otcache's searches maximise.",
-)
-@click.option("--calibration-prompts", default=32, show_default=True, help="Prompts to calibrate on, at most.")
-@click.option("--evaluation-prompts", default=32, show_default=True, help="Prompts to hold out, at most.")
-@click.option("--seed", default=0, show_default=True, help="Seed of searches and of the first prompt's noise.")
+@call_options
+@search_options
 @click.option(
     "--claim/--no-claim", default=True, show_default=True, help="Also test interpolation against searches per budget."
 )

@@ -144,11 +144,12 @@ class _Operations:
         operation = self.trt.ElementWiseOperation
         shape = self.network.add_shape(tensor).get_output(0)
         size = self.apply(shape, self._vector(count, others=1), operation.FLOOR_DIV)
+        zeros, ones = (0,) * self.rank, (1,) * self.rank
         found = []
         for index in range(count):
-            zeros, ones = (0,) * self.rank, (1,) * self.rank
+            begin = self.apply(size, self._vector(index, others=0), operation.PROD)
             layer = self.network.add_slice(tensor, zeros, zeros, ones)
-            layer.set_input(1, self.apply(size, self._vector(index, others=0), operation.PROD))
+            layer.set_input(1, begin)
             layer.set_input(2, size)
             found.append(layer.get_output(0))
         return found

@@ -13,9 +13,10 @@ from otcache.compiler import engines
 from otcache.compiler.manifest_file import read_manifest
 from otcache.compiler.progress import Pass, Reporter
 from otcache.runtime.cli import main
+from otcache.schemas.combinations import combinations
 from otcache.schemas.errors import HostError, UsageError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "1.4" / "artifact"
+GOLDEN = Path(__file__).parents[1] / "golden" / "1.5" / "artifact"
 
 
 class Recorder(Reporter):
@@ -51,10 +52,14 @@ def test_what_cannot_be_built_is_refused_before_the_compile(tmp_path):
 
 @pytest.mark.slow
 def test_plans_are_added(tmp_path):
+    """Of a tiny FLUX for several sizes: text encoders, blocks with attention and rotation, convolutions, sums; for all that it lists."""
     pytest.importorskip("tensorrt_rtx")
     folder, reporter = Path(shutil.copytree(GOLDEN, tmp_path / "flux")), Recorder()
     (added,) = engines.build(folder, ("tensorrt-rtx",), ("sm_120",), reporter)
     manifest, _ = read_manifest(folder)
     assert manifest.engines[-1].stages["embed"] == f"{added}/embed.plan"
     assert reporter.seen[-1][:2] == ("build tensorrt-rtx", "plans for sm_120")
-    assert reporter.seen[-1][2] == reporter.seen[-1][3] == len(manifest.engines[-1].layers)
+    plans = len(manifest.stages) + len(combinations(manifest))
+    assert reporter.seen[-1][2] == reporter.seen[-1][3] == len(manifest.engines[-1].layers) == plans
+    profile = {"batch": (1, 1, 4), "height": (16, 16, 24), "width": (16, 16, 16), "max_sequence_length": (4, 6, 6)}
+    assert manifest.engines[-1].profile == profile

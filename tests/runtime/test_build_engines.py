@@ -285,15 +285,6 @@ def flux(tmp_path):
     return Path(shutil.copytree(newest / "artifact", tmp_path / "flux"))
 
 
-@pytest.mark.slow
-def test_a_compiled_flux(flux):
-    (result,) = build_engines(flux, backend=RTX, targets=("sm_86",))
-    manifest = Artifact.open(flux).manifest
-    assert result.plans == len(manifest.stages) + len(combinations(manifest))
-    profile = {"batch": (1, 1, 4), "height": (16, 16, 24), "width": (16, 16, 16), "max_sequence_length": (4, 6, 6)}
-    assert manifest.engines[-1].profile == profile, "the sizes that it lists, whose positions come from files"
-
-
 def test_a_layer_that_a_target_has_not_is_named(flux):
     with pytest.raises(HostError, match=r"embed: .*sm_75.*'node_MatMul_\w+'.*FP32.*another --target or type"):
         build_engines(flux, backend=RTX, targets=("sm_75",))

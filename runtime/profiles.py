@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from otcache.schemas.errors import UsageError
+from otcache.schemas.errors import ArtifactError, UsageError
 from otcache.schemas.manifest import Engine, Manifest, TensorInfo
 from otcache.schemas.shapes import Axis, Request, corners, described
-from otcache.schemas.sized import own_size, served_size, tensor_at
+from otcache.schemas.sized import own_size, served_size, sized, tensor_at
 
 from .messages import one_line
 from .sizes import OPTIONS
@@ -123,10 +123,17 @@ def request_of(manifest: Manifest, samples: int) -> dict[str, int]:
     return {BATCH: samples, **{str(name): size for name, size in own_size(manifest).items()}}
 
 
-def usual_request(plans: Engine, manifest: Manifest) -> tuple[Request, int]:
-    """The size, and the number of samples, that plans are mostly for."""
+def at_usual_size(plans: Engine, manifest: Manifest) -> tuple[Manifest, int]:
+    """The manifest at the size, and the number of samples, that plans are mostly for. Raises ArtifactError if nothing fits there."""
     profile = covered(plans, manifest)
-    return _usual(manifest, profile), profile[BATCH][1]
+    try:
+        return sized(manifest, _usual(manifest, profile)), profile[BATCH][1]
+    except ValueError as error:
+        whole = profile_for(manifest, {BATCH: profile[BATCH]})
+        raise ArtifactError(
+            f"artifact is damaged: manifest.json: plans for {plans.target} are for {profile_text(profile)}: {one_line(error)}: "
+            f"{command(plans, whole, 'ARTIFACT')}"
+        ) from None
 
 
 def why_outside(

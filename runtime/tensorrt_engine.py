@@ -16,14 +16,13 @@ from otcache.schemas.errors import ArtifactError, HostError, RequestError
 from otcache.schemas.manifest import Engine as Plans
 from otcache.schemas.manifest import Manifest
 from otcache.schemas.segments import coarsened, name_of, segments_of
-from otcache.schemas.sized import sized
 
 from .address_plan import ITEM_BYTES
 from .artifact import Artifact
 from .engine import Array, Denoiser, Part, Tensor
 from .messages import one_line
 from .plan_hosts import why_not
-from .profiles import request_of, usual_request, why_outside
+from .profiles import at_usual_size, request_of, why_outside
 from .resident import Device, Shape, as_type, resident_denoiser
 from .tensorrt_library import error_log, library
 from .tensorrt_network import TYPES
@@ -189,9 +188,9 @@ class TensorrtBackend:
         return DeviceTensor(self._device, shape, dtype)
 
     def denoiser(self, manifest: Manifest, engines: Mapping[str, Any]) -> Denoiser:
-        size, samples = usual_request(self._plans, manifest)
+        usual, samples = at_usual_size(self._plans, manifest)
         return resident_denoiser(
-            sized(manifest, size),
+            usual,
             engines,
             self._device,
             segments=self._segments,

@@ -71,6 +71,10 @@ def _check_engines(manifest: Manifest) -> None:
         if odd := sorted(set(expected) ^ set(engine.stages)):
             raise ValueError(f"engines: {odd[0]} is a stage or has an engine for {engine.target}, but not both")
         _check_shared(manifest, engine)
+        if odd := sorted(name for name, sizes in engine.profile.items() if list(sizes) != sorted(sizes)):
+            raise ValueError(
+                f"engines: {odd[0]} for {engine.target} is {engine.profile[odd[0]]}: expected increasing sizes: build it again"
+            )
         for stage, source in engine.sources.items():
             if source != expected.get(stage):
                 raise ValueError(

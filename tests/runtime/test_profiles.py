@@ -14,9 +14,18 @@ from click.testing import CliRunner
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sized_artifact import listed, term, with_sizes
-from small_artifact import write_artifact
+from small_artifact import read_manifest, write_artifact, write_manifest
 
-from otcache.runtime import RequestError, Sampler, UsageError, build_engines, cli, plan_hosts, tensorrt_build
+from otcache.runtime import (
+    ArtifactError,
+    RequestError,
+    Sampler,
+    UsageError,
+    build_engines,
+    cli,
+    plan_hosts,
+    tensorrt_build,
+)
 from otcache.runtime.artifact import Artifact
 from otcache.runtime.engine import Options, select_backend
 from otcache.runtime.gpu import why_no_gpu
@@ -264,6 +273,23 @@ def test_plans_that_name_no_axes_are_for_the_own_size(planned, narrow):
     assert "height is 6: expected 4, which plans" in why_outside(
         old, narrow, request_of(sizes.manifest({"height": 6}), 1)
     )
+
+
+def test_a_profile_that_does_not_fit_the_artifact_is_refused(planned, narrow, on_sm_89, monkeypatch, tmp_path):
+    monkeypatch.setattr("otcache.runtime.cuda_device.CudaDevice", host_device.HostDevice)
+    (engine,) = narrow.engines
+    odd = engine.model_copy(update={"profile": {"batch": (1, 1, 4), "height": (3, 3, 3)}})
+    with pytest.raises(ArtifactError) as error:
+        TensorrtBackend(odd, narrow).denoiser(narrow, {})
+    assert "plans for sm_89 are for batch=1:1:4,height=3:3:3" in str(error.value) and MENDED in str(error.value)
+    folder = Path(shutil.copytree(planned[0], tmp_path / "decreasing"))
+    value = read_manifest(folder)
+    value["engines"][0]["profile"]["height"] = [8, 4, 12]
+    write_manifest(folder, value)
+    with pytest.raises(
+        ArtifactError, match=r"height for sm_89 is \(8, 4, 12\): expected increasing sizes: build it again"
+    ):
+        Artifact.open(folder)
 
 
 def test_auto_passes_over_plans_that_do_not_cover_the_request(narrow, on_sm_89):

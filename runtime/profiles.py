@@ -57,9 +57,9 @@ def _check_asked(manifest: Manifest, name: str, sizes: Triple) -> None:
     if not 1 <= smallest <= usual <= largest:
         raise UsageError(f"{text}: expected increasing sizes from 1")
     axis = axes.get(name)
-    if axis and (outside := [size for size in sizes if size not in axis]):
+    if axis and (odd := [size for size in sizes if size not in axis]):
         raise UsageError(
-            f"{text}: {name} is {outside[0]}: expected {axis}: choose from that, or compile with {OPTIONS[axis.name]} that hold it"
+            f"{text}: {name} is {odd[0]}: expected {axis}: choose from that, or compile with {OPTIONS[axis.name]} that hold it"
         )
 
 

@@ -453,7 +453,8 @@ def _print_manifest(manifest: Manifest) -> None:
     sizes = {entry.path: entry.size_bytes for entry in manifest.files}
     stages = Table(title="Stages", title_justify="left", box=None)
     for heading in ("stage", "kind", "reads", "writes", "size", "error"):
-        stages.add_column(heading, justify="right" if heading in ("size", "error") else "left")
+        figure = heading in ("size", "error")
+        stages.add_column(heading, justify="right" if figure else "left", no_wrap=figure, overflow="fold")
     for stage in manifest.stages:
         reads, writes = ("\n".join(safe(_tensor(t)) for t in side) for side in (stage.inputs, stage.outputs))
         error = f"{stage.max_relative_error:.1e}"

@@ -118,11 +118,11 @@ def _paths(engine: Engine) -> set[str]:
 
 
 def _table(title: str, *headings: str) -> Table:
-    """Columns; those that begin with > are aligned to the right."""
+    """Columns; those that begin with > are figures, aligned to the right; others wrap where the terminal is narrow."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None)
     for heading in headings:
         justify: Literal["left", "right"] = "right" if heading.startswith(">") else "left"
-        table.add_column(heading.removeprefix(">"), justify=justify, no_wrap=True)
+        table.add_column(heading.removeprefix(">"), justify=justify, no_wrap=justify == "right", overflow="fold")
     return table

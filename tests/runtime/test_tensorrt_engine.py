@@ -235,6 +235,7 @@ def test_inspect_shows_engines_and_memory(both):
     for budget in memory["budgets"].values():
         assert budget["lower_bound_bytes"] <= budget["size_bytes"] == max(
             value["offset"] + value["size_bytes"] for value in budget["values"])  # fmt: skip
+    assert "…" not in otc() + otc("--memory"), "nor anywhere else"
     assert "lower bound" in otc("--memory") and "@residual_0" in otc("--memory")
 
 

@@ -56,8 +56,7 @@ def exported_parts(prepared: Prepared) -> Exported:
 
     def trunk(folder: Path) -> None:
         with session.reporter.on("export", f"{len(stages.stages)} stages of the transformer") as advance:
-            held = {name: session.interface.constants[name] for name in sizes.constants}
-            example, others = {**example_of(session, trajectory), **held}, trunk_at(sizes)
+            example, others = {**example_of(session, trajectory), **sizes.constants_at(0)}, trunk_at(sizes)
             served, inputs = stages, example
             if session.options.dtype != "float32":
                 dtype, transformer = getattr(torch, session.options.dtype), session.model.transformer

@@ -18,6 +18,7 @@ from .export import OtherSizes
 from .interface import Interface
 from .prompt import noise_order_decoder, unpacked_shape
 from .sizes import Seen, Sizes
+from .wiring import tensor_of
 
 
 def trunk_at(sizes: Sizes) -> OtherSizes:
@@ -63,7 +64,7 @@ def constant_files(sizes: Sizes) -> dict[str, bytes]:
 
 
 def _constant(seen: Seen, name: str) -> tuple[str, bytes]:
-    array = seen.interface.constants[name].contiguous().numpy()
+    array = tensor_of(seen.interface.constants[name]).contiguous().numpy()
     content = array.astype(array.dtype.newbyteorder("<")).tobytes()
     return f"sizes/{name}-{digest_of_bytes(content)[7:19]}.bin", content
 

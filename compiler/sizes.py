@@ -29,7 +29,7 @@ from .stages import Stages
 from .symbols import SymbolBook
 from .varying import FIXED, SpecialisedError, Varying
 from .wanted import Point, Wanted
-from .wiring import PerSample
+from .wiring import PerSample, Spread, tensor_of
 
 Inputs = dict[str, Tensor]
 
@@ -61,9 +61,11 @@ class Sizes:
 
     def inputs(self) -> list[Inputs]:
         """Of the transformer at each size that was seen, constants of the size among them."""
-        return [
-            {**seen.inputs, **{name: seen.interface.constants[name] for name in self.constants}} for seen in self.seen
-        ]
+        return [{**seen.inputs, **self.constants_at(place)} for place, seen in enumerate(self.seen)]
+
+    def constants_at(self, place: int) -> Inputs:
+        """Constants of the size, at one of those that were seen."""
+        return {name: tensor_of(self.seen[place].interface.constants[name]) for name in self.constants}
 
     def at(self, point: Point) -> Seen:
         return next(seen for seen in self.seen if seen.point == point)
@@ -156,6 +158,7 @@ def cut_at(transformer: Any, interface: Interface, sizes: Sizes, inputs: Sequenc
     What the model does at its own size may be a special case (stored positions): then another size is traced.
     """
     constants = {name: value for name, value in interface.constants.items() if name not in sizes.constants}
+    constants |= {name: Spread() for name in sizes.constants if isinstance(interface.constants[name], PerSample)}
     own, *others = inputs
     try:
         return cut(transformer, own, constants=constants, output=interface.output, varying=sizes.varying(others))
@@ -176,12 +179,12 @@ def _grouped(wanted: Wanted, seen: Sequence[Seen], fixed: Mapping[AxisName, str]
         changed = [each for each in kept if not _same(each.interface.constants[name], value)]
         if not changed:
             continue
-        if isinstance(value, Tensor) and value.ndim:
+        if isinstance(value, PerSample) or (isinstance(value, Tensor) and value.ndim):
             constants.append(name)
             continue
         first = min(changed, key=lambda each: len(_differing(each.point, own.point)))
         blamed = _differing(first.point, own.point)
-        reason = f"the pipeline passes {name}, which follows it and is no tensor of its own"
+        reason = f"the pipeline passes {name}, which follows it and is no tensor"
         return _grouped(wanted.without(blamed, own.point), seen, {**fixed, **dict.fromkeys(blamed, reason)})
     if not wanted.axes:
         return Sizes(fixed=dict(fixed))

@@ -21,6 +21,11 @@ class PerSample:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """An argument that is the input of its name, one row (1, …), repeated for each sample."""
+
+
+@dataclass(frozen=True)
 class Offset:
     """An argument that is the input of its name plus a number: `1 − t / 1000` is a time at scale −1/1000."""
 
@@ -53,10 +58,22 @@ def arguments(inputs: Mapping[str, Tensor], constants: Mapping[str, Any]) -> dic
     flat = {**constants, **inputs}
     for name, constant in constants.items():
         if isinstance(constant, PerSample):
-            flat[name] = constant.row.repeat(batch, *[1] * (constant.row.ndim - 1))  # contiguous, as pipelines make it
+            flat[name] = _repeated(constant.row, batch)
+        elif isinstance(constant, Spread):
+            flat[name] = _repeated(inputs[name], batch)
         elif isinstance(constant, Offset):
             flat[name] = inputs[name] + constant.value
     return _nested(flat)
+
+
+def tensor_of(constant: Any) -> Tensor:
+    """The tensor that a constant consists of, which may as well be an input: without a batch, or one row."""
+    tensor: Tensor = constant.row if isinstance(constant, PerSample) else constant
+    return tensor
+
+
+def _repeated(row: Tensor, batch: int) -> Tensor:
+    return row.repeat(batch, *[1] * (row.ndim - 1))  # contiguous, as pipelines make it
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

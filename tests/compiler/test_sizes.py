@@ -22,6 +22,7 @@ from otcache.compiler.sizes import Seen, stages_for
 from otcache.compiler.stages import run_stages
 from otcache.compiler.varying import SpecialisedError, Varying
 from otcache.compiler.wanted import wanted
+from otcache.compiler.wiring import PerSample
 from otcache.runtime import Sampler
 from otcache.runtime.sizes import Sizes
 from otcache.schemas.errors import ModelError, RequestError
@@ -148,6 +149,18 @@ def test_constants_that_follow_the_size_become_inputs():
     model = _same_weights(stages)
     inputs = {**inputs_at(5, 2), **positions(5, 2)}
     assert torch.equal(run_stages(stages, inputs), model(**inputs)[0])
+
+
+def test_a_constant_row_of_every_sample_is_repeated():
+    def positions(height, width):
+        row = torch.arange(height * width, dtype=torch.float32)[None, :, None].expand(-1, -1, WIDTH).contiguous()
+        return {"ids": PerSample(row)}
+
+    stages, sizes = cut_for(Toy(), OWN, "40x16", positions)
+    assert sizes.constants == ("ids",) and stages.inputs == ("hidden_states", "timestep", "ids")
+    inputs = {**inputs_at(5, 2), "ids": positions(5, 2)["ids"].row}
+    expected = _same_weights(stages)(**{**inputs, "ids": inputs["ids"].expand(2, -1, -1)})[0]
+    assert torch.equal(run_stages(stages, inputs), expected)
 
 
 def test_constants_that_are_no_tensors_fix_their_axis():

@@ -34,7 +34,7 @@ class Row:
     stage_error: float = 0.0
     """Largest difference of an exported stage from torch, relative to the largest output."""
     full_error: float = 0.0
-    """Of budget `full` in the runtime from the pipeline's own latents, relative."""
+    """Of budget `full` in the runtime from the pipeline's own latents, relative; the larger of its own size and of another."""
     program_error: float = 0.0
     """Of a program of a smaller budget in the runtime from the same program in torch, relative."""
 

@@ -49,7 +49,7 @@ def cut(
             each is the batch, 2 or more.
         constants: its other keyword arguments, tensors or not (`wiring`); they are baked in.
         output: what the pipeline makes of the result; by default its first tensor is taken as it is.
-        varying: dimensions beside the batch that have other sizes, and the inputs there.
+        varying: dimensions beside the batch that have other sizes, and calls there.
 
     Raises:
         SpecialisedError: the model turns such a dimension into a Python number.
@@ -65,19 +65,23 @@ def cut(
     stages = split(graph, labels_of(graph, trunk_of(subject, module, graph)))
     _check_exact(subject, graph_module if rounded else bound, stages, kwargs)
     if rounded:
-        _check_close(subject, bound, stages, kwargs, "rewritten")
-    for inputs in varying.inputs:
-        _check_close(subject, bound, stages, inputs, "at another size")
+        _check_close(subject, bound, kwargs, stages, kwargs, "rewritten")
+    for there in varying.checked:
+        own = {name: value for name, value in there.inputs.items() if name not in varying.unbatched}
+        model = Bound(module, there.constants, output=output).eval()
+        _check_close(subject, model, own, stages, there.inputs, "at another size")
     give_back(module)
     return stages
 
 
-def _check_close(subject: str, bound: Bound, stages: Stages, kwargs: Mapping[str, Tensor], what: str) -> None:
-    """Where the stages may round otherwise than the model. what: it says where that is."""
+def _check_close(
+    subject: str, bound: Bound, kwargs: dict[str, Tensor], stages: Stages, inputs: Mapping[str, Tensor], what: str
+) -> None:
+    """Where the stages may round otherwise than the model. inputs: of the stages, those of the model being `kwargs`."""
     with torch.no_grad():
-        (expected,) = bound(dict(kwargs))
+        (expected,) = bound(kwargs)
     try:
-        received = run_stages(stages, kwargs)
+        received = run_stages(stages, inputs)
     except RuntimeError as error:
         raise ModelError(
             f"{subject}: {what}, its graph does not run: {reason_of(error)}: expected one for all sizes"

@@ -7,8 +7,8 @@ several branches become one. With that the transformer can be called at any poin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from .calling import CallOptions
 from .guidance import find_guidance
 from .noise import find_layout, proportional
 from .record import Tape, recorded_noise, recorded_run
+from .tables import Table
 from .wiring import PLAIN, Offset, Output, PerSample
 
 PROBE_SAMPLES = 3
@@ -55,6 +56,8 @@ class Interface:
     """Tensor arguments that belong to a request, with the samples along their first axis."""
     constants: dict[str, Any]
     """Arguments that are the same for every prompt, step and seed, as `wiring` takes them."""
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    """What parts of the model make of the size alone; empty where that was not asked."""
     text: Text | None = None
     """Of a pipeline that pads prompts to the longest one of a call."""
     output: Output = PLAIN
@@ -70,6 +73,12 @@ class Interface:
     noise_split: tuple[int, ...]
     noise_permutation: tuple[int, ...]
     latents_shape: tuple[int, ...]
+
+    @property
+    def held(self) -> dict[str, Any]:
+        """What may become an input of the stages beside latents, time and conditioning."""
+        kept = {name: value for name, value in self.constants.items() if not isinstance(value, Offset)}
+        return kept | {name: table.value for name, table in self.tables.items()}
 
     @property
     def branches(self) -> int:
@@ -195,7 +204,12 @@ def _sorted_arguments(
                 constants[key] = PerSample(value[:1])
             else:
                 conditioning.append(key)
-        elif "mask" not in key and not same(value, second.calls[0][0][key]):
+        elif "mask" not in key and not same(value, other := second.calls[0][0][key]):
+            if isinstance(value, Tensor) and value.shape != other.shape:
+                raise ModelError(
+                    f"{name} passes {key} as long as the longest prompt of a call, {tuple(value.shape)} and {tuple(other.shape)}, for "
+                    "all samples alike: not supported, because a prompt's result would depend on those beside it"
+                )
             raise ModelError(
                 f"{name} passes {key} with {type(value).__name__} that depends on the prompt: not supported"
             )

@@ -7,7 +7,6 @@ from typing import Any
 
 from otcache.schemas import manifest as schema
 from otcache.schemas.digest import digest_of_value
-from otcache.schemas.errors import ModelError
 from otcache.schemas.manifest import FULL
 
 from .exported import Exported
@@ -17,7 +16,7 @@ from .held_out import Evaluated
 from .identity import plain_options
 from .prepare import EVALUATION_SEED, Prepared, versions
 from .search import Found
-from .sized_parts import manifest_shapes
+from .sized_parts import layout_symbols, manifest_shapes
 
 
 def budget_programs(found: Found, evaluated: Evaluated) -> list[schema.BudgetProgram]:
@@ -50,14 +49,7 @@ def manifest_fields(
     total = options.num_inference_steps
     low, high = options.guidance_scale
     scheduler = model.pipeline.scheduler
-    layouts = [seen.interface for seen in sizes.seen] or [interface]
-    if len({layout.noise_permutation for layout in layouts}) > 1:
-        raise ModelError(f"{type(model.pipeline).__name__} arranges noise otherwise at other sizes: leave --sizes out")
-    latents: dict[str, Any] = {
-        "noise_symbols": sizes.book.shape([layout.noise_shape for layout in layouts], "the noise's shape"),
-        "split_symbols": sizes.book.shape([layout.noise_split for layout in layouts], "the noise's split"),
-        "shape_symbols": sizes.book.shape([layout.latents_shape for layout in layouts], "the latents' shape"),
-    }
+    latents = layout_symbols(sizes, type(model.pipeline).__name__)
     symbols = {symbol.name: symbol for symbol in (*exported.symbols, *sizes.book.symbols)}
     parts: dict[str, Any] = {
         "schema_version": schema.SCHEMA_VERSION,

@@ -30,7 +30,7 @@ def stages_in(
     inputs, made = inputs_in(example, dtype, kept=kept), in_dtype(transformer, dtype)
     elsewhere = [inputs_in(each, dtype, kept=kept) for each in sizes.inputs()]
     if elsewhere:
-        return cut_at(made, interface, sizes, elsewhere), inputs, elsewhere
+        return cut_at(made, sizes, elsewhere), inputs, elsewhere
     return cut(made, inputs, constants=interface.constants, output=interface.output), inputs, []
 
 

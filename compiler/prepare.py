@@ -164,6 +164,7 @@ def prepare(
         prepare_scheduler(model.pipeline, session.call, model.pipeline.scheduler, options.num_inference_steps)
         table = lower(model.pipeline.scheduler)
     stages, sizes = (like.stages, like.sizes) if like else _cut(session, trajectory)
+    session = replace(session, interface=replace(session.interface, tables=sizes.own_tables))
     attempts = Attempts(session.workspace, [session.key, session.margin, options.objective])
     calibration = Calibration(
         denoiser=denoiser_of(model.transformer, session.interface, trajectory), trajectory=trajectory, table=table,

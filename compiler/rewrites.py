@@ -3,7 +3,7 @@
 Each has a name and a reason, and is proven where it is applied: `cut` compares the stages with the model as it was.
 `REWRITES` match patterns of operators in a captured graph, whatever the model, and say whether values may now be rounded
 otherwise; without that the comparison is bit for bit. `REPLACEMENTS` are for Python that cannot be traced: they stand in for
-one method of one class of diffusers while it is traced.
+one method of one class of diffusers while it is traced. `SizesAsTensors` keeps sizes symbolic that models turn into tensors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 aten = torch.ops.aten
 
@@ -133,6 +134,16 @@ REWRITES: tuple[Callable[[fx.GraphModule], bool], ...] = (
     boolean_choice,
 )
 """In the order in which they are applied; each tells whether values may be rounded otherwise after it."""
+
+
+class SizesAsTensors(TorchFunctionMode):
+    """While it lasts, `torch.tensor` and `torch.as_tensor` of a symbolic size stay symbolic: they would read it as a number (Qwen-Image)."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], torch.SymInt):
+            return torch.scalar_tensor(args[0], **{"dtype": torch.int64, **kwargs})  # type: ignore[arg-type]
+        return function(*args, **kwargs)
 
 
 def chroma_timestep(self: Any, timestep: Tensor) -> Tensor:

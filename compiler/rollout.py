@@ -12,7 +12,7 @@ from otcache.schemas.program import Program, Step
 
 from .denoiser import Denoiser
 from .stages import Stages
-from .wiring import Offset, tensor_of
+from .wiring import tensor_of
 
 Observe = Callable[[int, Tensor], None]
 """Called with the index of a step that is about to be computed, and the latents (n, …) before it."""
@@ -61,11 +61,8 @@ class StagedModel:
 
     def __init__(self, stages: Stages, denoiser: Denoiser, keep: int = 16) -> None:
         self.stages, self.denoiser, self.keep = stages, denoiser, keep
-        self.constants = {
-            name: tensor_of(constant)
-            for name, constant in denoiser.interface.constants.items()
-            if name in stages.inputs and not isinstance(constant, Offset)
-        }
+        held = denoiser.interface.held
+        self.constants = {name: tensor_of(held[name]) for name in stages.inputs if name in held}
         """Of the size, where the stages take them as inputs."""
         self.residuals: list[dict[str, Tensor]] = []
         """Of each computed step, newest last: result name → result − source."""

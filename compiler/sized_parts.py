@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from otcache.schemas import manifest as schema
 from otcache.schemas.digest import digest_of_bytes
+from otcache.schemas.errors import ModelError
 from otcache.schemas.shapes import Symbol, described
 
 from .decode import decoded
@@ -64,9 +65,23 @@ def constant_files(sizes: Sizes) -> dict[str, bytes]:
 
 
 def _constant(seen: Seen, name: str) -> tuple[str, bytes]:
-    array = tensor_of(seen.interface.constants[name]).contiguous().numpy()
+    array = tensor_of(seen.interface.held[name]).contiguous().numpy()
     content = array.astype(array.dtype.newbyteorder("<")).tobytes()
     return f"sizes/{name}-{digest_of_bytes(content)[7:19]}.bin", content
+
+
+def layout_symbols(sizes: Sizes, name: str) -> dict[str, Any]:
+    """What the manifest's latents follow at other sizes. name: of the pipeline. Raises ModelError."""
+    layouts = [seen.interface for seen in sizes.seen]
+    if len({layout.noise_permutation for layout in layouts}) > 1:
+        raise ModelError(f"{name} arranges noise otherwise at other sizes: leave --sizes out")
+    if not layouts:
+        return {}
+    return {
+        "noise_symbols": sizes.book.shape([layout.noise_shape for layout in layouts], "the noise's shape"),
+        "split_symbols": sizes.book.shape([layout.noise_split for layout in layouts], "the noise's split"),
+        "shape_symbols": sizes.book.shape([layout.latents_shape for layout in layouts], "the latents' shape"),
+    }
 
 
 def manifest_shapes(

@@ -2,8 +2,9 @@
 
 The pipeline is run at other sizes: what it then passes says which dimensions of the transformer's arguments follow which axis of a
 request, and which constants are constants of the size (positions). The exporter is asked to keep all those dimensions symbolic; axes of
-dimensions that it turns into Python numbers are given up, with the reason, and the others asked again. What comes out has been
-compared with the model at every size that was looked at.
+dimensions that it turns into Python numbers are given up, with the reason, and the others asked again. Where a list of sizes is wanted
+and axes had to be given up, what parts of the model make of the size (`tables`) is taken as constants too, if that keeps more of them.
+What comes out has been compared with the model at every size that was looked at.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from .lower import SolverTable, lower, program_from_table
 from .models import transformer_of
 from .stages import Stages
 from .symbols import SymbolBook
-from .varying import FIXED, SpecialisedError, Varying
+from .tables import Table, following, tables_of
+from .varying import FIXED, Checked, SpecialisedError, Varying
 from .wanted import Point, Wanted
 from .wiring import PerSample, Spread, tensor_of
 
@@ -55,7 +57,7 @@ class Sizes:
     """The own size first."""
     book: SymbolBook = field(default_factory=lambda: SymbolBook(()))
     constants: tuple[str, ...] = ()
-    """Arguments that follow from the size alone."""
+    """Arguments and tables that follow from the size alone."""
     fixed: dict[AxisName, str] = field(default_factory=dict)
     """Axes that were given up, with the reason."""
 
@@ -65,7 +67,12 @@ class Sizes:
 
     def constants_at(self, place: int) -> Inputs:
         """Constants of the size, at one of those that were seen."""
-        return {name: tensor_of(self.seen[place].interface.constants[name]) for name in self.constants}
+        return {name: tensor_of(self.seen[place].interface.held[name]) for name in self.constants}
+
+    @property
+    def own_tables(self) -> Mapping[str, Table]:
+        """Of the own size, where any are constants."""
+        return self.seen[0].interface.tables if self.seen else {}
 
     def at(self, point: Point) -> Seen:
         return next(seen for seen in self.seen if seen.point == point)
@@ -84,17 +91,20 @@ class Sizes:
         """The sizes that are served with another sampler than the own size's."""
         return [seen for seen in self.served() if programs_differ(seen.table, self.seen[0].table)]
 
-    def varying(self, checked: Sequence[Inputs]) -> Varying:
-        """What differs between the sizes. checked: inputs on which the stages are compared with the model."""
-        inputs = self.inputs()
+    def varying(self, inputs: Sequence[Inputs]) -> Varying:
+        """What differs between the sizes that were seen, from the inputs there."""
         dimensions = {
             name: frozenset(d for d in range(value.ndim) if len({each[name].shape[d] for each in inputs}) > 1)
-            for name, value in (inputs[0] if inputs else {}).items()
+            for name, value in inputs[0].items()
         }
         return Varying(
             dimensions={name: found for name, found in dimensions.items() if found},
-            unbatched=frozenset(self.constants), inputs=tuple(checked),
-        )  # fmt: skip
+            unbatched=frozenset(self.constants),
+            checked=tuple(
+                Checked(inputs=each, constants=seen.interface.constants)
+                for each, seen in zip(inputs, self.seen, strict=True)
+            ),
+        )
 
 
 def call_at(call: CallOptions, point: Point) -> CallOptions:
@@ -138,10 +148,32 @@ def stages_for(
 
     seen: the own size first, then all that `wanted.probed` names; none where nothing is wanted. Raises ModelError.
     """
+    stages, sizes = _symbolic(transformer, wanted, seen)
+    if sizes.fixed and wanted.listed:
+        tabled = [with_tables(transformer, each) for each in seen]
+        if following([each.interface.tables for each in tabled]):
+            others, more = _symbolic(transformer, wanted, tabled)
+            if len(more.fixed) < len(sizes.fixed):
+                stages, sizes = others, more
+    if stages is None:
+        stages = cut(transformer, example, constants=interface.constants, output=interface.output, varying=FIXED)
+    return stages, sizes
+
+
+def with_tables(transformer: Any, seen: Seen) -> Seen:
+    """The same with what parts of the transformer make of that size."""
+    interface = seen.interface
+    changing = (interface.latents_input, interface.timestep_input)
+    tables = tables_of(transformer, seen.inputs, interface.constants, changing)
+    return dataclasses.replace(seen, interface=dataclasses.replace(interface, tables=tables))
+
+
+def _symbolic(transformer: Any, wanted: Wanted, seen: Sequence[Seen]) -> tuple[Stages | None, Sizes]:
+    """The stages with the axes that can be symbolic; None where none can."""
     sizes = _grouped(wanted, seen, {}) if wanted.axes else Sizes()
     while sizes.wanted.axes:
         try:
-            return cut_at(transformer, interface, sizes, sizes.inputs()), sizes
+            return cut_at(transformer, sizes, sizes.inputs()), sizes
         except SpecialisedError as error:
             blamed, reason = _axes_of(sizes, error.fixed), f"the exporter fixes {error.listed}"
         except ModelError as error:
@@ -149,32 +181,34 @@ def stages_for(
         sizes = _grouped(
             sizes.wanted.without(blamed, seen[0].point), seen, {**sizes.fixed, **dict.fromkeys(blamed, reason)}
         )
-    return cut(transformer, example, constants=interface.constants, output=interface.output, varying=FIXED), sizes
+    return None, sizes
 
 
-def cut_at(transformer: Any, interface: Interface, sizes: Sizes, inputs: Sequence[Inputs]) -> Stages:
+def cut_at(transformer: Any, sizes: Sizes, inputs: Sequence[Inputs]) -> Stages:
     """The stages for some sizes, from the inputs there. Raises ModelError.
 
     What the model does at its own size may be a special case (stored positions): then another size is traced.
     """
+    interface, varying = sizes.seen[0].interface, sizes.varying(inputs)
     constants = {name: value for name, value in interface.constants.items() if name not in sizes.constants}
-    constants |= {name: Spread() for name in sizes.constants if isinstance(interface.constants[name], PerSample)}
-    own, *others = inputs
+    for name in sizes.constants:
+        if name in interface.tables:
+            constants[name] = interface.tables[name].place
+        elif isinstance(interface.constants[name], PerSample):
+            constants[name] = Spread()
     try:
-        return cut(transformer, own, constants=constants, output=interface.output, varying=sizes.varying(others))
+        return cut(transformer, inputs[0], constants=constants, output=interface.output, varying=varying)
     except SpecialisedError:
         raise
     except ModelError:
-        *rest, traced = others
-        varying = sizes.varying([own, *rest])
-        return cut(transformer, traced, constants=constants, output=interface.output, varying=varying)
+        return cut(transformer, inputs[-1], constants=constants, output=interface.output, varying=varying)
 
 
 def _grouped(wanted: Wanted, seen: Sequence[Seen], fixed: Mapping[AxisName, str]) -> Sizes:
     """The sizes that are left, with axes given up whose arguments are neither tensors nor the same."""
     own = seen[0]
     kept = [each for each in seen if all(each.point[name] == own.point[name] for name in fixed)]
-    constants: list[str] = []
+    constants = list(following([each.interface.tables for each in kept]))
     for name, value in own.interface.constants.items():
         changed = [each for each in kept if not _same(each.interface.constants[name], value)]
         if not changed:
@@ -182,6 +216,8 @@ def _grouped(wanted: Wanted, seen: Sequence[Seen], fixed: Mapping[AxisName, str]
         if isinstance(value, PerSample) or (isinstance(value, Tensor) and value.ndim):
             constants.append(name)
             continue
+        if own.interface.tables:
+            continue  # the comparison with the model tells whether anything but tables depends on it
         first = min(changed, key=lambda each: len(_differing(each.point, own.point)))
         blamed = _differing(first.point, own.point)
         reason = f"the pipeline passes {name}, which follows it and is no tensor"

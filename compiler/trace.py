@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from otcache.schemas.errors import ModelError
 
 from .graph import symbols_in
-from .rewrites import REWRITES
+from .rewrites import REWRITES, SizesAsTensors
+from .tables import standing_in
 from .varying import SpecialisedError, Varying
 from .wiring import Output, arguments
 
@@ -32,7 +33,8 @@ class Bound(nn.Module):
         self.output = output
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        result = self.module(**arguments(inputs, self.constants))
+        with standing_in(self.module, inputs, self.constants):
+            result = self.module(**arguments(inputs, self.constants))
         if self.output is not None:
             return (self.output(result),)
         if isinstance(result, Tensor):
@@ -98,7 +100,7 @@ def exported_program(
     bound = isinstance(module, Bound)
     args = (dict(inputs),) if bound else tuple(inputs.values())
     try:
-        with torch.no_grad():
+        with torch.no_grad(), SizesAsTensors():
             program = torch.export.export(
                 module, args, dynamic_shapes=(dynamic,) if bound else tuple(dynamic.values()), strict=False
             )

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from otcache.schemas.errors import ModelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A call of the model at one size, and the same of its stages."""
+
+    inputs: Mapping[str, Tensor]
+    """Of the stages, constants of the size among them."""
+    constants: Mapping[str, Any]
+    """The model's own arguments that are no inputs of it (`wiring`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +29,8 @@ class Varying:
     """Of inputs by name: those whose size differs from one request to another."""
     unbatched: frozenset[str] = frozenset()
     """Inputs without a batch: constants of the size."""
-    inputs: tuple[Mapping[str, Tensor], ...] = ()
-    """Inputs at other sizes, on which the stages have to give what the model gives."""
+    checked: tuple[Checked, ...] = ()
+    """Where the stages have to give what the model gives."""
 
 
 FIXED = Varying(dimensions={})

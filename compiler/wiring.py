@@ -1,7 +1,8 @@
 """How named tensors become a call of a model, as its pipeline makes it: what is bound, nested and changed on the way.
 
-The names of tensors are dotted paths: `added_cond_kwargs.text_embeds` is an entry of the dict `added_cond_kwargs`. With
-that, and the few values below, a pipeline's call is data, and no model needs an adapter of its own.
+The names of tensors are dotted paths: `added_cond_kwargs.text_embeds` is an entry of the dict `added_cond_kwargs`,
+`image_rotary_emb.0` of a tuple. With that, and the few values below, a pipeline's call is data, and no model needs an adapter
+of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,20 @@ class PerSample:
 @dataclass(frozen=True)
 class Spread:
     """An argument that is the input of its name, one row (1, …), repeated for each sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InPlaceOf:
+    """No argument, but a table (`tables`): the input of its name, in the place of what a part of the model makes."""
+
+    part: str
+    """Dotted path of the submodule."""
+    position: int | None
+    """Among the tensors that it makes; None for a tensor alone."""
+    spread: bool
+    """One row (1, …), repeated for each sample."""
+    pairs: bool
+    """Complex numbers as pairs along the last axis."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +69,23 @@ PLAIN = Output()
 
 def arguments(inputs: Mapping[str, Tensor], constants: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of the model: `inputs` with `constants` bound, and dotted names made nested dicts."""
-    batch = next((value.shape[0] for value in inputs.values()), 1)
+    batch = batch_of(inputs)
     flat = {**constants, **inputs}
     for name, constant in constants.items():
         if isinstance(constant, PerSample):
-            flat[name] = _repeated(constant.row, batch)
+            flat[name] = repeated(constant.row, batch)
         elif isinstance(constant, Spread):
-            flat[name] = _repeated(inputs[name], batch)
+            flat[name] = repeated(inputs[name], batch)
+        elif isinstance(constant, InPlaceOf):
+            del flat[name]
         elif isinstance(constant, Offset):
             flat[name] = inputs[name] + constant.value
     return _nested(flat)
+
+
+def batch_of(inputs: Mapping[str, Tensor]) -> int:
+    """The first of a model's inputs, its latents, has the samples along dimension 0."""
+    return next((value.shape[0] for value in inputs.values()), 1)
 
 
 def tensor_of(constant: Any) -> Tensor:
@@ -72,15 +94,18 @@ def tensor_of(constant: Any) -> Tensor:
     return tensor
 
 
-def _repeated(row: Tensor, batch: int) -> Tensor:
+def repeated(row: Tensor, batch: int) -> Tensor:
+    """One row (1, …) for each of `batch` samples."""
     return row.repeat(batch, *[1] * (row.ndim - 1))  # contiguous, as pipelines make it
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted names; an empty dict is a value."""
+    """Nested dicts, and tuples of tensors, as one dict with dotted names; an empty dict is a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, tuple) and value and all(isinstance(each, Tensor) for each in value):
+            flat |= {f"{prefix}{key}.{position}": each for position, each in enumerate(value)}
+        elif isinstance(value, dict) and value:
             flat |= flattened(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
@@ -95,4 +120,13 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
         for part in path:
             place = place.setdefault(part, {})
         place[last] = value
-    return nested
+    return {name: _with_tuples(value) for name, value in nested.items()}
+
+
+def _with_tuples(value: Any) -> Any:
+    """What `flattened` made dicts of, as it was: positions are the names of a tuple's entries."""
+    if not isinstance(value, dict) or not value:
+        return value
+    found = {name: _with_tuples(each) for name, each in value.items()}
+    positions = [str(position) for position in range(len(found))]
+    return tuple(found[position] for position in positions) if set(found) == set(positions) else found

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
 from otcache.compiler.rewrites import (
     REPLACEMENTS,
+    SizesAsTensors,
     boolean_choice,
     complex_rotation,
     idle_squeeze,
@@ -73,6 +76,23 @@ def test_a_squeeze_of_one_stays():
     module = torch.export.export(Squeeze().eval(), (torch.randn(2, 1, 8),)).module()
     idle_squeeze(module)
     assert aten.squeeze.dim in {node.target for node in module.graph.nodes}
+
+
+class Lengths(nn.Module):
+    def forward(self, x):
+        return x + torch.as_tensor(x.shape[1], device=x.device) + torch.tensor(x.shape[1], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_sizes_that_become_tensors_stay_symbolic(rewritten):
+    dynamic = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    with SizesAsTensors() if rewritten else contextlib.nullcontext():
+        program = torch.export.export(Lengths(), (torch.zeros(2, 5),), dynamic_shapes=dynamic)
+    if rewritten:
+        assert torch.equal(program.module()(torch.zeros(2, 7)), torch.full((2, 7), 14.0))
+    else:
+        with pytest.raises(AssertionError, match="size"):
+            program.module()(torch.zeros(2, 7))
 
 
 def test_replacements_are_of_classes_that_exist_and_last_as_long_as_asked():

@@ -33,11 +33,20 @@ from .coverage.pipelines import CASES
 WIDTH = 6
 
 
+class Places(nn.Module):
+    """Positions of patches, from a size in Python numbers."""
+
+    def forward(self, shapes):
+        height, width = shapes
+        return torch.arange(height * width, dtype=torch.float32)[:, None].expand(-1, WIDTH).sin()
+
+
 class Toy(nn.Module):
     """Patches of 1 × 1 through two blocks. python_width: code that counts columns in Python, as some position tables do."""
 
     def __init__(self, *, python_width: bool = False) -> None:
         super().__init__()
+        self.places = Places()
         self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
         self.python_width = python_width
 
@@ -48,6 +57,7 @@ class Toy(nn.Module):
             positions = positions + sum(0.1 for _ in range(width))
         x = (hidden_states + positions[:, None]).flatten(2).transpose(1, 2) + timestep[:, None, None]
         x = x if ids is None else x + ids
+        x = x if shapes is None else x + self.places(shapes)
         for block in self.blocks:
             x = x + block(x).tanh()
         return (x.transpose(1, 2).reshape(batch, channels, height, width),)
@@ -163,10 +173,29 @@ def test_a_constant_row_of_every_sample_is_repeated():
     assert torch.equal(run_stages(stages, inputs), expected)
 
 
+def test_what_a_part_makes_of_a_size_in_python_numbers_becomes_an_input():
+    stages, sizes = cut_for(Toy(), OWN, "40x16", lambda height, width: {"shapes": [height, width]})
+    assert sizes.constants == ("places_0",) and stages.inputs == ("hidden_states", "timestep", "places_0")
+    assert not sizes.fixed
+    inputs = inputs_at(5, 2)
+    expected = _same_weights(stages)(**inputs, shapes=[5, 2])[0]
+    assert torch.equal(run_stages(stages, {**inputs, "places_0": Places()([5, 2])}), expected)
+
+
 def test_constants_that_are_no_tensors_fix_their_axis():
-    _, sizes = cut_for(Toy(), OWN, "40x32,24x48", lambda height, width: {"return_dict": False, "shapes": [height]})
-    assert set(sizes.fixed) == {"height"} and "passes shapes, which follows it" in sizes.fixed["height"]
+    """The return type is asked for with a number that follows the height: nothing is made of it, but nothing says so."""
+    _, sizes = cut_for(Toy(), OWN, "40x32,24x48", lambda height, width: {"return_dict": [height]})
+    assert set(sizes.fixed) == {"height"} and "passes return_dict, which follows it" in sizes.fixed["height"]
     assert [axis.name for axis in sizes.wanted.axes] == ["width"]
+
+
+def test_a_number_that_more_than_a_table_depends_on_fixes_its_axis():
+    class Scaled(Toy):
+        def forward(self, hidden_states, timestep, shapes, return_dict):
+            return (super().forward(hidden_states, timestep, shapes=shapes)[0] * shapes[0],)
+
+    _, sizes = cut_for(Scaled(), OWN, "40x32,24x48", lambda height, width: {"shapes": [height, width]})
+    assert set(sizes.fixed) == {"height", "width"} and "passes shapes, which follows it" in sizes.fixed["height"]
 
 
 # --- whole pipelines -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,16 @@ def test_names_with_dots_are_nested_and_flattened_again():
     assert flattened(made) == {"added.text": time, "added.ids": 4, "flag": None, "empty": {}}
 
 
+def test_tuples_of_tensors_are_flattened_and_made_again():
+    cos, sin = torch.ones(2), torch.zeros(2)
+    call = {"rotary": (cos, sin), "scale": (1.0, 2.0), "added": {"pair": (sin,)}}
+    flat = flattened(call)
+    assert set(flat) == {"rotary.0", "rotary.1", "scale", "added.pair.0"}
+    made = arguments({"rotary.1": sin, "rotary.0": cos}, {"scale": flat["scale"], "added.pair.0": sin})
+    assert made["rotary"][0] is cos and made["rotary"][1] is sin
+    assert made["scale"] == (1.0, 2.0) and made["added"]["pair"] == (sin,)
+
+
 def test_a_constant_row_is_there_for_each_sample():
     made = arguments({"x": torch.zeros(5, 2)}, {"scale": PerSample(torch.tensor([[7.0, 8.0]]))})
     assert torch.equal(made["scale"], torch.tensor([[7.0, 8.0]] * 5))

@@ -140,8 +140,8 @@ def cogvideox() -> Any:
     )  # fmt: skip
     transformer = d.CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=64,
-        num_layers=2, sample_width=2, sample_height=2, sample_frames=9, patch_size=2, temporal_compression_ratio=4,
-        max_text_seq_length=12,
+        num_layers=2, sample_width=4, sample_height=4, sample_frames=9, patch_size=2, temporal_compression_ratio=4,
+        max_text_seq_length=12, use_rotary_positional_embeddings=True,
     )  # fmt: skip
     return d.CogVideoXPipeline(t5, encoder, vae, transformer, d.CogVideoXDDIMScheduler(clip_sample=False))
 
@@ -211,7 +211,7 @@ def hunyuan_dit() -> Any:
         text_len_t5=256, activation_fn="gelu-approximate",
     )  # fmt: skip
     return d.HunyuanDiTPipeline(
-        small.vae(), clip_encoder, clip, transformer, small.ddim(), None, None, requires_safety_checker=False,
+        small.vae(levels=4), clip_encoder, clip, transformer, small.ddim(), None, None, requires_safety_checker=False,
         text_encoder_2=t5_encoder, tokenizer_2=t5,
     )  # fmt: skip
 
@@ -333,14 +333,14 @@ CASES = {
     "DiTPipeline": Case(make=dit, call={}, prompts=[f"shape {i}" for i in (1, 5, 9, 200, 600, 7)]),
     "SanaPipeline": Case(make=sana, call={"height": 32, "width": 32, "max_sequence_length": 12}),
     "WanPipeline": Case(make=wan, call=VIDEO),
-    "CogVideoXPipeline": Case(make=cogvideox, call={**VIDEO, "num_frames": 9}),
+    "CogVideoXPipeline": Case(make=cogvideox, call={**VIDEO, "num_frames": 9, "height": 32, "width": 32}),
     "LTXPipeline": Case(make=ltx_video, call={**VIDEO, "num_frames": 9, "height": 32, "width": 32}),
     "AuraFlowPipeline": Case(make=aura_flow),
     "Lumina2Pipeline": Case(make=lumina_2, call={"height": 16, "width": 16, "max_sequence_length": 24}),
     "MochiPipeline": Case(make=mochi, call={**VIDEO, "num_frames": 7}),
     "CogView4Pipeline": Case(make=cogview_4, call={"height": 16, "width": 16, "max_sequence_length": 16}),
     "ChromaPipeline": Case(make=chroma),
-    "HunyuanDiTPipeline": Case(make=hunyuan_dit, call={"height": 16, "width": 16}),
+    "HunyuanDiTPipeline": Case(make=hunyuan_dit, call={"height": 32, "width": 32}),
     "StableDiffusionPipeline": Case(make=stable_diffusion, call={"height": 16, "width": 16}),
     "StableDiffusionXLPipeline": Case(make=stable_diffusion_xl, call={"height": 16, "width": 16}),
 }

@@ -84,12 +84,12 @@ def clip(projection: bool = False, length: int = 77) -> tuple[Any, CLIPTextModel
     return tokenizer, (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
-def vae(channels: int = 4, size: int = 16, **options: Any) -> AutoencoderKL:
-    """2× smaller on each side."""
+def vae(channels: int = 4, size: int = 16, levels: int = 2, **options: Any) -> AutoencoderKL:
+    """2× smaller on each side; with more levels 4×, 8×, …"""
     return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1, latent_channels=channels, norm_num_groups=2, sample_size=size, mid_block_add_attention=False,
-        **options,
+        block_out_channels=(8,) * levels, down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels, layers_per_block=1, latent_channels=channels, norm_num_groups=2,
+        sample_size=size, mid_block_add_attention=False, **options,
     )  # fmt: skip
 
 

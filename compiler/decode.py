@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,10 +30,23 @@ def decoded(pipeline: Any, options: CallOptions, latents: Tensor) -> Tensor:
     arguments = dataclasses.replace(options, num_inference_steps=2).arguments(1.0, count) | {"output_type": "np"}
     scheduler.step = step
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _one_by_one(getattr(pipeline, "vae", None)):
             made = pipeline(
                 **any_prompts(pipeline, count), generator=[torch.Generator() for _ in range(count)], **arguments
             )
     finally:
         del scheduler.step
     return torch.from_numpy(np.asarray(made[0], np.float32))
+
+
+@contextlib.contextmanager
+def _one_by_one(vae: Any) -> Iterator[None]:
+    """While it lasts, an autoencoder that can decodes samples one by one: HunyuanVideo 1.5's takes no more than one."""
+    if not hasattr(vae, "use_slicing"):
+        yield
+        return
+    before, vae.use_slicing = vae.use_slicing, True
+    try:
+        yield
+    finally:
+        vae.use_slicing = before

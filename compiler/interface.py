@@ -21,7 +21,7 @@ from .guidance import find_guidance
 from .noise import find_layout, proportional
 from .record import Tape, recorded_noise, recorded_run
 from .tables import Table
-from .wiring import PLAIN, Offset, Output, PerSample
+from .wiring import PLAIN, Behind, Offset, Output, PerSample
 
 PROBE_SAMPLES = 3
 """Samples of a probe run: a number that no other axis of a model is likely to have."""
@@ -77,7 +77,7 @@ class Interface:
     @property
     def held(self) -> dict[str, Any]:
         """What may become an input of the stages beside latents, time and conditioning."""
-        kept = {name: value for name, value in self.constants.items() if not isinstance(value, Offset)}
+        kept = {name: value for name, value in self.constants.items() if not isinstance(value, Offset | Behind)}
         return kept | {name: table.value for name, table in self.tables.items()}
 
     @property
@@ -112,7 +112,7 @@ def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: S
             f"{name} calls its transformer {len(calls)} times a step: one or two (guidance) can be compiled"
         )
     sample = first.samples[0]
-    latents_input, stacked = _find_latents(first, name)
+    latents_input, stacked, behind = _find_latents(first, second, name)
     timestep_input, scale, offset = _find_timestep(first, name)
     rows = PROBE_SAMPLES * (2 if stacked else 1)
     conditioning, constants = _sorted_arguments(first, second, (latents_input, timestep_input), rows, name)
@@ -122,6 +122,8 @@ def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: S
         constants.pop(text.mask, None)
     if offset:
         constants[timestep_input] = Offset(offset)
+    if behind:
+        constants[latents_input] = Behind(behind)
     outputs = list(first.call_outputs[0][0].float().chunk(2)) if stacked else [o.float() for o in first.call_outputs[0]]
     exact = first.call_outputs[0][0].dtype == torch.float32
     output = _find_output(outputs, first.guided[0])
@@ -150,7 +152,7 @@ def interface_at(
     sample, call = tape.samples[0], tape.calls[0][0]
 
     def constant(name: str, value: Any) -> Any:
-        if isinstance(value, Offset):
+        if isinstance(value, Offset | Behind):
             return value
         return PerSample(call[name][:1]) if isinstance(value, PerSample) else call[name]
 
@@ -164,14 +166,18 @@ def interface_at(
     )  # fmt: skip
 
 
-def _find_latents(tape: Tape, name: str) -> tuple[str, bool]:
-    """The argument that is proportional to the scheduler's sample, and whether it holds both branches."""
+def _find_latents(tape: Tape, other: Tape, name: str) -> tuple[str, bool, tuple[float, ...]]:
+    """The argument that is proportional to the scheduler's sample, whether it holds both branches, and constant channels behind."""
     sample = tape.samples[0]
+    count, channels = sample.shape[:2]
     for key, value in tape.calls[0][0].items():
-        if isinstance(value, Tensor) and value.shape[1:] == sample.shape[1:] and value.numel() % sample.numel() == 0:
-            ratio = value.shape[0] // sample.shape[0]
-            if ratio in (1, 2) and proportional(value[: sample.shape[0]].float(), sample):
-                return key, ratio == 2
+        if isinstance(value, Tensor) and value.shape[2:] == sample.shape[2:] and value.shape[0] in (count, 2 * count):
+            behind = value[:1, channels:].flatten(2)[..., 0].flatten()
+            calls = [call[0][key][:, channels:] for each in (tape, other) for call in each.calls[:2]]
+            like = behind.view(1, -1, *[1] * (sample.ndim - 2))
+            constant = all(torch.equal(rest, like.expand_as(rest)) for rest in calls)
+            if constant and proportional(value[:count, :channels].float(), sample):
+                return key, value.shape[0] == 2 * count, tuple(behind.tolist())
     for key, value in tape.calls[0][0].items():
         if isinstance(value, list) and any(
             torch.is_tensor(each) and each.numel() == sample[0].numel() for each in value

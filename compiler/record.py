@@ -94,13 +94,27 @@ def recorded_run(
     progress: Progress | None = None,
 ) -> Tape:
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    with record(pipeline, progress=progress) as tape, torch.no_grad():
+    with record(pipeline, progress=progress) as tape, guider_at(pipeline, guidance_scale), torch.no_grad():
         arguments = options.arguments(guidance_scale, len(prompts))
         pipeline(**prompt_arguments(pipeline, prompts), generator=generators, **arguments)
     if len(tape.samples[0]) == 2 * len(prompts):  # both branches, with the same latents, went to the scheduler
         for steps in (tape.samples, tape.guided, tape.final):
             steps[:] = [step[: len(prompts)] for step in steps]
     return tape
+
+
+@contextlib.contextmanager
+def guider_at(pipeline: Any, scale: float) -> Iterator[None]:
+    """While it lasts, a pipeline that keeps the guidance scale in a `guider` has this one; others are given it when they are called."""
+    guider = getattr(pipeline, "guider", None)
+    if guider is None:
+        yield
+        return
+    before, guider.guidance_scale = guider.guidance_scale, scale
+    try:
+        yield
+    finally:
+        guider.guidance_scale = before
 
 
 @contextlib.contextmanager

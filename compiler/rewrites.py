@@ -230,6 +230,45 @@ def lumina_2(
     return (made.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3),)
 
 
+def hunyuan_video_15(
+    self: Any,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_attention_mask: Tensor,
+    encoder_hidden_states_2: Tensor,
+    encoder_attention_mask_2: Tensor,
+    image_embeds: Tensor,
+    timestep_r: Tensor | None = None,
+    attention_kwargs: Any = None,
+    return_dict: bool = True,
+) -> tuple[Tensor]:
+    """`HunyuanVideo15Transformer3DModel.forward` for text alone, with padded text hidden by a mask where each sample's is moved to the end.
+
+    Attention does not depend on the order of its keys, and text has no positions. Without a picture (`image_embeds` are zeros) its
+    tokens are hidden as well: they are left out.
+    """
+    size, depth, (batch, _, frames, height, width) = (
+        self.config.patch_size,
+        self.config.patch_size_t,
+        hidden_states.shape,
+    )
+    rotary, temb = self.rope(hidden_states), self.time_embed(timestep, timestep_r=timestep_r)
+    picture = self.x_embedder(hidden_states)
+    words = (
+        self.context_embedder(encoder_hidden_states, timestep, encoder_attention_mask) + self.cond_type_embed.weight[0]
+    )
+    letters = self.context_embedder_2(encoder_hidden_states_2) + self.cond_type_embed.weight[1]
+    mask = torch.cat([encoder_attention_mask_2, encoder_attention_mask], dim=1).bool()
+    text = torch.cat([letters, words], dim=1).masked_fill(~mask[..., None], 0.0)
+    for block in self.transformer_blocks:
+        picture, text = block(picture, text, temb, mask, rotary)
+        text = text.masked_fill(~mask[..., None], 0.0)  # what sees nothing is nothing in torch, and no number in ONNX
+    made = self.proj_out(self.norm_out(picture, temb))
+    made = made.reshape(batch, frames // depth, height // size, width // size, -1, depth, size, size)
+    return (made.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3),)
+
+
 @dataclass(frozen=True)
 class Replacement:
     """What stands in for `forward` while a class is traced."""
@@ -243,6 +282,7 @@ REPLACEMENTS = {
     "ChromaCombinedTimestepTextProjEmbeddings": Replacement(chroma_timestep),
     "MochiAttention": Replacement(mochi_attention, rounds=True),
     "Lumina2Transformer2DModel": Replacement(lumina_2, rounds=True),
+    "HunyuanVideo15Transformer3DModel": Replacement(hunyuan_video_15, rounds=True),
 }
 """By the class of diffusers."""
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -48,6 +49,13 @@ class Offset:
 
 
 @dataclass(frozen=True)
+class Behind:
+    """An argument that is the input of its name with channels of one number each behind its own (axis 1): where a picture could be given."""
+
+    channels: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Output:
     """What a pipeline makes of the model's output before guidance and the scheduler's step."""
 
@@ -76,6 +84,8 @@ def arguments(inputs: Mapping[str, Tensor], constants: Mapping[str, Any]) -> dic
             flat[name] = repeated(constant.row, batch)
         elif isinstance(constant, Spread):
             flat[name] = repeated(inputs[name], batch)
+        elif isinstance(constant, Behind):
+            flat[name] = _followed(inputs[name], constant.channels)
         elif isinstance(constant, InPlaceOf):
             del flat[name]
         elif isinstance(constant, Offset):
@@ -97,6 +107,12 @@ def tensor_of(constant: Any) -> Tensor:
 def repeated(row: Tensor, batch: int) -> Tensor:
     """One row (1, …) for each of `batch` samples."""
     return row.repeat(batch, *[1] * (row.ndim - 1))  # contiguous, as pipelines make it
+
+
+def _followed(value: Tensor, channels: tuple[float, ...]) -> Tensor:
+    """(n, c, …) → (n, c + channels, …)."""
+    row = value.new_tensor(channels).view(1, -1, *[1] * (value.ndim - 2))
+    return torch.cat([value, row.expand(value.shape[0], -1, *value.shape[2:])], dim=1)
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

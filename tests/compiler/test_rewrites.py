@@ -132,7 +132,23 @@ def lumina():
     return model, {**inputs, "timestep": torch.rand(3), "encoder_attention_mask": mask, "return_dict": False}
 
 
-@pytest.mark.parametrize("make", [mochi, lumina])
+def hunyuan():
+    from diffusers import HunyuanVideo15Transformer3DModel
+
+    model = HunyuanVideo15Transformer3DModel(
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2, num_refiner_layers=1,
+        mlp_ratio=2.0, text_embed_dim=8, text_embed_2_dim=8, image_embed_dim=8, rope_axes_dim=(4, 6, 6), task_type="t2v",
+    ).eval()  # fmt: skip
+    mask = (torch.arange(5) < torch.tensor([[2], [5], [1]])).long()
+    inputs = {"hidden_states": torch.randn(3, 9, 2, 4, 6), "encoder_hidden_states": torch.randn(3, 5, 8)}
+    second = {"encoder_hidden_states_2": torch.randn(3, 4, 8), "encoder_attention_mask_2": mask.roll(1, 0)[:, :4]}
+    return model, {
+        **inputs, **second, "timestep": torch.rand(3), "encoder_attention_mask": mask, "image_embeds": torch.zeros(3, 6, 8),
+        "return_dict": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [mochi, lumina, hunyuan])
 @torch.no_grad()
 def test_padded_text_hidden_by_a_mask_is_text_cut_off(make):
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from otcache.compiler.wiring import PLAIN, Offset, Output, PerSample, arguments, flattened
+from otcache.compiler.wiring import PLAIN, Behind, Offset, Output, PerSample, arguments, flattened
 
 
 def test_names_with_dots_are_nested_and_flattened_again():
@@ -32,6 +32,11 @@ def test_a_constant_row_is_there_for_each_sample():
 def test_an_offset_is_added_to_the_input_of_its_name():
     made = arguments({"time": torch.tensor([-0.25])}, {"time": Offset(1.0)})
     assert torch.equal(made["time"], torch.tensor([0.75]))
+
+
+def test_channels_of_one_number_follow_the_inputs_own():
+    made = arguments({"x": torch.zeros(2, 1, 3)}, {"x": Behind((1.0, 2.0))})["x"]
+    assert torch.equal(made, torch.arange(3.0).view(1, 3, 1).expand(2, 3, 3))
 
 
 def test_output():

@@ -302,7 +302,7 @@ def hunyuan_video_15() -> Any:
     )  # fmt: skip
     pipeline = d.HunyuanVideo15Pipeline(
         small.language_model(tokenizer, layers=3), tokenizer, transformer, vae, small.flow(), second, small.tokenizers()[1],
-        d.ClassifierFreeGuidance(guidance_scale=4.0),
+        d.ClassifierFreeGuidance(),
     )  # fmt: skip
     pipeline.tokenizer_max_length, pipeline.tokenizer_2_max_length = 12, 8
     return pipeline
@@ -328,6 +328,7 @@ CASES = {
     "Flux2Pipeline": Case(make=flux_2),
     "QwenImagePipeline": Case(make=qwen_image, call={"height": 32, "width": 32, "max_sequence_length": 12}),
     "HunyuanVideoPipeline": Case(make=hunyuan_video, call={**VIDEO, "height": 32, "width": 32}),
+    "HunyuanVideo15Pipeline": Case(make=hunyuan_video_15, call={"height": 32, "width": 32, "num_frames": 5}),
     "StableDiffusion3Pipeline": Case(make=stable_diffusion_3),
     "PixArtSigmaPipeline": Case(make=pixart_sigma),
     "DiTPipeline": Case(make=dit, call={}, prompts=[f"shape {i}" for i in (1, 5, 9, 200, 600, 7)]),
@@ -345,7 +346,6 @@ CASES = {
     "StableDiffusionXLPipeline": Case(make=stable_diffusion_xl, call={"height": 16, "width": 16}),
 }
 REFUSED = {
-    "HunyuanVideo15Pipeline": Case(make=hunyuan_video_15, call={"height": 32, "width": 32, "num_frames": 5}),
     "Kandinsky5T2VPipeline": Case(
         make=kandinsky_5, call={**VIDEO, "height": 32, "width": 32, "max_sequence_length": 24}
     ),

@@ -12,7 +12,7 @@ from otcache.compiler.interface import probe
 from otcache.compiler.lower import lower, program_from_table
 from otcache.compiler.models import transformer_of
 from otcache.compiler.rollout import roll_out
-from otcache.compiler.wiring import Output, PerSample
+from otcache.compiler.wiring import Behind, Output, PerSample
 from otcache.schemas.errors import ModelError, UsageError
 
 from .pipelines import CASES, REFUSED
@@ -91,9 +91,24 @@ def test_lists_of_samples_are_refused():
         probed("ZImagePipeline")
 
 
-def test_latents_with_more_channels_are_refused():
+def test_constant_channels_behind_the_latents_are_the_calls():
+    """HunyuanVideo 1.5 without a picture; its guidance scale is kept by a guider."""
+    pipeline, _, interface = probed("HunyuanVideo15Pipeline")
+    assert interface.constants["hidden_states"] == Behind((0.0,) * 5) and interface.latents_shape == (4, 2, 8, 8)
+    assert interface.guidance_kind == "cfg" and interface.positive_first and not interface.stacked
+    assert pipeline.guider.guidance_scale == 7.5  # as it was
+
+
+def test_channels_beside_the_latents_that_change_are_refused():
+    case = CASES["HunyuanVideo15Pipeline"]
+    pipeline = case.pipeline()
+    pipeline.prepare_cond_latents_and_mask = lambda latents, *_: (
+        torch.rand_like(latents),
+        torch.rand_like(latents[:, :1]),
+    )
+    call = call_options(pipeline, num_inference_steps=4, **case.call)
     with pytest.raises(ModelError, match=r"HunyuanVideo15Pipeline does not hand .* \(3, 9, 2, 8, 8\)"):
-        probed("HunyuanVideo15Pipeline")
+        probe(pipeline, call, 4.0, case.prompts)
 
 
 def test_experts_that_take_turns_are_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from otcache.compiler.interface import probe
 from otcache.compiler.lower import lower, program_from_table
 from otcache.compiler.models import load_model
 from otcache.compiler.residual import FORECASTS, fitted_coefs, residual_edge_errors, residual_program
-from otcache.compiler.rollout import StagedModel, residual_gram, roll_out
+from otcache.compiler.rollout import StagedModel, combine, residual_gram, roll_out
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,29 @@ def test_stages_run_apart_give_the_pipelines_trajectory(staged):
     for payload in ("output", "residual"):
         latents = roll_out(program_from_table(table, payload=payload), denoiser, trajectory.latents[0], stages)
         assert torch.allclose(latents, trajectory.latents[-1], atol=2e-5)
+
+
+def test_each_branch_of_guidance_has_a_cache_of_its_own(staged):
+    """Both branches in one batch give what two models give, one for each branch, that know nothing of each other."""
+    trajectory, table, denoiser, stages = staged
+    program = residual_program(table, (0, 2), "reuse", np.eye(6))
+    alone = [
+        StagedModel(stages, replace(denoiser, interface=replace(denoiser.interface, guided=False), conditioning=own))
+        for own in (
+            {name: value[branch : branch + 1] for name, value in denoiser.conditioning.items()} for branch in (0, 1)
+        )
+    ]
+    latents, outputs = trajectory.latents[0], []
+    with torch.no_grad():
+        for step in program.steps:
+            negative, positive = (model(latents, step) for model in alone)
+            outputs.append(negative + 4.0 * (positive - negative))
+            latents = combine(step, latents, outputs)
+    found = roll_out(program, denoiser, trajectory.latents[0], stages)
+    assert torch.allclose(found, latents, atol=2e-5)
+    assert all(
+        not torch.allclose(one, other) for one, other in zip(*(m.residuals[0].values() for m in alone), strict=True)
+    )
 
 
 def test_gram_holds_the_blocks_residuals(staged):

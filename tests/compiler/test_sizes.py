@@ -291,3 +291,14 @@ def test_frames_of_a_video(tmp_path):
         name, pipeline, artifact, [{}, {"num_frames": 9}, {"num_frames": 7, "height": 32}], pictures=False
     )
     assert "(num_frames + 1)/2" in {str(symbol) for symbol in manifest.shapes.symbols}
+
+
+@pytest.mark.long
+def test_positions_that_follow_a_size_in_python_numbers(tmp_path):
+    """Qwen-Image: its complex rotary tables are stored for each size, as pairs."""
+    name = "QwenImagePipeline"
+    pipeline, artifact = artifact_of(name, tmp_path, sizes="48x32", text_lengths="16")
+    sizes = [{}, {"height": 48}, {"height": 48, "max_sequence_length": 16}]
+    manifest = check_sizes(name, pipeline, artifact, sizes, pictures=False)
+    assert manifest.shapes.constants == ("pos_embed_0", "pos_embed_1") and not manifest.shapes.fixed
+    assert {tensor.name: tensor.shape[-1] for tensor in manifest.held}["pos_embed_0"] == 2

@@ -18,11 +18,11 @@ from otcache.schemas.errors import ModelError, UsageError
 from .pipelines import CASES, REFUSED
 
 
-def probed(name, **options):
+def probed(name, scale=4.0, **options):
     case = {**CASES, **REFUSED}[name]
     pipeline = case.pipeline()
     call = call_options(pipeline, num_inference_steps=4, **{**case.call, **options})
-    return pipeline, call, probe(pipeline, call, 4.0, case.prompts)
+    return pipeline, call, probe(pipeline, call, scale, case.prompts)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -33,6 +33,30 @@ def test_the_full_program_is_the_pipeline(name):
     denoiser = denoiser_of(transformer_of(pipeline, name), interface, trajectory)
     final = roll_out(program_from_table(lower(pipeline.scheduler)), denoiser, trajectory.latents[0])
     assert float((final - trajectory.latents[-1]).norm() / trajectory.latents[-1].norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "kind", "stacked"),
+    [
+        pytest.param("StableDiffusion3Pipeline", 1.0, "none", False, id="none"),
+        pytest.param("FluxPipeline", 4.0, "none", False, id="embedded"),
+        pytest.param("StableDiffusion3Pipeline", 4.0, "cfg", True, id="one call with both branches"),
+        pytest.param("WanPipeline", 4.0, "cfg", False, id="two calls"),
+        pytest.param("QwenImagePipeline", 4.0, "cfg_norm", False, id="two calls, the norm kept"),
+    ],
+)
+def test_guidance_in_all_its_forms(name, scale, kind, stacked):
+    """What the pipeline hands its scheduler is the denoiser's output: of one branch, or of two combined."""
+    pipeline, call, interface = probed(name, scale)
+    assert (interface.guidance_kind, interface.stacked, interface.branches) == (
+        kind,
+        stacked,
+        1 if kind == "none" else 2,
+    )
+    trajectory = capture(pipeline, interface, call, CASES[name].prompts[1:3], [1, 2], [scale] * 2)
+    denoiser = denoiser_of(transformer_of(pipeline, name), interface, trajectory)
+    found = denoiser(trajectory.latents[1], trajectory.timesteps[1])
+    assert float((found - trajectory.outputs[1]).norm() / trajectory.outputs[1].norm()) < 1e-5
 
 
 def test_text_is_padded_to_one_length_behind_its_mask():

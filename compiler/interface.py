@@ -171,7 +171,9 @@ def _find_latents(tape: Tape, other: Tape, name: str) -> tuple[str, bool, tuple[
     sample = tape.samples[0]
     count, channels = sample.shape[:2]
     for key, value in tape.calls[0][0].items():
-        if isinstance(value, Tensor) and value.shape[2:] == sample.shape[2:] and value.shape[0] in (count, 2 * count):
+        if not isinstance(value, Tensor) or value.shape[2:] != sample.shape[2:] or value.ndim != sample.ndim:
+            continue
+        if value.shape[0] in (count, 2 * count) and value.shape[1] >= channels:
             behind = value[:1, channels:].flatten(2)[..., 0].flatten()
             calls = [call[0][key][:, channels:] for each in (tape, other) for call in each.calls[:2]]
             like = behind.view(1, -1, *[1] * (sample.ndim - 2))

@@ -41,7 +41,7 @@ def models_command(as_json: bool) -> None:
     for row in found:
         decodes, error = _yes(row.decoder), f"{row.full_error:.0e}"
         cells = (", ".join(row.payloads), row.guidance, _yes(row.prompt), decodes, _symbolic(row), error)
-        table.add_row(row.transformer, row.pipeline, *(cells if row.supported else ("–",) * len(headings)), row.reason)
+        table.add_row(row.transformer, row.pipeline, *(cells if row.supported else ("–",) * len(headings)), _note(row))
     Console(width=None if console.is_terminal else 200, highlight=False).print(table)
 
 
@@ -51,6 +51,12 @@ def _yes(value: bool) -> str:
 
 SHORT = {"batch": "batch", "height": "height", "width": "width", "num_frames": "frames", "max_sequence_length": "text"}
 """Of axes, for the table."""
+
+
+def _note(row: Row) -> str:
+    return "; ".join(
+        [row.reason] * bool(row.reason) + [f"{SHORT[axis]} stays: {why}" for axis, why in row.fixed.items()]
+    )
 
 
 def _symbolic(row: Row) -> str:

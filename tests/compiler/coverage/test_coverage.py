@@ -71,3 +71,12 @@ def test_otc_models_prints_the_table():
     assert [entry["pipeline"] for entry in json.loads(result.stdout)] == [row.pipeline for row in rows()]
     printed = CliRunner().invoke(cli.main, ["models"]).stdout
     assert all(row.pipeline in printed for row in rows())
+
+
+def test_otc_models_says_why_an_axis_stays_fixed(monkeypatch):
+    row = Row(
+        transformer="T", pipeline="P", supported=True, symbolic=("batch", "width"), fixed={"height": "it is counted"}
+    )
+    monkeypatch.setattr(coverage, "rows", lambda: [row])
+    printed = CliRunner().invoke(cli.main, ["models"]).stdout
+    assert "batch, width" in printed and "height stays: it is counted" in printed

@@ -36,9 +36,10 @@ from otcache.schemas.manifest import (
 )
 from otcache.schemas.migrations import migrate
 
-from .messages import damaged, one_line
+from .messages import AGAIN, build_command, damaged, one_line
 from .onnx_files import external_locations
 from .strict_json import parse_object
+from .tensorrt_library import MODULES
 
 _VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})\Z")
 _READ_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
@@ -91,7 +92,7 @@ class Artifact:
         with _verified_lock:
             known = identity in _verified
         if not known:
-            _check_digest(entry, path)
+            _check_digest(entry, path, self._fix(name))
             with _verified_lock:
                 _verified.add(identity)
         return path
@@ -112,7 +113,7 @@ class Artifact:
                 data = file.read(entry.size_bytes + 1)
         except (OSError, MemoryError) as error:
             raise damaged(name, error, "a readable file") from None
-        _compare_digest(entry, hashlib.sha256(data).hexdigest())
+        _compare_digest(entry, hashlib.sha256(data).hexdigest(), self._fix(name))
         return data
 
     def open_file(self, name: str) -> tuple[FileEntry, BinaryIO]:
@@ -140,7 +141,7 @@ class Artifact:
         result = self.check_structure()
         for entry in self.present():
             path, status = self._locate(entry)
-            _check_digest(entry, path)
+            _check_digest(entry, path, self._fix(entry.path))
             with _verified_lock:
                 _verified.add(_identity(status, entry))
         for name in sorted({stage.onnx for stage in self.manifest.stages}):
@@ -162,15 +163,23 @@ class Artifact:
         for other in sorted(allowed):
             self.path(other)
 
+    def _fix(self, name: str) -> str:
+        """What mends a listed file that is not what it has to be: plans can be built where they are."""
+        for engine in self.manifest.engines:
+            if engine.backend in MODULES and name in (*engine.stages.values(), *engine.combinations.values()):
+                return build_command(self.folder, engine)
+        return AGAIN
+
     def _entry(self, name: str) -> FileEntry:
         if name not in self._entries:
             raise damaged(name, "not listed in the manifest", "a listed file")
         return self._entries[name]
 
     def _locate(self, entry: FileEntry) -> tuple[Path, os.stat_result]:
-        path, status = _locate(self.folder, entry.path)
+        fix = self._fix(entry.path)
+        path, status = _locate(self.folder, entry.path, fix)
         if status.st_size != entry.size_bytes:
-            raise damaged(entry.path, f"{status.st_size} bytes", f"{entry.size_bytes} bytes")
+            raise damaged(entry.path, f"{status.st_size} bytes", f"{entry.size_bytes} bytes", fix)
         return path, status
 
     def _unlisted(self) -> tuple[str, ...]:
@@ -202,7 +211,7 @@ def _check_folder(root: Path) -> None:
         )
 
 
-def _locate(root: Path, name: str) -> tuple[Path, os.stat_result]:
+def _locate(root: Path, name: str, fix: str = AGAIN) -> tuple[Path, os.stat_result]:
     """Path and status of a regular file inside `root`, with no symbolic link on the way."""
     path = root
     parts = name.split("/")
@@ -212,12 +221,12 @@ def _locate(root: Path, name: str) -> tuple[Path, os.stat_result]:
         try:
             status = os.lstat(path)
         except FileNotFoundError:
-            raise damaged(name, "nothing there", "a file") from None
+            raise damaged(name, "nothing there", "a file", fix) from None
         except (OSError, ValueError) as error:
-            raise damaged(name, error, "a file") from None
+            raise damaged(name, error, "a file", fix) from None
         if not (stat.S_ISREG if is_last else stat.S_ISDIR)(status.st_mode):
             expected = "a regular file" if is_last else f"{part} to be a folder"
-            raise damaged(name, f"{_kind(status.st_mode)} at {part}", expected)
+            raise damaged(name, f"{_kind(status.st_mode)} at {part}", expected, fix)
     return path, status
 
 
@@ -235,7 +244,7 @@ def _open(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def _check_digest(entry: FileEntry, path: Path) -> None:
+def _check_digest(entry: FileEntry, path: Path, fix: str) -> None:
     running, left = hashlib.sha256(), entry.size_bytes + 1  # a file that grows meanwhile has another digest
     try:
         with _open(path) as file:
@@ -243,13 +252,13 @@ def _check_digest(entry: FileEntry, path: Path) -> None:
                 running.update(piece)
                 left -= len(piece)
     except OSError as error:
-        raise damaged(entry.path, error, "a readable file") from None
-    _compare_digest(entry, running.hexdigest())
+        raise damaged(entry.path, error, "a readable file", fix) from None
+    _compare_digest(entry, running.hexdigest(), fix)
 
 
-def _compare_digest(entry: FileEntry, found: str) -> None:
+def _compare_digest(entry: FileEntry, found: str, fix: str) -> None:
     if f"sha256:{found}" != entry.digest:
-        raise damaged(entry.path, f"digest sha256:{found}", entry.digest)
+        raise damaged(entry.path, f"digest sha256:{found}", entry.digest, fix)
 
 
 def read_small(root: Path, name: str, limit: int) -> bytes:

@@ -1,8 +1,14 @@
-"""Text from outside (file names, values, other libraries' errors) made fit for a one-line message."""
+"""One-line messages: text from outside (file names, values, other libraries' errors) made fit for them, and commands they name."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
 from otcache.schemas.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from otcache.schemas.manifest import Engine
 
 AGAIN = "restore it from where the artifact came from, or compile it again"
 
@@ -19,6 +25,18 @@ def damaged(name: str, found: object, expected: object, fix: str = AGAIN) -> Art
     return ArtifactError(
         f"artifact is damaged: {one_line(name)}: found {one_line(found)}: expected {one_line(expected)}: {fix}"
     )
+
+
+def build_command(artifact: object, plans: Engine, profile: Mapping[str, Sequence[int]] | None = None) -> str:
+    """What builds plans of the same backend and target, for the same profile unless another one is given."""
+    line = f"otc build-engines {one_line(artifact)} --backend {plans.backend} --target {one_line(plans.target)}"
+    profile = plans.profile if profile is None else profile
+    return f"{line} --profile {profile_text(profile)}" if profile else line
+
+
+def profile_text(profile: Mapping[str, Sequence[int]]) -> str:
+    """`batch=1:1:4,height=512:1024:1024`, as `--profile` takes it."""
+    return ",".join(f"{name}={':'.join(map(str, sizes))}" for name, sizes in profile.items())
 
 
 def readable_size(size_bytes: int) -> str:

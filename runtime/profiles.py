@@ -13,7 +13,7 @@ from otcache.schemas.manifest import Engine, Manifest, TensorInfo
 from otcache.schemas.shapes import Axis, Request, corners, described
 from otcache.schemas.sized import own_size, served_size, sized, tensor_at
 
-from .messages import one_line
+from .messages import build_command, one_line, profile_text
 from .sizes import OPTIONS
 from .trunk import shape_of
 
@@ -132,7 +132,7 @@ def at_usual_size(plans: Engine, manifest: Manifest) -> tuple[Manifest, int]:
         whole = profile_for(manifest, {BATCH: profile[BATCH]})
         raise ArtifactError(
             f"artifact is damaged: manifest.json: plans for {plans.target} are for {profile_text(profile)}: {one_line(error)}: "
-            f"{command(plans, whole, 'ARTIFACT')}"
+            f"{build_command('ARTIFACT', plans, whole)}"
         ) from None
 
 
@@ -154,7 +154,7 @@ def why_outside(
     asked = f"{request[name]} pictures at once" if name == BATCH else f"{name} is {request[name]}"
     return (
         f"{asked}: expected {_range(profile[name])}, which plans of {plans.backend} for {plans.target} cover: ask for that, serve "
-        f"it with --backend onnxruntime, or {command(plans, wider, artifact)}"
+        f"it with --backend onnxruntime, or {build_command(artifact, plans, wider)}"
     )
 
 
@@ -172,17 +172,7 @@ def narrower(plans: Engine, manifest: Manifest, artifact: str = "ARTIFACT") -> s
     ]  # fmt: skip
     if not less:
         return None
-    return f"{', '.join(less)}: {command(plans, profile_for(manifest, {BATCH: profile[BATCH]}), artifact)}"
-
-
-def command(plans: Engine, profile: Profile, artifact: str) -> str:
-    """What builds plans of the same backend and target for a profile."""
-    return f"otc build-engines {artifact} --backend {plans.backend} --target {plans.target} --profile {profile_text(profile)}"
-
-
-def profile_text(profile: Profile) -> str:
-    """`batch=1:1:4,height=512:1024:1024`, as `--profile` takes it."""
-    return ",".join(f"{name}={':'.join(map(str, sizes))}" for name, sizes in profile.items())
+    return f"{', '.join(less)}: {build_command(artifact, plans, profile_for(manifest, {BATCH: profile[BATCH]}))}"
 
 
 def _range(sizes: Triple) -> str:

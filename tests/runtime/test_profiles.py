@@ -29,7 +29,8 @@ from otcache.runtime import (
 from otcache.runtime.artifact import Artifact
 from otcache.runtime.engine import Options, select_backend
 from otcache.runtime.gpu import why_no_gpu
-from otcache.runtime.profiles import input_shapes, narrower, profile_for, profile_text, request_of, why_outside
+from otcache.runtime.messages import profile_text
+from otcache.runtime.profiles import input_shapes, narrower, profile_for, request_of, why_outside
 from otcache.runtime.sizes import Sizes
 from otcache.runtime.tensorrt_build import build_plan
 from otcache.runtime.tensorrt_engine import TensorrtBackend

@@ -62,7 +62,7 @@ def test_every_stage_of_the_bundled_model(tmp_path, dtype, target):
     names, example = encoders.output_names, encoders.example
     stages.append(export_module(encoders.module, example, names, tmp_path / "text_encoder.onnx", kind="text_encoder"))
     latents = {"latents": torch.randn(2, 36, pipeline.transformer.config.in_channels, dtype=getattr(torch, dtype))}
-    decoder = LatentDecoder(pipeline, 48, 48).eval()
+    decoder = LatentDecoder(pipeline, (48, 48)).eval()
     rounding = 1e-2 if dtype == "float16" else None  # its pictures are float32, whatever they were computed in
     path = tmp_path / "vae_decoder.onnx"
     stages.append(export_module(decoder, latents, ("images",), path, kind="decoder", tolerance=rounding))

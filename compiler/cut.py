@@ -21,10 +21,10 @@ from otcache.schemas.errors import ModelError
 from .blocks import trunk_of
 from .graph import Graph
 from .labels import labels_of
-from .mapped import give_back
+from .mapped import give_back, given_back_in_turn
 from .rewrites import replaced
 from .split import split
-from .stages import Stages, run_stages
+from .stages import Stages, run_in_turn
 from .trace import Bound, captured, check_arguments, reason_of
 from .varying import FIXED, Varying
 from .wiring import PLAIN, Output
@@ -78,10 +78,10 @@ def _check_close(
     subject: str, bound: Bound, kwargs: dict[str, Tensor], stages: Stages, inputs: Mapping[str, Tensor], what: str
 ) -> None:
     """Where the stages may round otherwise than the model. inputs: of the stages, those of the model being `kwargs`."""
-    with torch.no_grad():
+    with torch.no_grad(), given_back_in_turn(bound):
         (expected,) = bound(kwargs)
     try:
-        received = run_stages(stages, inputs)
+        received = run_in_turn(stages, dict(inputs))[stages.output]
     except RuntimeError as error:
         raise ModelError(
             f"{subject}: {what}, its graph does not run: {reason_of(error)}: expected one for all sizes"
@@ -98,9 +98,9 @@ def _check_close(
 
 
 def _check_exact(subject: str, bound: nn.Module, stages: Stages, kwargs: dict[str, Tensor]) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), given_back_in_turn(bound):
         (expected,) = bound(kwargs)
-    received = run_stages(stages, kwargs)
+    received = run_in_turn(stages, dict(kwargs))[stages.output]
     if received.shape == expected.shape and torch.equal(received, expected):
         return
     chain = " → ".join(stage.name for stage in stages.stages)

@@ -28,7 +28,7 @@ from otcache.schemas.errors import ModelError
 
 from .evaluators import OPSET, Run, array_of, evaluator
 from .mapped import give_back
-from .stages import Stages
+from .stages import Stages, run_in_turn
 from .symbols import SymbolBook
 from .trace import Bound, exported_program, reason_of
 
@@ -123,15 +123,9 @@ def export_stages(
         ModelError: a stage that ONNX cannot express, or that differs from torch by more than the tolerance.
     """
 
-    def run(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        for stage in stages.stages:
-            tensors.update(stage.run(tensors))
-            give_back(stage.module)
-        return tensors
-
     trials = _Trials(
-        batches=[run(tensors) for tensors in _trials(example_inputs, others.constants)],
-        sizes=[run(dict(inputs)) for inputs in others.inputs[1:]], book=others.book,
+        batches=[run_in_turn(stages, tensors) for tensors in _trials(example_inputs, others.constants)],
+        sizes=[run_in_turn(stages, dict(inputs)) for inputs in others.inputs[1:]], book=others.book,
     )  # fmt: skip
     exported = []
     for done, stage in enumerate(stages.stages, start=1):

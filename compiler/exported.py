@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from otcache.schemas import manifest as schema
 from otcache.schemas.shapes import Symbol
 
 from .encoders import Encoders
 from .export import NONE, ExportedStage, TensorInfo, end_to_end_error, export_module, export_stages
-from .precision import stages_in
+from .precision import Served, stages_in
 from .prepare import Prepared, Session, example_of
 from .sized_parts import decoder_at, encoders_at, trunk_at
 from .sizes import Sizes
-from .stages import run_stages
+from .stages import run_in_turn
 from .symbols import SymbolBook
 from .varying import SpecialisedError
 
@@ -47,23 +48,43 @@ class Exported:
     decoded_as: Literal["latents", "noise"]
 
 
-def exported_parts(prepared: Prepared) -> Exported:
-    """Export the trunk, text encoders and decoder to ONNX, each checked against torch at every size."""
-    session, stages, trajectory, sizes = prepared.session, prepared.stages, prepared.trajectory, prepared.sizes
+def served_trunk(prepared: Prepared) -> Served:
+    """The transformer as it is exported: as it was searched, or in the artifact's own dtype."""
+    session, sizes = prepared.session, prepared.sizes
+    example = _example(prepared)
+    if session.options.dtype == "float32":
+        return Served(
+            stages=prepared.stages, example=example, elsewhere=tuple(sizes.inputs()), dtype=torch.float32, kept=()
+        )
+    dtype, scratch = getattr(torch, session.options.dtype), session.workspace.folder
+    return stages_in(dtype, session.model.transformer, session.interface, example, sizes, scratch)
+
+
+def _example(prepared: Prepared) -> dict[str, Tensor]:
+    """Inputs of the float32 stages at the own size."""
+    return {**example_of(prepared.session, prepared.trajectory), **prepared.sizes.constants_at(0)}
+
+
+def exported_parts(prepared: Prepared, trunk_of: Callable[[], Served]) -> Exported:
+    """Export the trunk, text encoders and decoder to ONNX, each checked against torch at every size.
+
+    trunk_of: `served_trunk`, asked only where the trunk is not in the workspace.
+    """
+    session, stages, sizes = prepared.session, prepared.stages, prepared.sizes
     encoders, decoder, pipeline = session.encoders, session.decoder, session.model.pipeline
     encoders_there, text_sizes = encoders_at(pipeline, sizes)
     general, decoder_sizes = decoder_at(pipeline, sizes) if decoder is not None and sizes.pictures > 1 else (None, NONE)
 
     def trunk(folder: Path) -> None:
+        session.model.give_back()  # what the searches have read
         with session.reporter.on("export", f"{len(stages.stages)} stages of the transformer") as advance:
-            example, others = {**example_of(session, trajectory), **sizes.constants_at(0)}, trunk_at(sizes)
-            served, inputs = stages, example
-            if session.options.dtype != "float32":
-                dtype, transformer = getattr(torch, session.options.dtype), session.model.transformer
-                served, inputs, elsewhere = stages_in(dtype, transformer, session.interface, example, sizes)
-                others = replace(others, inputs=tuple(elsewhere))
-            written = list(export_stages(served, inputs, folder / ENGINES, progress=advance, others=others))
-            chain = end_to_end_error(written, inputs, run_stages(stages, example))
+            served = trunk_of()
+            others = replace(trunk_at(sizes), inputs=served.elsewhere)
+            written = list(
+                export_stages(served.stages, served.example, folder / ENGINES, progress=advance, others=others)
+            )
+            expected = run_in_turn(stages, _example(prepared))[stages.output]
+            chain = end_to_end_error(written, served.example, expected)
             _describe(folder, written, sizes.book, chain)
 
     def text(folder: Path, encoders: Encoders) -> None:

@@ -37,8 +37,10 @@ class Evaluated:
     """Of each budget, for the report (`evaluate.Outcome.arrays`)."""
     references: np.ndarray
     """Pictures of the full runs, uint8 (n, height, width, 3)."""
+    first: Trajectory
+    """The full run of the first held-out prompt."""
     golden: np.ndarray
-    """Final latents of the first held-out prompt at the smallest budget, float32."""
+    """Its final latents at the smallest budget, float32."""
 
 
 def held_out_trajectory(prepared: Prepared) -> Trajectory:
@@ -86,6 +88,7 @@ def evaluated(prepared: Prepared, found: Found) -> Evaluated:
         baselines={b: [schema.Baseline.model_validate(peer) for peer in v["baselines"]] for b, v in measured.items()},
         outcomes=outcomes,
         references=eight_bits(evaluation.references),
+        first=trajectory.rows(slice(1)),
         golden=outcomes[min(outcomes)]["latents"],
     )
 

@@ -41,8 +41,12 @@ def manifest_fields(
     evaluated: Evaluated,
     exported: Exported,
     programs_at: Mapping[str, list[schema.BudgetProgram]],
+    golden_tolerance: float,
 ) -> dict[str, Any]:
-    """The manifest but for files and digest, as a JSON value. programs_at: of sizes with a sampler of their own."""
+    """The manifest but for files and digest, as a JSON value.
+
+    programs_at: of sizes with a sampler of their own. golden_tolerance: see `golden.tolerance_of`.
+    """
     session, table, stages, sizes = prepared.session, prepared.table, prepared.stages, prepared.sizes
     prompts, held_out = prepared.prompts, prepared.held_out
     options, call, interface, model = session.options, session.call, session.interface, session.model
@@ -90,7 +94,7 @@ def manifest_fields(
         "golden": None if session.encoders is None else golden_record(
             prompt=held_out[0], budget=min(found.trials), seed=options.seed + EVALUATION_SEED,
             guidance_scale=None if interface.guidance_kind == "none" else calibration_scales(low, high, 1)[0],
-            max_relative_error=exported.max_relative_error,
+            max_relative_error=golden_tolerance,
         ),
         "costs": [schema.Cost(name="capture", full_runs=1.0)] + [
             schema.Cost(name=name, full_runs=round(value, 4)) for name, value in found.costs.items()

@@ -23,6 +23,7 @@ from otcache.schemas.errors import ModelError
 
 from .foreign import check_code, check_weights
 from .lora import fuse_lora
+from .workspace import default_workspace
 
 _log = logging.getLogger(__name__)
 SAFE_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -61,6 +62,16 @@ class Model:
     def transformer(self) -> Any:
         """The network whose evaluations are counted."""
         return transformer_of(self.pipeline, self.name)
+
+    def give_back(self) -> None:
+        """Drop the memory of all weights that are mapped from files (`mapped`)."""
+        import torch
+
+        from .mapped import give_back
+
+        for component in self.pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                give_back(component)
 
     @property
     def prompts(self) -> list[str]:
@@ -150,11 +161,13 @@ def load_model(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     lora: Path | None = None,
+    scratch: Path | None = None,
 ) -> Model:
     """Load a pipeline with its weights in `dtype` on the CPU. Raises ModelError with the reason.
 
     trust_remote_code: run Python that comes with the model. Without it such a model is refused unread.
     lora: folder of a LoRA that is fused into the weights, and part of their digest.
+    scratch: folder on a disk, where weights that are not stored in `dtype` are kept while they are used; by default the workspace.
     """
     folder = find_model(name, revision=revision, trust_remote_code=trust_remote_code)
     if not trust_remote_code:
@@ -167,21 +180,26 @@ def load_model(
     import transformers
 
     from .identity import denoiser_digest
+    from .mapped import move_to_file
+    from .widen import widened
 
+    scratch = scratch or default_workspace()
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        with widened(folder, getattr(torch, dtype), scratch) as source:
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                source, torch_dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
     except Exception as error:
         raise ModelError(f"MODEL {name!r} could not be loaded by diffusers: {_reason(error)}") from error
     weights_digest = digest_of_files(folder, [p for p in folder.rglob("*.safetensors") if p.is_file()])
     if lora is not None:
         weights_digest = digest_of_value([weights_digest, fuse_lora(pipeline, lora)])
+        move_to_file(transformer_of(pipeline, f"MODEL {name!r}"), scratch)
     pipeline.set_progress_bar_config(disable=True)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ from .attempts import Attempts
 from .denoiser import denoiser_of
 from .emit import check_target, emit, recover
 from .evidence import PassEvidence, Recorder, gather
-from .exported import DESCRIPTION, exported_parts
-from .golden import write_golden
-from .held_out import evaluated
+from .exported import DESCRIPTION, EXPORTS, Exported, export_key, exported_parts, served_trunk
+from .golden import rounding_of, tolerance_of, write_golden
+from .held_out import Evaluated, evaluated, evaluation_key
 from .manifest_fields import budget_programs, manifest_fields
 from .models import Model
 from .options import CompileOptions
+from .precision import Served
 from .prepare import Prepared, Session, full_runs, prepare
 from .progress import Reporter
 from .report import ATTACHMENTS, write_report
@@ -60,8 +63,10 @@ def _compiled(prepared: Prepared, target: Path, passes: Sequence[PassEvidence]) 
     found = searched(prepared)
     quality = evaluated(prepared, found)
     programs = {described(seen.point): _programs_at(prepared, found, seen) for seen in prepared.sizes.own_samplers()}
-    exported = exported_parts(prepared)
-    fields = manifest_fields(prepared, found, quality, exported, programs)
+    trunk = functools.cache(partial(served_trunk, prepared))
+    exported = exported_parts(prepared, trunk)
+    tolerance = _golden_tolerance(prepared, found, quality, exported, trunk)
+    fields = manifest_fields(prepared, found, quality, exported, programs, tolerance)
 
     def fill(folder: Path) -> None:
         for exported_folder in exported.folders:
@@ -109,6 +114,23 @@ def anchor_storage(session: Session) -> Path:
         options.edge_costs,
     ]  # fmt: skip
     return session.workspace.path("anchor", key, ".db")
+
+
+def _golden_tolerance(
+    prepared: Prepared, found: Found, quality: Evaluated, exported: Exported, trunk_of: Callable[[], Served]
+) -> float:
+    """How far a host's golden latents may be from the stored ones (`golden`)."""
+    session, budget = prepared.session, min(found.trials)
+    if session.options.dtype == "float32" or session.encoders is None:
+        return tolerance_of(exported.max_relative_error, None)
+    program = found.trials[budget][0].program
+    denoiser = denoiser_of(session.model.transformer, session.interface, quality.first)
+    key = [export_key(session, EXPORTS[0]), evaluation_key(session, prepared.held_out[:1], budget, program)]
+
+    def compute() -> float:
+        return rounding_of(trunk_of(), program, denoiser, quality.first, quality.golden)
+
+    return tolerance_of(exported.max_relative_error, session.workspace.json("rounding", key, compute))
 
 
 def _programs_at(prepared: Prepared, found: Found, seen: Seen) -> list[schema.BudgetProgram]:

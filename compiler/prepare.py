@@ -127,7 +127,11 @@ def begin(
         metrics.lpips_metric()  # where it is missing, say so before anything is loaded
     with reporter.on("load", options.model):
         model = live or load_model(
-            options.model, revision=options.revision, trust_remote_code=options.trust_remote_code, lora=options.lora
+            options.model,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            lora=options.lora,
+            scratch=options.workspace,
         )
     prompts, held_out = split_prompts(
         own or model.prompts or default_prompts(), options.calibration_prompts, options.evaluation_prompts
@@ -180,6 +184,7 @@ def prepare(
 def _cut(session: Session, trajectory: Trajectory) -> tuple[Stages, Sizes]:
     """The stages, with as many of the wanted sizes as they take."""
     transformer, example = session.model.transformer, example_of(session, trajectory)
+    session.model.give_back()  # what the full runs have read
     with session.reporter.on("cut", type(transformer).__name__):
         stages, sizes = stages_for(transformer, session.interface, example, session.wanted, session.seen)
     for axis, reason in sizes.fixed.items():

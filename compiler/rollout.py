@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from .wiring import tensor_of
 
 Observe = Callable[[int, Tensor], None]
 """Called with the index of a step that is about to be computed, and the latents (n, …) before it."""
+
+Cast = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""From inputs of the model in float32 to those that its stages take."""
 
 
 def combine(step: Step, latents: Tensor, outputs: list[Tensor]) -> Tensor:
@@ -59,8 +62,8 @@ def roll_out(
 class StagedModel:
     """Embed, blocks and head run apart, with the blocks' residuals kept."""
 
-    def __init__(self, stages: Stages, denoiser: Denoiser, keep: int = 16) -> None:
-        self.stages, self.denoiser, self.keep = stages, denoiser, keep
+    def __init__(self, stages: Stages, denoiser: Denoiser, keep: int = 16, cast: Cast = dict) -> None:
+        self.stages, self.denoiser, self.keep, self.cast = stages, denoiser, keep, cast
         held = denoiser.interface.held
         self.constants = {name: tensor_of(held[name]) for name in stages.inputs if name in held}
         """Of the size, where the stages take them as inputs."""
@@ -69,7 +72,8 @@ class StagedModel:
 
     def __call__(self, latents: Tensor, step: Step) -> Tensor:
         """The guided output at one step; the blocks run if `step.compute`."""
-        values = {**self.constants, **self.denoiser.inputs(latents, step.timestep, step.input_scale)}
+        inputs = self.cast(self.denoiser.inputs(latents, step.timestep, step.input_scale))
+        values = {**self.constants, **inputs}
         for stage in self.stages.stages:
             if stage.kind == "block" and not step.compute:
                 continue

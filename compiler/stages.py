@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
+from .mapped import give_back
+
 StageKind = Literal["embed", "block", "head"]
 
 
@@ -45,6 +47,14 @@ class Stages:
 
     def of_kind(self, kind: StageKind) -> tuple[Stage, ...]:
         return tuple(stage for stage in self.stages if stage.kind == kind)
+
+
+def run_in_turn(stages: Stages, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Run every stage in torch, give its memory back (`mapped`), and add its outputs to the inputs by name."""
+    for stage in stages.stages:
+        tensors.update(stage.run(tensors))
+        give_back(stage.module)
+    return tensors
 
 
 def run_stages(stages: Stages, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from otcache.compiler.golden import PATH, TOLERANCE, golden_record
+from otcache.compiler.golden import PATH, ROUNDINGS, STAGES_TO_LATENTS, TOLERANCE, tolerance_of
 from otcache.runtime import Sampler
 from otcache.runtime.artifact import Artifact
 from otcache.runtime.verify import verify
@@ -36,8 +37,8 @@ def test_it_tells_another_request_apart(compiled):
         assert min(others) > 2 * golden.max_relative_error, others
 
 
-def test_tolerance_follows_the_export():
-    record = golden_record(prompt="a", budget=2, seed=0, guidance_scale=None, max_relative_error=1e-2)
-    assert record.max_relative_error == 0.2
-    record = golden_record(prompt="a", budget=2, seed=0, guidance_scale=None, max_relative_error=1e-7)
-    assert record.max_relative_error == TOLERANCE
+def test_tolerance_follows_what_was_measured():
+    assert tolerance_of(1e-7, None) == TOLERANCE
+    assert tolerance_of(1e-3, None) == pytest.approx(STAGES_TO_LATENTS * 1e-3)
+    assert tolerance_of(1e-2, 4e-3) == pytest.approx(ROUNDINGS * 4e-3), "in half precision the latents themselves"
+    assert tolerance_of(1.0, None) == 1.0

@@ -33,7 +33,7 @@ def test_weights_are_those_that_diffusers_loads(make, dtype, tmp_path):
     model = make()
     model.save_pretrained(tmp_path)
     expected = type(model).from_pretrained(tmp_path, torch_dtype=dtype).state_dict()
-    found = in_dtype(model, dtype).state_dict()
+    found = in_dtype(model, dtype, tmp_path).state_dict()
     assert found.keys() == expected.keys() and dtype in {value.dtype for value in found.values()}
     for name, value in found.items():
         assert value.dtype == expected[name].dtype and torch.equal(value, expected[name]), name
@@ -63,7 +63,7 @@ class Small(nn.Module):
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)])
 def test_half_files_are_run_and_compared(dtype, expected, tmp_path):
     x = 1 + torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(1))
-    module, path = in_dtype(Small().eval(), dtype), tmp_path / "small.onnx"
+    module, path = in_dtype(Small().eval(), dtype, tmp_path), tmp_path / "small.onnx"
     made = export_module(module, {"x": x.to(dtype)}, ("y",), path, kind="block")
     assert 0 <= made.max_relative_error < expected
     (y,) = (value for name, value in run_exported([made], {"x": x.to(dtype)}).items() if name == "y")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +16,27 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import COMPILE, otc
 
 from otcache.compiler.calling import call_options
+from otcache.compiler.denoiser import denoiser_of
+from otcache.compiler.evaluators import array_of, evaluator
+from otcache.compiler.golden import rounding_of
+from otcache.compiler.held_out import held_out_trajectory
 from otcache.compiler.models import load_model
+from otcache.compiler.options import CompileOptions
+from otcache.compiler.precision import Served
+from otcache.compiler.prepare import prepare
+from otcache.compiler.progress import Reporter
+from otcache.compiler.stages import Stage
 from otcache.runtime import Sampler
 from otcache.runtime.artifact import Artifact
 from otcache.schemas.errors import HostError
 
 PROMPT = "a red ring on black"
+SAME = {"budgets": (2, 4), "num_inference_steps": 8, "calibration_prompts": 4, "evaluation_prompts": 3, "trials": 4}
+"""`COMPILE`, as options."""
 OF_ONE_EVALUATION = {"float16": 2e-3, "bfloat16": 2e-2}
 """Largest error of the exported transformer, relative to the largest output of the float32 model. Measured: 6e-4 and 7e-3."""
+OF_GOLDEN = {"float16": 1e-2, "bfloat16": 1e-1}
+"""Largest distance from the golden latents that is let pass."""
 OF_LATENTS = 5e-3
 """Distance of float16 latents after 8 steps from those of the float32 pipeline, relative to their size."""
 
@@ -85,3 +100,62 @@ def test_bfloat16_is_refused_on_a_cpu_with_the_way_out(halves, tmp_path):
     assert not list(tmp_path.iterdir())
     result = otc("verify", str(halves / "bfloat16"))
     assert result.exit_code == 0, result.output
+
+
+class File(torch.nn.Module):
+    """An exported stage in place of the torch module that it was made of."""
+
+    def __init__(self, path, stage):
+        super().__init__()
+        self.names = [tensor.name for tensor in stage.inputs], [tensor.name for tensor in stage.outputs]
+        self.evaluate = evaluator(path, [tensor.dtype for tensor in (*stage.inputs, *stage.outputs)])
+
+    def forward(self, *inputs):
+        names, wanted = self.names
+        found = self.evaluate(wanted, dict(zip(names, map(array_of, inputs), strict=True)))
+        return [
+            torch.from_numpy(a.view(np.int16)).view(torch.bfloat16) if a.dtype.name == "bfloat16" else torch.from_numpy(a)
+            for a in found
+        ]  # fmt: skip
+
+
+def turned(path, target):
+    """Copy an ONNX file with the rows of its largest matrix moved by one."""
+    model = onnx.load(path)
+    weight = max(model.graph.initializer, key=lambda value: onnx.numpy_helper.to_array(value).nbytes)
+    rolled = np.roll(onnx.numpy_helper.to_array(weight), 1, axis=0)
+    weight.CopyFrom(onnx.numpy_helper.from_array(rolled, weight.name))
+    onnx.save(model, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", OF_ONE_EVALUATION)
+def test_the_golden_request_is_tight_and_catches_one_wrong_matrix(dtype, halves, tiny_flux_folder, workspace, tmp_path):
+    """Files are run as they are compared at export: by ONNX Runtime, and for bfloat16 by onnx's evaluator."""
+    options = CompileOptions(model=str(tiny_flux_folder), dtype=dtype, workspace=workspace, **SAME)
+    prepared, artifact = prepare(options, Reporter()), Artifact.open(halves / dtype)
+    session, golden = prepared.session, artifact.manifest.golden
+    first = held_out_trajectory(prepared).rows(slice(1))
+    denoiser = denoiser_of(session.model.transformer, session.interface, first)
+    expected = np.frombuffer(artifact.read(golden.latents), "<f4").reshape(artifact.manifest.latents.shape)
+    program = artifact.manifest.program(golden.budget).program
+
+    def error(folder):
+        stages = [
+            Stage(
+                name=stage.name, kind=stage.kind, module=File(folder / stage.onnx, stage),
+                inputs=tuple(tensor.name for tensor in stage.inputs), outputs=tuple(tensor.name for tensor in stage.outputs),
+            )
+            for stage in artifact.manifest.trunk
+        ]  # fmt: skip
+        served = Served(
+            stages=replace(prepared.stages, stages=tuple(stages)), example={}, elsewhere=(), dtype=getattr(torch, dtype),
+            kept=(session.interface.timestep_input,),
+        )  # fmt: skip
+        return rounding_of(served, program, denoiser, first, expected)
+
+    assert 1e-5 < error(artifact.folder) < golden.max_relative_error < OF_GOLDEN[dtype]
+    broken = Path(shutil.copytree(artifact.folder, tmp_path / "broken"))
+    block = next(stage for stage in artifact.manifest.trunk if stage.kind == "block")
+    turned(artifact.folder / block.onnx, broken / block.onnx)
+    assert error(broken) > 2 * golden.max_relative_error

@@ -63,6 +63,7 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
     show_default=True,
     help="Edges of the residual payload's graph: free, or replayed as in LeMiCa.",
 )
+@click.option("--threads", type=int, help="CPU threads; the last digits of results follow them.  [default: torch's]")
 @click.option("--lora", type=click.Path(path_type=Path), help="Folder of a LoRA to fuse into the weights.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
               help="Of the transformer's engines; bfloat16 is served on GPUs only.")  # fmt: skip

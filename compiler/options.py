@@ -51,6 +51,8 @@ class CompileOptions:
     """Folder of a LoRA that is fused into the weights."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the transformer's stages; everything that is searched and measured is so in float32."""
+    threads: int | None = None
+    """Of torch, by default as many as it chooses: with another number kernels share their work otherwise, and round otherwise."""
     workspace: Path | None = None
     force: bool = False
 
@@ -73,6 +75,8 @@ class CompileOptions:
                 f"--anchor-budget is {self.anchor} and --reference-budget is {self.reference}: "
                 "expected the anchor's to be the lower one"
             )
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise UsageError(f"--threads is {self.threads}: expected 1 … 1024")
         if self.trials < 1:
             raise UsageError(f"--trials is {self.trials}: expected 1 or more")
         low, high = self.guidance_scale

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from otcache.schemas import manifest as schema
 from otcache.schemas.shapes import described
 
@@ -48,6 +50,7 @@ def compile_model(
     recover(target)
     check_target(target, force=options.force)
     with contextlib.ExitStack() as held:
+        held.callback(torch.set_num_threads, torch.get_num_threads())  # `prepare` takes the options' number
         return target, _compiled(prepare(options, recorder, held, live), target, recorder.passes)
 
 

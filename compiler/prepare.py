@@ -125,6 +125,8 @@ def begin(
     own = read_prompts(options.prompts) if isinstance(options.prompts, Path) else options.prompts
     if options.objective == "lpips":
         metrics.lpips_metric()  # where it is missing, say so before anything is loaded
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     with reporter.on("load", options.model):
         model = live or load_model(
             options.model,
@@ -253,9 +255,13 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that has a say in the result."""
+    """Versions of everything that has a say in the result, and torch's threads.
+
+    A matrix product of a few rows is summed in another order where two threads share it: of `shapes` with three prompts outputs differ
+    by 1e-6 between one thread and two.
+    """
     names = ("otcache", "torch", "diffusers", "transformers", "numpy", "onnx", "onnxscript", "optuna", "POT")
-    return {name: importlib.metadata.version(name) for name in names}
+    return {**{name: importlib.metadata.version(name) for name in names}, "torch threads": str(torch.get_num_threads())}
 
 
 def capture_key(session: Session, prompts: Sequence[str], seed: int, scales: Sequence[float]) -> Any:

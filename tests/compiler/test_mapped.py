@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def resident() -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, whose kernel says what is in memory")
 def test_memory_is_given_back_and_nothing_is_lost(tmp_path):
     save_file({"weight": torch.ones(SIDE, SIDE)}, tmp_path / "weights.safetensors")
+    with open(tmp_path / "weights.safetensors", "rb") as file:
+        os.fsync(file.fileno())  # what is not on the disk yet cannot be dropped
     with torch.device("meta"):
         module = torch.nn.Linear(SIDE, SIDE, bias=False)
     module.load_state_dict(load_file(tmp_path / "weights.safetensors"), assign=True)

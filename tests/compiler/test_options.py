@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from otcache.compiler.options import CompileOptions, parse_budgets, parse_guidance, split_prompts
-from otcache.schemas.errors import UsageError
+from otcache.compiler.pipeline import compile_model
+from otcache.compiler.prepare import versions
+from otcache.compiler.progress import Reporter
+from otcache.schemas.errors import ModelError, UsageError
 
 
 def test_budgets_are_sorted_and_distinct():
@@ -33,6 +37,7 @@ def test_budgets_must_not_exceed_the_steps():
         ({"guidance_scale": (6.0, 2.0)}, "--guidance-scale is 6.0:2.0"),
         ({"calibration_prompts": 0}, "--calibration-prompts is 0"),
         ({"height": 0}, "--height is 0"),
+        ({"threads": 0}, "--threads is 0"),
     ],
 )
 def test_numbers_out_of_range(choice, message):
@@ -65,3 +70,21 @@ def test_prompts_are_split_without_overlap():
     assert calibration == ["a", "b"] and held_out == ["c"]
     with pytest.raises(UsageError, match="at least 2"):
         split_prompts(["same", "same"], 24, 32)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_are_torchs_while_it_compiles_and_part_of_the_versions(threads, tmp_path):
+    class Seen(Reporter):
+        def on(self, name, description):
+            self.threads, self.versions = torch.get_num_threads(), versions()
+            return super().on(name, description)
+
+    before, seen = torch.get_num_threads(), Seen()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ModelError, match="was not found"):
+            compile_model(CompileOptions(model="no model", threads=threads, output=tmp_path / "made"), seen)
+        assert seen.threads == threads and seen.versions["torch threads"] == str(threads)
+        assert torch.get_num_threads() == 3, "as it was"
+    finally:
+        torch.set_num_threads(before)

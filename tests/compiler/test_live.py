@@ -122,7 +122,7 @@ def test_every_option_is_taken(pipeline, tmp_path):
         "budgets": [0], "num_inference_steps": 0, "guidance_scale": -1, "prompts": ["one"], "height": 1, "width": 1,
         "num_frames": 0, "reference_budget": 0, "anchor_budget": 0, "trials": 0, "calibration_prompts": 0,
         "evaluation_prompts": 0, "revision": "main", "trust_remote_code": True, "lora": tmp_path,
-        "sizes": "one", "frame_counts": "one", "text_lengths": "one",
+        "sizes": "one", "frame_counts": "one", "text_lengths": "one", "threads": 0,
     }  # fmt: skip
     for name, value in refused.items():
         with pytest.raises(UsageError, match=f"{name}|{name.replace('_', '-')}"):

@@ -119,6 +119,24 @@ def test_chain_matches_the_model_end_to_end(exported, size):
     assert set(run_exported(result, inputs)) == {*kwargs, *(name for stage in stages.stages for name in stage.outputs)}
 
 
+def test_weights_above_the_limit_lie_beside_the_file(tmp_path, monkeypatch):
+    model, kwargs, _ = trunk()
+    stages = cut(model, kwargs, constants={})
+    whole = export_stages(stages, kwargs, tmp_path / "whole")
+    assert export.EXTERNAL_BYTES <= 1 << 30
+    monkeypatch.setattr(export, "EXTERNAL_BYTES", 1024)  # more than embed and head have, less than a block
+    beside = export_stages(stages, kwargs, tmp_path / "beside")
+    assert [len(stage.files) for stage in whole] == [1, 1, 1, 1]
+    assert [len(stage.files) for stage in beside] == [1, 2, 2, 1]
+    for stage, other in zip(beside, whole, strict=True):
+        entries = [entry.value for tensor in onnx.load(stage.path, load_external_data=False).graph.initializer
+                   for entry in tensor.external_data if entry.key == "location"]  # fmt: skip
+        assert set(entries) == {path.name for path in stage.files[1:]}
+        assert sum(path.stat().st_size for path in stage.files) < 2 * other.path.stat().st_size
+    found, expected = run_exported(beside, kwargs), run_exported(whole, kwargs)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
 def test_files_hold_nothing_of_the_build_host(exported):
     *_, result = exported
     for stage in result:

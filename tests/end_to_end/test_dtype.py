@@ -31,7 +31,14 @@ from otcache.runtime.artifact import Artifact
 from otcache.schemas.errors import HostError
 
 PROMPT = "a red ring on black"
-SAME = {"budgets": (2, 4), "num_inference_steps": 8, "calibration_prompts": 4, "evaluation_prompts": 3, "trials": 4}
+SAME = {
+    "budgets": (2, 4),
+    "num_inference_steps": 8,
+    "calibration_prompts": 4,
+    "evaluation_prompts": 3,
+    "trials": 4,
+    "threads": 1,
+}
 """`COMPILE`, as options."""
 OF_ONE_EVALUATION = {"float16": 2e-3, "bfloat16": 2e-2}
 """Largest error of the exported transformer, relative to the largest output of the float32 model. Measured: 6e-4 and 7e-3."""

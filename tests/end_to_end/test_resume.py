@@ -18,7 +18,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import COMPILE
+from conftest import COMPILE, otc
 from forks import Forks
 
 from otcache.runtime.artifact import Artifact
@@ -63,12 +63,8 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def undisturbed(forks, compiled, tiny_flux_folder, workspace, tmp_path_factory):
-    head = "engines/onnx/head.onnx"
-    expected = (compiled / head).read_bytes()
-    (of_model,) = (
-        folder for folder in workspace.iterdir()
-        if any(path.read_bytes() == expected for path in folder.glob(f"export-*/{head}"))
-    )  # fmt: skip
+    arguments = ("compile", str(tiny_flux_folder), *COMPILE, "--dry-run", "--json")
+    of_model = Path(json.loads(otc(*arguments, workspace=workspace).stdout)["workspace"])
     digest = Artifact.open(compiled).manifest.digest
     return Undisturbed(forks, tiny_flux_folder, of_model, digest, tmp_path_factory.mktemp("undisturbed"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from .capture import Trajectory
 from .denoiser import Denoiser
 from .fit import fit_output_program
 from .lower import SolverTable, extrapolated_jump
+from .options import Objective
 from .rollout import roll_out
 from .stages import Stages
 
-Objective = Literal["ssim", "psnr", "lpips"]
 Schedule = tuple[int, ...]
 PRIOR_ORDER = 1
 """Adams–Bashforth weights: what the fit falls back to where the data say nothing."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-from .options import CompileOptions
+from .options import CompileOptions, Objective
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-OBJECTIVES = ["ssim", "psnr", "lpips"]
 
 
 def call_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,7 +39,7 @@ def search_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--trials", default=CompileOptions.trials, show_default=True, help="Trials of the anchor search."
         ),
         click.option(
-            "--objective", type=click.Choice(OBJECTIVES), default=CompileOptions.objective, show_default=True,
+            "--objective", type=click.Choice(get_args(Objective)), default=CompileOptions.objective, show_default=True,
             help="What the searches maximise; lpips needs `pip install 'otcache[lpips]'`.",
         ),
         click.option(

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from otcache.schemas.digest import digest_of_files, digest_of_value
-from otcache.schemas.errors import ModelError
+from otcache.schemas.errors import HostError, ModelError
 
 from .foreign import check_code, check_weights
 from .lora import fuse_lora
@@ -163,7 +163,7 @@ def load_model(
     lora: Path | None = None,
     scratch: Path | None = None,
 ) -> Model:
-    """Load a pipeline with its weights in `dtype` on the CPU. Raises ModelError with the reason.
+    """Load a pipeline with its weights in `dtype` on the CPU. Raises ModelError with the reason, HostError.
 
     trust_remote_code: run Python that comes with the model. Without it such a model is refused unread.
     lora: folder of a LoRA that is fused into the weights, and part of their digest.
@@ -194,6 +194,8 @@ def load_model(
                 source, torch_dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True,
                 trust_remote_code=trust_remote_code,
             )  # fmt: skip
+    except HostError:
+        raise
     except Exception as error:
         raise ModelError(f"MODEL {name!r} could not be loaded by diffusers: {_reason(error)}") from error
     weights_digest = digest_of_files(folder, [p for p in folder.rglob("*.safetensors") if p.is_file()])

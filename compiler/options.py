@@ -9,6 +9,9 @@ from typing import Literal
 
 from otcache.schemas.errors import UsageError
 
+Objective = Literal["ssim", "psnr", "lpips"]
+"""What the searches maximise (of lpips, the negative)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompileOptions:
@@ -38,7 +41,7 @@ class CompileOptions:
     anchor_budget: int | None = None
     """Default: a twelfth of the steps, at least 2."""
     trials: int = 20
-    objective: Literal["ssim", "psnr", "lpips"] = "ssim"
+    objective: Objective = "ssim"
     payload: Literal["auto", "output", "residual"] = "auto"
     edge_costs: Literal["statistics", "end-to-end"] = "statistics"
     calibration_prompts: int = 32

@@ -10,9 +10,9 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from .disk import full_disk_named, part_folder, remove_leftovers
 from .mapped import give_back_all
+from .workspace import ELSEWHERE, make_folder
 
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _STORED.items()}
@@ -31,6 +33,7 @@ def widened(folder: Path, dtype: torch.dtype, scratch: Path) -> Iterator[Path]:
     """A folder whose safetensors files are in `dtype`: the folder itself, or a copy in `scratch` that is removed afterwards.
 
     What was mapped from the copy stays readable. Outside Linux, where nothing is given back, it is the folder itself.
+    Raises HostError for a scratch folder that nothing can be written to.
     """
     files = [path for path in folder.rglob("*.safetensors") if path.is_file()]
     others = {path for path in files if _dtypes(path) - {dtype}}
@@ -46,9 +49,10 @@ def widened(folder: Path, dtype: torch.dtype, scratch: Path) -> Iterator[Path]:
         else:
             shutil.copyfile(source, target)
 
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch) as made:
-        yield Path(shutil.copytree(folder, Path(made) / folder.name, copy_function=copied))
+    make_folder(scratch)
+    remove_leftovers(scratch, re.escape(folder.name))
+    with full_disk_named(scratch, ELSEWHERE), part_folder(scratch / folder.name) as made:
+        yield Path(shutil.copytree(folder, made / folder.name, copy_function=copied))
 
 
 def _dtypes(path: Path) -> set[torch.dtype]:

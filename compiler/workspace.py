@@ -7,6 +7,7 @@ exists is whole. One compile at a time works in a folder. Deleting the folder lo
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import zipfile
@@ -25,6 +26,8 @@ RESULT = r"[a-z-]+-[0-9a-f]{24}(?:\.\w+)?"
 """Names of results, as a regular expression."""
 
 LOCK = ".lock"
+ELSEWHERE = "name another folder in OTC_CACHE"
+"""What a user can do about a workspace that is of no use."""
 
 
 def default_workspace() -> Path:
@@ -32,6 +35,18 @@ def default_workspace() -> Path:
     if folder := os.environ.get("OTC_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "otcache"
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of the workspace if it is missing. Raises HostError where nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        if is_full_disk(error):
+            raise
+        raise HostError(f"workspace {folder} cannot be written to ({error.strerror}): {ELSEWHERE}") from error
 
 
 class Workspace:
@@ -49,22 +64,14 @@ class Workspace:
     def held(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Keep other compiles out of the folder, and remove what killed ones left. Waits while another one is at work."""
         with self.full_disk_named():
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / LOCK).touch()
-            except OSError as error:
-                if is_full_disk(error):
-                    raise
-                raise HostError(
-                    f"workspace {self.folder} cannot be written to ({error.strerror}): name another folder in OTC_CACHE"
-                ) from error
+            make_folder(self.folder)
             with locked(self.folder / LOCK, on_wait):
                 remove_leftovers(self.folder, RESULT)
                 yield
 
     def full_disk_named(self) -> contextlib.AbstractContextManager[None]:
         """See `disk`."""
-        return full_disk_named(self.folder, "name another folder in OTC_CACHE")
+        return full_disk_named(self.folder, ELSEWHERE)
 
     def has(self, name: str, key: Any, suffix: str) -> bool:
         """Whether the result of a pass is kept here."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,8 +14,10 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from otcache.compiler import widen
 from otcache.compiler.models import load_model
 from otcache.compiler.widen import widened
+from otcache.schemas.errors import HostError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="nothing is given back elsewhere")
 
@@ -84,3 +88,23 @@ def test_a_broken_file_leaves_nothing(half_folder, tmp_path):
     with pytest.raises(Exception, match="could not be loaded by diffusers"):
         load_model(str(folder), scratch=scratch)
     assert not scratch.exists() or not list(scratch.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed(half_folder, tmp_path):
+    left = tmp_path / f".{half_folder.name}.abcdefgh.part"
+    (left / "transformer").mkdir(parents=True)
+    with widened(half_folder, torch.float32, tmp_path) as found:
+        assert not left.exists() and found.parent.parent == tmp_path
+
+
+def test_a_full_disk_and_a_folder_that_is_none_are_named(half_folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "file").touch()
+    with pytest.raises(HostError, match=r"workspace .*file/cache cannot be written to .*OTC_CACHE"):
+        load_model(str(half_folder), scratch=tmp_path / "file" / "cache")
+    monkeypatch.setattr(widen, "_cast", full)
+    with pytest.raises(HostError, match=r"no space left on the disk of .*OTC_CACHE"):
+        load_model(str(half_folder), scratch=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())

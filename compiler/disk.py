@@ -10,9 +10,9 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
 import sqlite3
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -77,20 +77,33 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 @contextlib.contextmanager
 def part_folder(target: Path) -> Iterator[Path]:
     """An empty, locked folder `.<name>.<random>.part` beside `target`; what is left of it afterwards is removed."""
-    while True:
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-        try:
-            lock = _try_lock(part)
-        except FileNotFoundError:
-            continue
-        if lock is not None and part.exists():
-            break
-        # Another process took the folder for a leftover in the moment before it was locked.
+    part, lock = _new_name(target), None  # named before it is made: a signal may come at any time
     try:
+        while (lock := _made_and_locked(part)) is None:
+            part = _new_name(target)
         yield part
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        os.close(lock) if lock >= 0 else None
+        if lock is not None and lock >= 0:
+            os.close(lock)
+
+
+def _new_name(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+
+
+def _made_and_locked(part: Path) -> int | None:
+    """Make a folder; `_try_lock` of it, or None if another process took it for a leftover in the moment before."""
+    part.mkdir(mode=0o700)
+    try:
+        lock = _try_lock(part)
+    except FileNotFoundError:
+        return None
+    if lock is None or part.exists():
+        return lock
+    if lock >= 0:
+        os.close(lock)
+    return None
 
 
 def remove_leftovers(folder: Path, name: str) -> list[Path]:

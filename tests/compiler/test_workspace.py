@@ -10,7 +10,9 @@ import sys
 import numpy as np
 import pytest
 
+from otcache.compiler import disk
 from otcache.compiler.disk import is_full_disk, part_folder, remove_leftovers
+from otcache.compiler.interrupts import Interrupted
 from otcache.compiler.workspace import Workspace
 from otcache.schemas.errors import HostError
 
@@ -151,3 +153,29 @@ def test_a_full_disk_is_seen_behind_other_exceptions(tmp_path):
         wrapped()
     assert is_full_disk(caught.value)
     assert not is_full_disk(OSError(2, "No such file or directory")) and not is_full_disk(ValueError("disk"))
+
+
+def test_a_signal_while_a_part_folder_is_made_leaves_none(tmp_path, monkeypatch):
+    def interrupted(path):
+        assert path.is_dir()
+        raise Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr(disk, "_try_lock", interrupted)
+    with pytest.raises(Interrupted), part_folder(tmp_path / "artifact"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_folder_that_is_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    real, taken = disk._try_lock, []
+
+    def stolen(path):
+        if not taken:
+            taken.append(path)
+            path.rmdir()
+        return real(path)
+
+    monkeypatch.setattr(disk, "_try_lock", stolen)
+    with part_folder(tmp_path / "artifact") as part:
+        assert part.is_dir() and part != taken[0]
+    assert not list(tmp_path.iterdir())

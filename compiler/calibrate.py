@@ -78,10 +78,10 @@ class Calibration:
                 self._denoise, self.trajectory, schedule, self._prior, timesteps=self.table.timesteps,
                 input_scales=self.table.input_scales, memory=self.memory, penalty=self.penalty,
             )  # fmt: skip
-            return self._scored(name, program, schedule, torch.as_tensor(latents).float(), weight)
+            return self._scored(name, program, schedule, latents, weight)
 
         if schedule not in self.fitted:
-            self.fitted[schedule] = self.attempt(["output", list(schedule)], fitted)
+            self.fitted[schedule] = self.attempt(["output, crossed", list(schedule)], fitted)
         return self.fitted[schedule].named(name, weight)
 
     def attempt(self, key: Any, measure: Callable[[], Trial]) -> Trial:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from otcache.schemas.program import Program, Step
 
+from .coefficients import coefficients
 from .denoiser import Denoiser
 from .stages import Stages
 from .wiring import tensor_of
@@ -23,9 +24,10 @@ Cast = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 def combine(step: Step, latents: Tensor, outputs: list[Tensor]) -> Tensor:
     """x ← latent_coef · x + Σ output_coefs · v, newest last."""
-    result = step.latent_coef * latents
-    for coef, output in zip(step.output_coefs, outputs[-len(step.output_coefs) :], strict=True):
-        if coef:
+    latent_coef, *output_coefs = coefficients(step, outputs)
+    result = latent_coef * latents
+    for coef, output in zip(output_coefs, outputs[-len(output_coefs) :], strict=True):
+        if step.slopes is not None or coef:
             result = result + coef * output
     return result
 

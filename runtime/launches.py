@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from otcache.schemas.combinations import COEFS, TOTAL, in_float32
 from otcache.schemas.manifest import Manifest, Stage, TensorInfo
-from otcache.schemas.program import Program
+from otcache.schemas.program import Program, Step
 
 from .loop import newest
 
@@ -97,7 +97,7 @@ class _Unroller:
             else:
                 self.forecast(number, forecasts[number], step.residual_coefs)
             self.stages(number, "head")
-            self.update(number, step.latent_coef, step.output_coefs)
+            self.update(number, step)
         return Listing(tuple(self.launches), self.tensors, brought, Value("@x", len(self.program.steps)))
 
     def embed(self, number: int, scale: float) -> None:
@@ -129,13 +129,19 @@ class _Unroller:
             total = self.trunk_value(feature.result, number)
             self.combine(number, f"forecast_{index}_{len(coefs)}", terms, total, coefs)
 
-    def update(self, number: int, latent_coef: float, coefs: tuple[float, ...]) -> None:
+    def update(self, number: int, step: Step) -> None:
         guided = self.value("@v", number, self.latents)
         self.combine(number, "guide", [self.now[self.manifest.output]], guided, None)
-        steps = newest(list(range(number + 1)), len(coefs))
+        steps = newest(list(range(number + 1)), len(step.output_coefs))
         terms = [Value("@x", number), *(Value("@v", step) for step in steps)]
         total = self.value("@x", number + 1, self.latents)
-        self.combine(number, f"update_{len(coefs)}", terms, total, (latent_coef, *coefs))
+        coefs = (step.latent_coef, *step.output_coefs)
+        if step.slopes is None:
+            self.combine(number, f"update_{len(steps)}", terms, total, coefs)
+        else:
+            slopes = (step.slopes.latent_coef, *step.slopes.output_coefs)
+            place = (step.slopes.centre, step.slopes.spread)
+            self.combine(number, f"follow_{len(steps)}", terms, total, (*coefs, *slopes, *place))
 
     def combine(
         self, number: int, name: str, terms: list[Value], total: Value, coefs: tuple[float, ...] | None

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from otcache.schemas.program import Program
+from otcache.schemas.program import FARTHEST, Program, Slopes, Step
 
 Float32 = NDArray[np.float32]
 Residual = tuple[Float32, ...]
@@ -20,6 +20,8 @@ Residual = tuple[Float32, ...]
 Callback = Callable[[int, int], None]
 """Called with the number of finished steps and of all; what it raises ends the run."""
 T = TypeVar("T")
+TINY = 1e-30
+"""What is divided by, or has its logarithm taken, counts as this if it is less."""
 
 
 class Model(Protocol):
@@ -54,8 +56,8 @@ def sample(
     """Run the program from the initial latents, float32 (n, …), to the final ones.
 
     r = blocks(h) − h  if step.compute else  Σ c_m r_m          v = Σ_g weight_g · head(h + r)_g
-    x ← latent_coef · x + Σ_m output_coefs_m · v_m              both histories newest last
-
+    x ← latent_coef · x + Σ_m output_coefs_m · v_m              both histories newest last; see `Slopes` for coefficients that
+                                                                follow the sample
     keep_norm: v is multiplied so that its vectors along the last axis are as long as those of the last branch.
     """
     x = latents.astype(np.float32)
@@ -71,12 +73,36 @@ def sample(
             recent = newest(residuals, len(step.residual_coefs))
             model.apply(tuple(combination(step.residual_coefs, list(parts)) for parts in zip(*recent, strict=True)))
         outputs = newest([*outputs, guided(model.head(), guidance_weights, keep_norm)], program.output_memory)
-        x = np.float32(step.latent_coef) * x
-        if step.output_coefs:
-            x += combination(step.output_coefs, newest(outputs, len(step.output_coefs)))
+        x = updated(step, x, newest(outputs, len(step.output_coefs)))
         if callback is not None:
             callback(index + 1, len(program.steps))
     return x
+
+
+def updated(step: Step, x: Float32, outputs: list[Float32]) -> Float32:
+    """The latents (n, …) after a step, from those before it and the outputs that it weighs, newest last; a new array."""
+    coefs: Sequence[Float32 | float] = (step.latent_coef, *step.output_coefs)
+    if step.slopes is not None:
+        place = place_among_samples(step.slopes, outputs[-2], outputs[-1]).reshape(-1, *[1] * (x.ndim - 1))
+        slopes = (step.slopes.latent_coef, *step.slopes.output_coefs)
+        coefs = [np.float32(coef) + np.float32(slope) * place for coef, slope in zip(coefs, slopes, strict=True)]
+    x = np.float32(coefs[0]) * x
+    if outputs:
+        x += combination(coefs[1:], outputs)
+    return x
+
+
+def place_among_samples(slopes: Slopes, before: Float32, output: Float32) -> Float32:
+    """(n,): how many spreads more or less than calibration's samples the guided output (n, …) of each sample has changed.
+
+    clip((ln(‖v − v_before‖ / ‖v‖) − centre) / spread, ±FARTHEST), in float32; squares below 1e-30 count as that.
+    """
+    moved, size = (
+        np.log(np.maximum(np.square(part.reshape(len(part), -1)).sum(axis=1), np.float32(TINY)))
+        for part in (output - before, output)
+    )
+    place = (np.float32(0.5) * (moved - size) - np.float32(slopes.centre)) / np.float32(slopes.spread)
+    return np.clip(place, np.float32(-FARTHEST), np.float32(FARTHEST))
 
 
 def guided(branches: Float32, weights: Sequence[float], keep_norm: bool) -> Float32:
@@ -84,12 +110,12 @@ def guided(branches: Float32, weights: Sequence[float], keep_norm: bool) -> Floa
     output = combination(weights, branches)
     if keep_norm:
         length = np.linalg.norm(output, axis=-1, keepdims=True)
-        output *= np.linalg.norm(branches[-1], axis=-1, keepdims=True) / np.maximum(length, np.float32(1e-30))
+        output *= np.linalg.norm(branches[-1], axis=-1, keepdims=True) / np.maximum(length, np.float32(TINY))
     return output
 
 
-def combination(coefs: Sequence[float], arrays: Sequence[Float32] | Float32) -> Float32:
-    """Σ coefs · arrays in float32, added in order; a new array."""
+def combination(coefs: Sequence[Float32 | float], arrays: Sequence[Float32] | Float32) -> Float32:
+    """Σ coefs · arrays in float32, added in order; a new array. A coefficient is a number, or an array that broadcasts."""
     total = np.float32(coefs[0]) * arrays[0]
     for coef, array in zip(coefs[1:], arrays[1:], strict=True):
         total += np.float32(coef) * array

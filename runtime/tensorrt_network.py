@@ -5,20 +5,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from otcache.schemas.combinations import COEFS, Combination
 from otcache.schemas.manifest import TensorInfo
+from otcache.schemas.program import FARTHEST
 
+from .loop import TINY
 from .messages import one_line
 
 TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
 """TensorRT's names of the manifest's types."""
 _NAMES = {trt_name: name for name, trt_name in TYPES.items()}
-_SMALLEST_SQUARE = 1e-30
-"""What `cfg_norm` divides by at least, as `loop.guided`."""
 
 
 class NetworkError(Exception):
@@ -70,6 +71,10 @@ def add_combination(trt: Any, network: Any, combination: Combination) -> Any:
         total = ops.weighed(each, first_coef=0)
         if combination.keep_norm:
             total = ops.as_long_as(total, each[-1])
+    elif combination.kind == "follow":
+        coefs = ops.followed_coefs(terms[-2], terms[-1], count=len(terms))
+        first, *others = [ops.product(term, coef) for term, coef in zip(terms, coefs, strict=True)]
+        total = ops.add(first, ops.sum(others))
     else:
         total = ops.times(terms[0], 0)
         if terms[1:]:
@@ -122,17 +127,50 @@ class _Operations:
         layer.reshape_dims = shape
         return layer.get_output(0)
 
+    def product(self, a: Any, b: Any) -> Any:
+        return self.apply(a, b, self.trt.ElementWiseOperation.PROD)
+
+    def coef(self, index: int) -> Any:
+        """A coefficient, with a dimension of 1 for each of the terms'."""
+        one = self.network.add_slice(self.coefs, (index,), (1,), (1,)).get_output(0)
+        return self.reshape(one, (1,) * self.rank)
+
     def times(self, tensor: Any, coef: int) -> Any:
         """The tensor times a coefficient."""
-        one = self.network.add_slice(self.coefs, (coef,), (1,), (1,)).get_output(0)
-        return self.apply(tensor, self.reshape(one, (1,) * self.rank), self.trt.ElementWiseOperation.PROD)
+        return self.product(tensor, self.coef(coef))
+
+    def sum(self, terms: list[Any]) -> Any:
+        """Σ terms, in order."""
+        return functools.reduce(self.add, terms)
 
     def weighed(self, terms: list[Any], *, first_coef: int) -> Any:
         """Σ coefs · terms, in order."""
-        total = self.times(terms[0], first_coef)
-        for index, term in enumerate(terms[1:], start=first_coef + 1):
-            total = self.add(total, self.times(term, index))
-        return total
+        return self.sum([self.times(term, index) for index, term in enumerate(terms, start=first_coef)])
+
+    def followed_coefs(self, before: Any, output: Any, *, count: int) -> list[Any]:
+        """coefs_i + s · coefs_{count + i} for each sample, with s its place among the samples: `loop.place_among_samples`."""
+        operation = self.trt.ElementWiseOperation
+        moved, size = self._log_square(self.apply(output, before, operation.SUB)), self._log_square(output)
+        change = self.product(self.apply(moved, size, operation.SUB), self._scalar(0.5))
+        place = self.apply(
+            self.apply(change, self.coef(2 * count), operation.SUB), self.coef(2 * count + 1), operation.DIV
+        )
+        place = self.apply(place, self._scalar(-FARTHEST), operation.MAX)
+        place = self.apply(place, self._scalar(FARTHEST), operation.MIN)
+        return [self.add(self.coef(index), self.product(place, self.coef(count + index))) for index in range(count)]
+
+    def _log_square(self, tensor: Any) -> Any:
+        """The logarithm of the sum of squares of every sample, with a dimension of 1 for each of the terms' others."""
+        every_other = (1 << self.rank) - 2
+        square = self.product(tensor, tensor)
+        total = self.network.add_reduce(square, self.trt.ReduceOperation.SUM, every_other, True).get_output(0)
+        total = self.apply(total, self._scalar(TINY), self.trt.ElementWiseOperation.MAX)
+        return self.network.add_unary(total, self.trt.UnaryOperation.LOG).get_output(0)
+
+    def _scalar(self, value: float) -> Any:
+        import numpy as np
+
+        return self.constant(np.full((1,) * self.rank, value, np.float32))
 
     def joined(self, tensors: list[Any]) -> Any:
         layer = self.network.add_concatenation(tensors)
@@ -162,11 +200,8 @@ class _Operations:
 
     def as_long_as(self, tensor: Any, other: Any) -> Any:
         """The tensor, its vectors along the last axis as long as the other's."""
-        import numpy as np
-
-        floor = self.constant(np.full((1,) * self.rank, _SMALLEST_SQUARE, np.float32))
         operation = self.trt.ElementWiseOperation
-        own = self.apply(self._length(tensor), floor, operation.MAX)
+        own = self.apply(self._length(tensor), self._scalar(TINY), operation.MAX)
         return self.apply(tensor, self.apply(self._length(other), own, operation.DIV), operation.PROD)
 
     def _length(self, tensor: Any) -> Any:

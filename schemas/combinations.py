@@ -8,6 +8,8 @@ add arrays up. They follow from the manifest alone: which ones there are, and wh
     forecast_F_M    result of feature F ← source + Σ coefs_m · r_m over M residuals
     guide           v ← Σ coefs_b · output of branch b; with `cfg_norm`, as long as the last branch's
     update_M        x ← coefs₀ · x + Σ coefs_{m+1} · v_m over M outputs
+    follow_M        the same with coefs_i + s · coefs_{i+M+1} instead of coefs_i, where s, of each sample, is how far it is from the
+                    others in what its last two outputs differ (`Slopes`); centre and spread are the last two coefs
 
 Coefficients are an input, `coefs`, so that all steps and budgets share one engine. Terms are called `term_0`, `term_1`, … from
 the oldest to the newest after the tensor that the sum is added to; what is written is called `total`.
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from .manifest import Manifest, TensorInfo
 
-Kind = Literal["spread", "residual", "forecast", "guide", "update"]
+Kind = Literal["spread", "residual", "forecast", "guide", "update", "follow"]
 COEFS, TOTAL = "coefs", "total"
 
 
@@ -54,7 +56,7 @@ class Combination:
     @property
     def counts_samples(self) -> bool:
         """Whether `batch` of the terms is the number of samples; else it is that of branches times samples."""
-        return self.kind in ("spread", "update")
+        return self.kind in ("spread", "update", "follow")
 
 
 def combinations(manifest: Manifest) -> tuple[Combination, ...]:
@@ -63,7 +65,8 @@ def combinations(manifest: Manifest) -> tuple[Combination, ...]:
     output, branches = tensors[manifest.output], manifest.guidance.branches
     steps = [step for entry in manifest.all_programs for step in entry.program.steps]
     forecasts = sorted({len(step.residual_coefs) for step in steps if not step.compute})
-    updates = sorted({len(step.output_coefs) for step in steps})
+    updates = sorted({len(step.output_coefs) for step in steps if step.slopes is None})
+    followed = sorted({len(step.output_coefs) for step in steps if step.slopes is not None})
 
     def make(name: str, kind: Kind, coefs: int, terms: list[TensorInfo], total: TensorInfo) -> Combination:
         named = tuple(term.model_copy(update={"name": f"term_{index}"}) for index, term in enumerate(terms))
@@ -84,6 +87,7 @@ def combinations(manifest: Manifest) -> tuple[Combination, ...]:
         ]
     found.append(make("guide", "guide", branches, [output], x))
     found += [make(f"update_{count}", "update", 1 + count, [x] * (1 + count), x) for count in updates]
+    found += [make(f"follow_{count}", "follow", 2 * (1 + count) + 2, [x] * (1 + count), x) for count in followed]
     return tuple(found)
 
 

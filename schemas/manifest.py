@@ -13,10 +13,10 @@ from .consistency import FULL as FULL
 from .consistency import MANIFEST_NAME as MANIFEST_NAME
 from .consistency import SIGNATURE_NAME as SIGNATURE_NAME
 from .digest import digest_of_value
-from .program import MAX_STEPS, Coefficient, Frozen, Program
+from .program import MAX_STEPS, Coefficient, Frozen, Payload, Program
 from .shapes import Axis, AxisName, Symbol, SymbolName, Symbols
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 5
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 6
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 MAX_MANIFEST_BYTES = 16 << 20
 PLACE = "{}"
@@ -244,7 +244,7 @@ class Candidate(Frozen):
     """A program that was rolled out on the calibration set and could have been chosen."""
 
     name: str
-    payload: Literal["output", "residual"]
+    payload: Payload
     schedule: tuple[int, ...]
     weight: float | None = None
     """Position on the path from the reference (0) to the anchor policy (1), if it is interpolated."""

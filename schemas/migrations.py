@@ -89,7 +89,32 @@ def _without(value: Any, name: str) -> Any:
     return {key: item for key, item in value.items() if key != name} if isinstance(value, dict) else value
 
 
-MIGRATIONS: dict[int, Callable[[Value], Value]] = {0: _from_1_0, 1: _from_1_1, 2: _from_1_2, 3: _from_1_3, 4: _from_1_4}
+def _from_1_5(value: Value) -> Value:
+    """1.6 has slopes of coefficients, which 1.5 did not know."""
+    result = _with_plain_programs(value)
+    shapes = value.get("shapes")
+    if isinstance(shapes, dict) and isinstance(sizes := shapes.get("sizes"), list):
+        result["shapes"] = {**shapes, "sizes": [_with_plain_programs(size) for size in sizes]}
+    return result
+
+
+def _with_plain_programs(value: Any) -> Any:
+    """A value whose `programs` are entries with a `program` of `steps`: without the steps' slopes."""
+    if not isinstance(value, dict) or not isinstance(entries := value.get("programs"), list):
+        return dict(value) if isinstance(value, dict) else value
+    return {**value, "programs": [_with_plain_steps(entry) for entry in entries]}
+
+
+def _with_plain_steps(entry: Any) -> Any:
+    program = entry.get("program") if isinstance(entry, dict) else None
+    if not isinstance(program, dict) or not isinstance(steps := program.get("steps"), list):
+        return entry
+    return {**entry, "program": {**program, "steps": [_without(step, "slopes") for step in steps]}}
+
+
+MIGRATIONS: dict[int, Callable[[Value], Value]] = {
+    0: _from_1_0, 1: _from_1_1, 2: _from_1_2, 3: _from_1_3, 4: _from_1_4, 5: _from_1_5,
+}  # fmt: skip
 """Of major version 1: minor version → function to the next one."""
 
 

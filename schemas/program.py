@@ -6,15 +6,33 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Payload = Literal["output", "residual"]
+Payload = Literal["output", "residual", "adaptive"]
 Coefficient = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 MAX_STEPS = 4096
+FARTHEST = 2.5
+"""How many spreads from the centre of the calibrated samples a sample counts as at most."""
 
 
 class Frozen(BaseModel):
     """Base of all schema models: immutable, finite numbers only, unknown fields ignored (a newer minor version)."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Slopes(Frozen):
+    """How a step's coefficients follow the sample that they are for, in straight lines.
+
+        s = clip((ln(‖v_new − v_old‖ / ‖v_new‖) − centre) / spread, ±FARTHEST)
+
+    says how much the guided output v changed since the step before (norms over all elements of one sample), compared with
+    calibration's samples. Coefficients are those of the step plus s times these.
+    """
+
+    centre: Coefficient
+    spread: Annotated[float, Field(ge=1e-6, le=1e6)]
+    latent_coef: Coefficient
+    output_coefs: tuple[Coefficient, ...] = Field(min_length=2, max_length=64)
+    """As many as the step has."""
 
 
 class Step(Frozen):
@@ -39,13 +57,16 @@ class Step(Frozen):
     latent_coef: Coefficient
     output_coefs: tuple[Coefficient, ...] = Field(max_length=64)
     """Weights of the latest outputs, newest last."""
+    slopes: Slopes | None = None
+    """Of `latent_coef` and `output_coefs`, in an adaptive program."""
 
 
 class Program(Frozen):
     """A sampler as data: what the runtime executes, and nothing else decides.
 
-    `residual` programs walk every step of the full sampler and skip the blocks at some; `output` programs have
-    computed steps only, with everything in between folded into the coefficients.
+    `residual` programs walk every step of the full sampler and skip the blocks at some; `output` and `adaptive` programs
+    have computed steps only, with everything in between folded into the coefficients, which in `adaptive` ones follow each
+    sample where a step has `slopes`.
     """
 
     payload: Payload
@@ -62,12 +83,23 @@ class Program(Frozen):
             computed += step.compute
             if step.compute == bool(step.residual_coefs):
                 raise ValueError(f"steps[{position}] must either compute the blocks or forecast their residual")
-            if not step.compute and self.payload == "output":
-                raise ValueError(f"steps[{position}] is not computed: an output program has computed steps only")
+            if not step.compute and self.payload != "residual":
+                raise ValueError(
+                    f"steps[{position}] is not computed: an {self.payload} program has computed steps only"
+                )
             if len(step.residual_coefs) > computed:
                 raise ValueError(f"steps[{position}] forecasts from more residuals than were computed ({computed})")
             if len(step.output_coefs) > position + 1:
                 raise ValueError(f"steps[{position}] weighs more outputs than there are ({position + 1})")
+            if step.slopes is not None and self.payload != "adaptive":
+                raise ValueError(
+                    f"steps[{position}] has slopes: only an adaptive program has, and this one is {self.payload}"
+                )
+            if step.slopes is not None and len(step.slopes.output_coefs) != len(step.output_coefs):
+                raise ValueError(
+                    f"steps[{position}] has slopes of {len(step.slopes.output_coefs)} output_coefs: expected "
+                    f"{len(step.output_coefs)}, as many as it weighs"
+                )
         if not self.steps[0].compute:
             raise ValueError("steps[0] must be computed")
         return self

@@ -67,7 +67,7 @@ def remove_residual_cache(pipeline: Any) -> None:
 class ResidualScheduler(OTCacheScheduler):
     """The scheduler of a residual program. Made by `apply_residual_cache`; it needs the hooks on the transformer."""
 
-    payload = "residual"
+    payloads = ("residual",)
     replaced: Any = None
     """The pipeline's scheduler from before."""
     request: Request | None = None
@@ -81,7 +81,7 @@ class ResidualScheduler(OTCacheScheduler):
         if (len(blocks), self._recipe.features) != (self._recipe.blocks, 1):
             raise ModelError(
                 f"{type(transformer).__name__} has {len(blocks)} blocks here and {self._recipe.features} tensors after them: "
-                f"expected {self._recipe.blocks}, as the artifact, and one: use a budget of payload 'output'"
+                f"expected {self._recipe.blocks}, as the artifact, and one: use a budget of another payload"
             )
         passages = [Passage(block) for block in blocks]
         hook = _hook_of(transformer)

@@ -1,4 +1,4 @@
-"""`OTCacheScheduler`: a program of payload `output` as a diffusers scheduler.
+"""`OTCacheScheduler`: a program of outputs as a diffusers scheduler.
 
 Consumes an artifact's manifest; no engine is read. Set on a pipeline, it gives out the B times of a budget instead of all T, and
 its `step` applies the program's coefficients to the outputs so far: the loop of `otcache.runtime.loop`, with the pipeline as the
@@ -35,6 +35,7 @@ from typing_extensions import Self
 from otcache.schemas.errors import ArtifactError, OTCacheError, RequestError
 from otcache.schemas.program import Payload, Step
 
+from ..coefficients import coefficients
 from .guidance import GuidanceProbe, guidance_fault
 from .identify import model_fault
 from .recipe import Recipe, recipe_from_artifact
@@ -50,7 +51,7 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     order = 1
     """Model evaluations per step."""
-    payload: Payload = "output"
+    payloads: tuple[Payload, ...] = ("output", "adaptive")
     """Of the programs that it runs."""
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -195,9 +196,10 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._probe = None if pipeline is None else GuidanceProbe(pipeline)
 
     def _check_payload(self) -> None:
-        if self._recipe.program.payload != self.payload:
+        if self._recipe.program.payload not in self.payloads:
+            expected = " or ".join(repr(payload) for payload in self.payloads)
             raise RequestError(
-                f"{self._recipe} caches {self._recipe.program.payload}s: expected payload {self.payload!r} here: "
+                f"{self._recipe} has payload {self._recipe.program.payload!r}: expected {expected} here: "
                 "use apply_residual_cache for residuals and OTCacheScheduler for outputs"
             )
 
@@ -252,11 +254,11 @@ def updated(step: Step, latents: Tensor, outputs: Sequence[Tensor]) -> Tensor:
 
     Where a request started late, outputs are missing: the oldest there is stands in for those before it.
     """
-    coefs = list(step.output_coefs)
+    latent_coef, *coefs = coefficients(step, [output.float() for output in outputs])
     missing = max(len(coefs) - len(outputs), 0)
     if missing:
         coefs = [sum(coefs[: missing + 1]), *coefs[missing + 1 :]]
-    result = step.latent_coef * latents
+    result = latent_coef * latents
     if coefs:
         recent = outputs[-len(coefs) :]
         total = coefs[0] * recent[0].float()

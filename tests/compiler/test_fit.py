@@ -8,18 +8,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from otcache.compiler import fit
 from otcache.compiler.capture import Trajectory
-from otcache.compiler.fit import fit_output_program, forecast_coefs, ridge_step
+from otcache.compiler.fit import STRAY, fit_output_program, forecast_coefs, ridge_step, sample_weights
+from otcache.compiler.hosts.scheduler import updated
+from otcache.compiler.rollout import combine
+from otcache.runtime import loop
+from otcache.schemas.program import Step
 
 
 def test_ridge_finds_what_lies_in_the_span_and_the_prior_under_a_heavy_penalty():
     random = np.random.default_rng(0)
     latents, older, newest = random.normal(size=(3, 5, 9))
     target = 0.7 * latents - 0.2 * older + 1.5 * newest
-    latent_coef, output_coefs = ridge_step(target, latents, [older, newest], (1.0, [0.0, 1.0]), 0.0)
-    assert np.allclose([latent_coef, *output_coefs], [0.7, -0.2, 1.5])
-    latent_coef, output_coefs = ridge_step(target, latents, [older, newest], (1.0, [0.0, 1.0]), 1e9)
-    assert np.allclose([latent_coef, *output_coefs], [1.0, 0.0, 1.0], atol=1e-6)
+    free = ridge_step(target, latents, [older, newest], [1.0, 0.0, 1.0], 0.0)
+    assert np.allclose(free.coefs, [0.7, -0.2, 1.5]) and np.allclose(free.crossed, free.coefs)
+    held = ridge_step(target, latents, [older, newest], [1.0, 0.0, 1.0], 1e9)
+    assert np.allclose(held.coefs, [1.0, 0.0, 1.0], atol=1e-6) and np.allclose(held.crossed, held.coefs, atol=1e-6)
 
 
 def test_ridge_is_the_augmented_least_squares():
@@ -30,23 +35,109 @@ def test_ridge_is_the_augmented_least_squares():
     scale = np.sqrt(penalty) * np.diag(np.linalg.norm(matrix, axis=0))
     stacked = np.vstack([matrix, scale])
     expected = np.linalg.lstsq(stacked, np.concatenate([target.ravel(), scale @ prior]), rcond=None)[0]
-    latent_coef, output_coefs = ridge_step(target, latents, [newest], (prior[0], prior[1:]), penalty)
-    assert np.allclose([latent_coef, *output_coefs], expected)
+    assert np.allclose(ridge_step(target, latents, [newest], prior, penalty).coefs, expected)
+
+
+def test_each_sample_is_left_out_of_its_own_coefficients():
+    random = np.random.default_rng(4)
+    target, latents, older, newest = random.normal(size=(4, 5, 3, 2))
+    found = ridge_step(target, latents, [older, newest], [1.0, 0.0, 0.5], 0.1)
+    for sample in range(5):
+        others = [np.delete(value, sample, axis=0) for value in (target, latents, older, newest)]
+        alone = ridge_step(others[0], others[1], others[2:], [1.0, 0.0, 0.5], 0.1)
+        assert np.allclose(found.crossed[sample], alone.coefs)
+    only = ridge_step(target[:1], latents[:1], [older[:1]], [1.0, 0.0], 0.1)
+    assert np.array_equal(only.crossed, only.coefs[None])
+
+
+def test_a_weight_of_two_counts_a_sample_twice():
+    random = np.random.default_rng(5)
+    target, latents, output = random.normal(size=(3, 4, 6))
+    twice = [np.concatenate([value, value[:1]]) for value in (target, latents, output)]
+    expected = ridge_step(twice[0], twice[1], twice[2:], [1.0, 0.0], 0.2).coefs
+    found = ridge_step(target, latents, [output], [1.0, 0.0], 0.2, np.array([2.0, 1.0, 1.0, 1.0]))
+    assert np.allclose(found.coefs, expected)
+
+
+def test_a_stray_counts_as_if_it_were_at_the_limit():
+    references = np.zeros((5, 3))
+    latents = np.diag([1.0, 1.0, 1.0, 1.0, 100.0])[:, :3] + np.array([[0, 0, 0]] * 3 + [[1, 0, 0], [60, 80, 0]])
+    assert sample_weights(latents, references) == pytest.approx([1, 1, 1, 1, (STRAY / 100) ** 2])
+    assert np.array_equal(sample_weights(references, references), np.ones(5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_tensors_of_any_dtype_are_read_with_and_without_gradients(dtype):
     latents, output = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(3)).to(dtype)
     target = 0.5 * latents.double() + 2 * output.double()
-    found = ridge_step(target, latents.requires_grad_(), [output], (1.0, [0.0]), 0.0)
-    assert np.allclose([found[0], *found[1]], [0.5, 2.0])
+    assert np.allclose(ridge_step(target, latents.requires_grad_(), [output], [1.0, 0.0], 0.0).coefs, [0.5, 2.0])
 
 
 def test_two_equal_outputs_do_not_break_the_fit():
     random = np.random.default_rng(2)
     latents, output = random.normal(size=(2, 4, 6))
-    latent_coef, output_coefs = ridge_step(latents + 2 * output, latents, [output, output], (1.0, [0.0, 1.0]), 1e-5)
-    assert latent_coef * latents + output_coefs.sum() * output == pytest.approx(latents + 2 * output, abs=1e-3)
+    coefs = ridge_step(latents + 2 * output, latents, [output, output], [1.0, 0.0, 1.0], 1e-5).coefs
+    assert coefs[0, 0] * latents + coefs[0, 1:].sum() * output == pytest.approx(latents + 2 * output, abs=1e-3)
+
+
+def test_slopes_are_found_where_coefficients_follow_a_place():
+    random = np.random.default_rng(6)
+    latents, older, newest = random.normal(size=(3, 9, 40))
+    places = random.normal(size=9)
+    each = np.outer(np.ones(9), [0.9, -0.3, 1.2]) + np.outer(places, [0.05, 0.2, -0.4])
+    target = sum(c[:, None] * value for c, value in zip(each.T, (latents, older, newest), strict=True))
+    found = ridge_step(target, latents, [older, newest], [1.0, 0.0, 1.0], 0.0, places=places)
+    assert np.allclose(found.coefs, [[0.9, -0.3, 1.2], [0.05, 0.2, -0.4]], atol=2e-3)
+    assert found.crossed.shape == (9, 2, 3) and np.allclose(found.crossed, found.coefs, atol=5e-3)
+
+
+def two_kinds(samples):
+    """x' = −k·x with k of every sample its own: what an output weighs depends on k, which its change gives away."""
+    rates = torch.linspace(0.5, 2.5, samples)[:, None]
+    start = torch.randn(samples, 3, generator=torch.Generator().manual_seed(1))
+    latents, outputs = [start], []
+    for _ in range(12):
+        outputs.append(-rates * latents[-1])
+        latents.append(latents[-1] + outputs[-1] / 12)
+    trajectory = Trajectory(
+        latents=torch.stack(latents), outputs=torch.stack(outputs), conditioning={}, guidance=torch.ones(samples),
+        timesteps=tuple(range(12)),
+    )  # fmt: skip
+    program, final = fit_output_program(
+        lambda x, step: -rates * x, trajectory, (0, 3, 6, 9), lambda computed, end: (1.0, np.full(len(computed), 0.25)),
+        timesteps=np.arange(12), input_scales=np.ones(12), memory=2,
+    )  # fmt: skip
+    return program, float((final - trajectory.latents[-1]).norm() / trajectory.latents[-1].norm())
+
+
+def test_coefficients_follow_samples_whose_outputs_change_differently(monkeypatch):
+    program, error = two_kinds(16)
+    assert program.payload == "adaptive" and [step.slopes is not None for step in program.steps] == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    monkeypatch.setattr(fit, "FEWEST_FOR_SLOPES", 17)
+    plain, plain_error = two_kinds(16)
+    assert plain.payload == "output" and not any(step.slopes for step in plain.steps)
+    assert error < 0.7 * plain_error
+
+
+def test_an_update_is_the_same_everywhere():
+    """One update in the fit, in a roll-out, in the runtime and in the drop-in scheduler."""
+    outputs = list(torch.randn(3, 10, 4, generator=torch.Generator().manual_seed(2)))
+    latents = torch.randn(10, 4, generator=torch.Generator().manual_seed(3))
+    places = fit.sample_places(outputs)
+    fitted = ridge_step(latents + outputs[-1], latents, outputs, [1.0, 0.0, 0.0, 0.0], 1e-5, places=places.values)
+    step = Step(
+        step_index=0, timestep=0.0, latent_coef=fitted.coefs[0, 0], output_coefs=fitted.coefs[0, 1:], 
+        slopes=fit._slopes(places, fitted.coefs[1]),
+    )  # fmt: skip
+    here = fit._combined(fitted.coefs[None], places.values, [latents, *outputs])
+    assert torch.allclose(combine(step, latents, outputs), here, atol=1e-5)
+    assert np.allclose(loop.updated(step, latents.numpy(), [v.numpy() for v in outputs]), here.numpy(), atol=1e-5)
+    assert torch.allclose(updated(step, latents, outputs), here, atol=1e-5)
 
 
 def linear_trajectory(total=12, samples=6):

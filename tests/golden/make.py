@@ -2,8 +2,9 @@
 
 Each holds `artifact/`, compiled by `otc compile` from a tiny random FLUX (its reports removed: attachments may be), and what
 the runtime of its time drew from it: `request.json`, and of each budget `latents-<budget>.npy` (float32) and
-`pictures-<budget>.npy` (uint8); from 1.5 on `sized-<budget>.npy` as well, latents at another size than the artifact's own. `tests/runtime/test_golden.py` holds every later runtime to them. A folder is made once, when
-its version is released, and never again: a runtime that cannot reproduce it is wrong, not the folder.
+`pictures-<budget>.npy` (uint8); from 1.5 on `sized-<budget>.npy` as well, latents at another size than the artifact's own; from 1.6
+on of outputs, with enough prompts for slopes. `tests/runtime/test_golden.py` holds every later runtime to them. A folder is made
+once, when its version is released, and never again: a runtime that cannot reproduce it is wrong, not the folder.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REQUEST = {"prompt": ["a red ring", "a blue star"], "seed": 11}
 SIZE = {"height": 24, "width": 16, "max_sequence_length": 4}
 OPTIONS = (
-    "--budgets", "2,3", "--num-inference-steps", "6", "--calibration-prompts", "4", "--evaluation-prompts", "2", "--trials", "4",
+    "--budgets", "2,3", "--num-inference-steps", "6", "--payload", "output", "--calibration-prompts", "8", "--evaluation-prompts", "2", "--trials", "4",
     "--sizes", "16x16,24x16", "--text-lengths", "6,4",
 )  # fmt: skip
 COLOURS, SHAPES = ("red", "blue", "green", "white"), ("ring", "star", "cross")

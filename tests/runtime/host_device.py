@@ -250,6 +250,11 @@ def combine(combination, **inputs):
         if combination.keep_norm:
             length = np.linalg.norm(total, axis=-1, keepdims=True)
             total = total * (np.linalg.norm(branches[-1], axis=-1, keepdims=True) / np.maximum(length, 1e-30))
+    elif combination.kind == "follow":
+        slopes, (centre, spread) = coefs[len(terms) : -2], coefs[-2:]
+        length = lambda x: np.sqrt(np.square(x).sum(axis=tuple(range(1, x.ndim)), keepdims=True))  # noqa: E731
+        place = np.clip((np.log(length(terms[-1] - terms[-2]) / length(terms[-1])) - centre) / spread, -2.5, 2.5)
+        total = sum((c + place * slope) * term for c, slope, term in zip(coefs, slopes, terms))  # noqa: B905
     else:
         total = coefs[0] * terms[0] + sum(c * term for c, term in zip(coefs[1:], terms[1:], strict=True))
     return total.astype(DTYPES[combination.total.dtype])

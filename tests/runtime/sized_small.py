@@ -32,7 +32,6 @@ LATENTS = {
 def with_sizes(folder, value=None):
     """The small artifact, whose graphs of embed, blocks and head take any number of tokens, made to say so."""
     manifest = read_manifest(folder)
-    manifest["schema_version"] = "1.5"
     manifest["shapes"] = shapes() if value is None else value
     manifest["latents"] |= LATENTS
     for stage in manifest["stages"]:

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from otcache.schemas.digest import canonical_json, digest_of_bytes, digest_of_file
-from otcache.schemas.manifest import MANIFEST_NAME, core_digest
+from otcache.schemas.manifest import MANIFEST_NAME, SCHEMA_VERSION, core_digest
 
 TOKENS, WIDTH, LENGTH, STEPS = 4, 12, 3, 6
 WORDS = ["<pad>", "<unk>", "a", "red", "blue", "ring", "star"]
@@ -90,6 +90,14 @@ def output_program(schedule: tuple[int, ...]) -> dict[str, Any]:
     return {"payload": "output", "steps": steps}
 
 
+def adaptive_program(schedule: tuple[int, ...]) -> dict[str, Any]:
+    """As `output_program`, with coefficients that follow the sample from the second step on."""
+    steps = output_program(schedule)["steps"]
+    for step in steps[1:]:
+        step["slopes"] = {"centre": -0.5, "spread": 0.7, "latent_coef": 0.02, "output_coefs": [0.01, -0.05]}
+    return {"payload": "adaptive", "steps": steps}
+
+
 def residual_program() -> dict[str, Any]:
     """All steps; every other one forecasts the residual from the computed ones."""
     steps = []
@@ -104,9 +112,9 @@ def manifest_value(files: list[dict[str, Any]]) -> dict[str, Any]:
     zeros = "sha256:" + "0" * 64
     statistic = {"mean": 30.0, "std": 1.0, "worst": 25.0}
     quality = {"psnr_db": statistic, "ssim": statistic, "relative_latent_error": statistic}
-    programs = {"2": output_program((0, 3)), "3": residual_program(), "full": output_program(tuple(range(STEPS)))}
+    programs = {"2": adaptive_program((0, 3)), "3": residual_program(), "full": output_program(tuple(range(STEPS)))}
     return {
-        "schema_version": "1.0",
+        "schema_version": SCHEMA_VERSION,
         "producer": {"otcache": "0.1.0"},
         "model": {"name": "small", "pipeline": "SmallPipeline", "transformer": "SmallTransformer",
                   "config_digest": zeros, "weights_digest": zeros},
@@ -199,5 +207,10 @@ def oracle(text: np.ndarray, noise: np.ndarray, program: Any, weights: tuple[flo
         velocity = result @ w["head"] * time
         outputs.append(sum(c * v for c, v in zip(weights, velocity, strict=True)))
         used = outputs[-len(step.output_coefs) :] if step.output_coefs else []
-        x = step.latent_coef * x + sum(c * v for c, v in zip(step.output_coefs, used, strict=True))
+        coefs = np.outer([step.latent_coef, *step.output_coefs], np.ones(n))
+        if step.slopes:
+            moved, size = (np.linalg.norm(v.reshape(n, -1), axis=1) for v in (used[-1] - used[-2], used[-1]))
+            place = np.clip((np.log(moved / size) - step.slopes.centre) / step.slopes.spread, -2.5, 2.5)
+            coefs += np.outer([step.slopes.latent_coef, *step.slopes.output_coefs], place)
+        x = sum(c[:, None, None] * term for c, term in zip(coefs, [x, *used], strict=True))
     return x

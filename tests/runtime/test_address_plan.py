@@ -188,10 +188,21 @@ def test_launches_are_of_stages_and_combinations(artifact_folder, data):
     assert all(launch.writes["total"] in used for launch in listing.launches if launch.engine.startswith("@residual"))
 
 
-@pytest.mark.parametrize(("budget", "terms"), [("2", {1, 2}), ("3", {1}), ("full", {1, 2})])
-def test_combinations_of_the_small_artifact(artifact_folder, budget, terms):
+@pytest.mark.parametrize(
+    ("budget", "updates"), [("2", {"update_1", "follow_2"}), ("3", {"update_1"}), ("full", {"update_1", "update_2"})]
+)
+def test_combinations_of_the_small_artifact(artifact_folder, budget, updates):
     manifest = Artifact.open(artifact_folder).manifest
     names = [combination.name for combination in combinations(manifest)]
-    assert names == ["spread", "residual_0", "forecast_0_1", "forecast_0_2", "guide", "update_1", "update_2"]
+    assert names == [
+        "spread",
+        "residual_0",
+        "forecast_0_1",
+        "forecast_0_2",
+        "guide",
+        "update_1",
+        "update_2",
+        "follow_2",
+    ]
     listing = list_launches(manifest, manifest.program(budget).program)
-    assert {int(x.engine[-1]) for x in listing.launches if x.engine.startswith("@update")} == terms
+    assert {x.engine[1:] for x in listing.launches if x.engine.startswith(("@update", "@follow"))} == updates

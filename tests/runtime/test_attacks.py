@@ -82,7 +82,9 @@ def test_declared_external_data_is_served(damaged):
     (damaged / attacks.BLOCK).write_bytes(model.SerializeToString())
     value = small.read_manifest(damaged)
     entry = {"path": data, "size_bytes": 0, "digest": "sha256:" + "0" * 64}
-    value["files"].append(entry)  # of version 1.0: the name alone says what it is
+    value["files"].append(entry)
+    (stage,) = [stage for stage in value["stages"] if stage["onnx"] == attacks.BLOCK]
+    stage["external_data"] = [data]
     small.write_manifest(damaged, value)
     small.reseal_file(damaged, attacks.BLOCK)
     small.reseal_file(damaged, data)

@@ -216,7 +216,6 @@ def _template():
     entry = {"path": "x.onnx", "size_bytes": 1, "digest": "sha256:" + "0" * 64}
     value = small.manifest_value([{**entry, "path": f"engines/onnx/{name}.onnx"} for name in small.STAGES])
     value["files"] += [{**entry, "path": "tokenizers/words.json"}, {**entry, "path": "golden/l", "size_bytes": 192}]
-    value["schema_version"] = "1.1"
     value["golden"] = {"prompt": "a", "budget": "2", "seed": 3, "guidance_scale": 5.0, "latents": "golden/l",
                        "max_relative_error": 1e-3}  # fmt: skip
     value["attachments"] = [{**entry, "path": "report.html"}]

@@ -1,5 +1,7 @@
 """The loop against a straightforward oracle, over random valid programs, with a model that records its calls."""
 
+import math
+
 import numpy as np
 import pytest
 import small_artifact as small
@@ -10,7 +12,7 @@ from otcache.runtime import loop, trunk
 from otcache.runtime.artifact import Artifact
 from otcache.schemas.errors import ArtifactError
 from otcache.schemas.manifest import Manifest
-from otcache.schemas.program import Program
+from otcache.schemas.program import FARTHEST, Program, Slopes
 
 BRANCHES, SHAPE = 2, (3, 4)
 coefficient = st.floats(-1.5, 1.5, width=32)
@@ -18,11 +20,11 @@ coefficient = st.floats(-1.5, 1.5, width=32)
 
 @st.composite
 def programs(draw):
-    payload = draw(st.sampled_from(["output", "residual"]))
+    payload = draw(st.sampled_from(["output", "residual", "adaptive"]))
     count = draw(st.integers(1, 8))
     steps, computed = [], 0
     for index in range(count):
-        compute = payload == "output" or index == 0 or draw(st.booleans())
+        compute = payload != "residual" or index == 0 or draw(st.booleans())
         computed += compute
         residual = [] if compute else draw(st.lists(coefficient, min_size=1, max_size=min(computed, 3)))
         steps.append(
@@ -36,6 +38,13 @@ def programs(draw):
                 "output_coefs": draw(st.lists(coefficient, max_size=min(index + 1, 4))),
             }
         )
+        count = len(steps[-1]["output_coefs"])
+        if payload == "adaptive" and count >= 2 and draw(st.booleans()):
+            slopes = draw(st.lists(coefficient, min_size=count, max_size=count))
+            steps[-1]["slopes"] = {
+                "centre": draw(coefficient), "spread": draw(st.floats(0.1, 2)), "latent_coef": draw(coefficient),
+                "output_coefs": slopes,
+            }  # fmt: skip
     return Program(payload=payload, steps=steps)
 
 
@@ -82,8 +91,22 @@ def oracle(program, x, weights):
         velocity = source / 8 + parts[0] * parts[1]
         outputs.append(weights[0] * velocity[0] + weights[1] * velocity[1])
         used = outputs[len(outputs) - len(step.output_coefs) :]
-        x = step.latent_coef * x + sum(c * v for c, v in zip(step.output_coefs, used, strict=True))
+        if step.slopes is None:
+            x = step.latent_coef * x + sum(c * v for c, v in zip(step.output_coefs, used, strict=True))
+        else:
+            x = np.stack([followed(step, x[i], [v[i] for v in used]) for i in range(len(x))])
     return x
+
+
+def followed(step, x, used):
+    """One sample's update, as `Slopes` has it."""
+    slopes = step.slopes
+    change = math.log(np.linalg.norm(used[-1] - used[-2]) / np.linalg.norm(used[-1]))
+    place = min(max((change - slopes.centre) / slopes.spread, -FARTHEST), FARTHEST)
+    total = (step.latent_coef + place * slopes.latent_coef) * x
+    for coef, slope, v in zip(step.output_coefs, slopes.output_coefs, used, strict=True):
+        total = total + (coef + place * slope) * v
+    return total
 
 
 @settings(max_examples=150, deadline=None)
@@ -102,6 +125,27 @@ def test_random_programs(program, scale):
     calls = [["embed", "blocks" if step.compute else "apply", "head"] for step in program.steps]
     assert model.calls == [call for part in calls for call in part]
     assert seen == [(index + 1, len(program.steps)) for index in range(len(program.steps))]
+
+
+def test_outputs_that_stay_the_same_or_vanish_have_a_place():
+    slopes = Slopes(centre=0.0, spread=1.0, latent_coef=0.0, output_coefs=(0.0, 0.0))
+    ones, zeros = np.ones((1, *SHAPE), np.float32), np.zeros((1, *SHAPE), np.float32)
+    for before, output, place in (
+        (ones, ones, -FARTHEST),
+        (ones, zeros, FARTHEST),
+        (zeros, zeros, 0.0),
+        (zeros, ones, 0.0),
+    ):
+        assert loop.place_among_samples(slopes, before, output) == [place]
+
+
+@given(st.integers(1, 5))
+def test_a_sample_has_the_same_place_in_any_batch(samples):
+    slopes = Slopes(centre=0.1, spread=0.3, latent_coef=0.0, output_coefs=(0.0, 0.0))
+    before, output = np.random.default_rng(samples).standard_normal((2, samples, 7, 5)).astype(np.float32)
+    together = loop.place_among_samples(slopes, before, output)
+    alone = [loop.place_among_samples(slopes, before[i : i + 1], output[i : i + 1])[0] for i in range(samples)]
+    np.testing.assert_array_equal(together, alone)
 
 
 def test_guidance_can_keep_the_positive_branchs_norm():

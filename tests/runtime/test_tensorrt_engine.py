@@ -228,7 +228,7 @@ def test_inspect_shows_engines_and_memory(both):
     text = otc()
     assert "sm_86" in text and "profile     batch 1:1:4" in text and max(map(len, text.splitlines())) <= 80
     for engine in shown:
-        figures = f"13, {readable_size(engine['size_bytes'])}, built in {engine['build_s']:.1f} s"
+        figures = f"14, {readable_size(engine['size_bytes'])}, built in {engine['build_s']:.1f} s"
         layers = ", ".join(f"{count} {dtype}" for dtype, count in engine["layers_by_type"].items())
         assert figures in text and layers in text, "nothing is cut at 80 columns"
     memory = json.loads(otc("--memory", "--json", "-n", "2"))

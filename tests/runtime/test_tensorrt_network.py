@@ -18,8 +18,9 @@ trt = pytest.importorskip("tensorrt_rtx")
 ELEMENTWISE = {
     trt.ElementWiseOperation.SUM: np.add, trt.ElementWiseOperation.SUB: np.subtract, trt.ElementWiseOperation.PROD: np.multiply,
     trt.ElementWiseOperation.DIV: np.divide, trt.ElementWiseOperation.MAX: np.maximum,
-    trt.ElementWiseOperation.FLOOR_DIV: np.floor_divide,
+    trt.ElementWiseOperation.MIN: np.minimum, trt.ElementWiseOperation.FLOOR_DIV: np.floor_divide,
 }  # fmt: skip
+UNARY = {trt.UnaryOperation.SQRT: np.sqrt, trt.UnaryOperation.LOG: np.log}
 TYPES = {trt.DataType.FLOAT: np.float32, trt.DataType.HALF: np.float16}
 
 
@@ -48,7 +49,7 @@ LAYERS = {
     trt.LayerType.SHAPE: (trt.IShapeLayer, lambda layer, x: np.array(x.shape)),
     trt.LayerType.SHUFFLE: (trt.IShuffleLayer, lambda layer, x: x.reshape(tuple(layer.reshape_dims))),
     trt.LayerType.SLICE: (trt.ISliceLayer, sliced),
-    trt.LayerType.UNARY: (trt.IUnaryLayer, lambda layer, x: {trt.UnaryOperation.SQRT: np.sqrt}[layer.op](x)),
+    trt.LayerType.UNARY: (trt.IUnaryLayer, lambda layer, x: UNARY[layer.op](x)),
 }
 
 
@@ -93,4 +94,4 @@ def test_a_network_computes_its_combination(tmp_path, guidance, dtype):
             assert found.shape == expected.shape and found.dtype == expected.dtype == DTYPES[one.total.dtype], one.name
             exact = {"rtol": 1e-5, "atol": 1e-6} if found.dtype == np.float32 else {"rtol": 2e-3, "atol": 1e-3}
             np.testing.assert_allclose(found, expected, **exact, err_msg=one.name)
-    assert kinds == {"spread", "residual", "forecast", "guide", "update"}
+    assert kinds == {"spread", "residual", "forecast", "guide", "update", "follow"}

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from otcache.runtime import cli, engine
 from otcache.runtime.trust_cli import LEVELS as OFFERED
 from otcache.runtime.verify import LEVELS, verify
+from otcache.schemas.manifest import SCHEMA_VERSION
 
 BLOCK = "engines/onnx/block_0.onnx"
 
@@ -35,7 +36,6 @@ def with_golden(folder, **change):
     (folder / "golden").mkdir()
     (folder / "golden/latents.f32").write_bytes(np.asarray(latents, "<f4").tobytes())
     value = small.read_manifest(folder)
-    value["schema_version"] = "1.1"
     value["golden"] = {"prompt": "a red ring", "budget": "2", "seed": 3, "guidance_scale": 5.0,
                        "latents": "golden/latents.f32", "max_relative_error": 1e-3, **change}  # fmt: skip
     value["files"].append(
@@ -55,7 +55,11 @@ def test_whole(damaged):
     assert exits(damaged) == [0, 0, 0, 0]
     found = json.loads(otc(damaged, "--level", "golden", "--json").stdout)
     assert found["ok"] and found["level"] == "golden" and found["host"]["backend"] == "onnxruntime"
-    assert found["golden"]["relative_error"] < 1e-6 and found["unlisted"] == [] and found["schema_version"] == "1.1"
+    assert (
+        found["golden"]["relative_error"] < 1e-6
+        and found["unlisted"] == []
+        and found["schema_version"] == SCHEMA_VERSION
+    )
     found = json.loads(otc(damaged, "--json").stdout)
     assert (found["level"], found["host"], found["golden"], found["public_key"]) == ("digests", None, None, None)
 

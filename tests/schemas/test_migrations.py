@@ -30,6 +30,15 @@ def test_from_1_0():
     assert before == OLD
 
 
+def test_from_1_5():
+    step = {"step_index": 0, "slopes": {"centre": 0.0}}
+    programs = [{"budget": "2", "program": {"payload": "output", "steps": [step, 7]}}, None]
+    value = migrate({"programs": programs, "shapes": {"sizes": [{"programs": programs}, {}]}}, 5, 6)
+    for entries in (value["programs"], value["shapes"]["sizes"][0]["programs"]):
+        assert entries[0]["program"]["steps"] == [{"step_index": 0}, 7] and entries[1] is None
+    assert step["slopes"] and migrate({"programs": 1, "shapes": []}, 5, 6) == {"programs": 1, "shapes": []}
+
+
 @pytest.mark.parametrize(("minor", "expected"), [(0, "abc"), (1, "bc"), (2, "c"), (3, ""), (7, "")])
 def test_one_after_the_other(minor, expected):
     steps = {place: lambda value, name=name: {**value, "x": value["x"] + name} for place, name in enumerate("abc")}
@@ -39,12 +48,19 @@ def test_one_after_the_other(minor, expected):
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(("onnx", "path", "x")), inner, max_size=3)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(("onnx", "path", "x", "program", "programs", "sizes", "steps")), inner, max_size=3
+        )
     ),
     max_leaves=8,
 )
 
 
-@given(st.fixed_dictionaries({}, optional={"files": JSON, "stages": JSON, "golden": JSON}))
+@given(
+    st.fixed_dictionaries(
+        {}, optional={"files": JSON, "stages": JSON, "golden": JSON, "programs": JSON, "shapes": JSON}
+    )
+)
 def test_no_value_makes_one_raise(value):
     migrate(value, 0, SCHEMA_MINOR)

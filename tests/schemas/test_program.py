@@ -12,6 +12,9 @@ def step(index, **fields):
     return {"step_index": index, "timestep": 1000.0 - index, "latent_coef": 1.0, "output_coefs": [0.1], **fields}
 
 
+SLOPES = {"centre": 0.0, "spread": 1.0, "latent_coef": 0.0, "output_coefs": [0.1, -0.1]}
+
+
 def test_a_program_knows_its_schedule_and_memory():
     program = Program.model_validate(
         {
@@ -42,7 +45,12 @@ def test_a_program_knows_its_schedule_and_memory():
         ("output", [step(0, latent_coef=float("nan"))], "finite number"),
         ("output", [step(0, output_coefs=[1e9])], "less than or equal to 1000000"),
         ("output", [step(-1)], "greater than or equal to 0"),
-        ("cache", [step(0)], "'output' or 'residual'"),
+        ("cache", [step(0)], "'output', 'residual' or 'adaptive'"),
+        ("adaptive", [step(0, compute=False, residual_coefs=[1.0])], "computed steps only"),
+        ("output", [step(0), step(1, output_coefs=[1.0, 1.0], slopes=SLOPES)], "only an adaptive program has"),
+        ("adaptive", [step(0), step(1, slopes=SLOPES)], "slopes of 2 output_coefs: expected 1"),
+        ("adaptive", [step(0, slopes={**SLOPES, "output_coefs": [0.0]})], "at least 2 items"),
+        ("adaptive", [step(0), step(1, slopes={**SLOPES, "spread": 0.0})], "greater than or equal to 0.000001"),
     ],
 )
 def test_inconsistent_programs_are_refused(payload, steps, message):

@@ -303,7 +303,9 @@ def test_what_cannot_be_is_refused(tmp_path):
     pipeline = flux()
     with pytest.raises(RequestError, match="budget full of tiny has payload 'output': expected 'residual' here"):
         apply_residual_cache(pipeline, GOLDEN, "full")
-    with pytest.raises(RequestError, match="budget 2 of tiny has payload 'residual': expected 'output' or 'adaptive' here"):
+    with pytest.raises(
+        RequestError, match="budget 2 of tiny has payload 'residual': expected 'output' or 'adaptive' here"
+    ):
         OTCacheScheduler.from_artifact(GOLDEN, "2")
     with pytest.raises(
         UsageError, match="scheduler is a FlowMatchEulerDiscreteScheduler: expected that of apply_residual"

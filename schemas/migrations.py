@@ -94,14 +94,14 @@ def _from_1_5(value: Value) -> Value:
     result = _with_plain_programs(value)
     shapes = value.get("shapes")
     if isinstance(shapes, dict) and isinstance(sizes := shapes.get("sizes"), list):
-        result["shapes"] = {**shapes, "sizes": [_with_plain_programs(size) for size in sizes]}
+        return {**result, "shapes": {**shapes, "sizes": [_with_plain_programs(size) for size in sizes]}}
     return result
 
 
 def _with_plain_programs(value: Any) -> Any:
-    """A value whose `programs` are entries with a `program` of `steps`: without the steps' slopes."""
+    """A manifest or a size of it, whose programs' steps have no slopes."""
     if not isinstance(value, dict) or not isinstance(entries := value.get("programs"), list):
-        return dict(value) if isinstance(value, dict) else value
+        return value
     return {**value, "programs": [_with_plain_steps(entry) for entry in entries]}
 
 

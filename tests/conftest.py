@@ -61,7 +61,7 @@ def tiny_flux_lora(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-COMPILE = ("--budgets", "2,4", "--num-inference-steps", "8", "--calibration-prompts", "4", "--evaluation-prompts", "3", "--trials", "4", "--threads", "1")  # fmt: skip
+COMPILE = ("--budgets", "2,4", "--num-inference-steps", "8", "--calibration-prompts", "8", "--evaluation-prompts", "3", "--trials", "4", "--threads", "1")  # fmt: skip
 """Options of a compile that is small enough for the tests."""
 
 

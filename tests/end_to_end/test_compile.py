@@ -80,7 +80,7 @@ def test_a_program_gives_the_same_latents_in_torch_and_in_the_runtime(sampler, m
 def test_manifest_records_what_was_tried(compiled):
     manifest = Artifact.open(compiled).manifest
     assert manifest.budgets == ("2", "4", "full")
-    assert manifest.conditions.calibration_prompts == 4 and manifest.conditions.evaluation_prompts == 3
+    assert manifest.conditions.calibration_prompts == 8 and manifest.conditions.evaluation_prompts == 3
     for budget in ("2", "4"):
         entry = manifest.program(budget)
         assert entry.program.nfe == int(budget) == len(entry.program.schedule)
@@ -88,7 +88,7 @@ def test_manifest_records_what_was_tried(compiled):
         assert entry.candidates[0].chosen and scores[0] == max(scores)
         assert {"interpolated"} <= {candidate.name for candidate in entry.candidates}
         assert any(candidate.name.startswith("graph") for candidate in entry.candidates)
-        assert {candidate.payload for candidate in entry.candidates} == {"output", "residual"}
+        assert {candidate.payload for candidate in entry.candidates} == {"adaptive", "residual"}
         assert {peer.name for peer in entry.baselines} == {
             "euler",
             "dpm++2m",

@@ -33,7 +33,7 @@ def write_manifest(
     """`folder`/manifest.json with `programs`, or with the budgets `BUDGET` and `full`; stages are named and not there."""
     shape = list(tape.samples[0].shape[1:])
     transformer = transformer_of(pipeline, "pipeline")
-    few = extrapolated_program(table, uniform_schedule(BUDGET, STEPS), order=1)
+    few = adaptive(extrapolated_program(table, uniform_schedule(BUDGET, STEPS), order=1))
     programs = programs or {"full": program_from_table(table), str(BUDGET): few}
     stages = _stages(["batch", *shape], case.blocks)
     policy = {"schedule": [0], "num_inference_steps": STEPS, "source": "test"}
@@ -66,6 +66,16 @@ def write_manifest(
     folder.mkdir(parents=True)
     (folder / MANIFEST_NAME).write_text(json.dumps(value))
     return folder
+
+
+def adaptive(program: Program) -> Program:
+    """The program with a few per cent of slope wherever it weighs two outputs or more."""
+    value = program.model_dump(mode="json")
+    for step in value["steps"]:
+        if len(coefs := step["output_coefs"]) > 1:
+            slopes = [0.05 * coef for coef in coefs]
+            step["slopes"] = {"centre": -0.5, "spread": 0.5, "latent_coef": 0.01, "output_coefs": slopes}
+    return Program.model_validate({**value, "payload": "adaptive"})
 
 
 def _stages(shape: list[Any], blocks: int) -> list[dict[str, Any]]:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from otcache.runtime.loop import TINY
-from otcache.schemas.program import FARTHEST, Slopes, Step
+from otcache.schemas.program import FARTHEST, TINY, Slopes, Step
 
 
 def coefficients(step: Step, outputs: Sequence[Tensor]) -> list[float | Tensor]:

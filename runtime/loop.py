@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from otcache.schemas.program import FARTHEST, Program, Slopes, Step
+from otcache.schemas.program import FARTHEST, TINY, Program, Slopes, Step
 
 Float32 = NDArray[np.float32]
 Residual = tuple[Float32, ...]
@@ -20,8 +20,6 @@ Residual = tuple[Float32, ...]
 Callback = Callable[[int, int], None]
 """Called with the number of finished steps and of all; what it raises ends the run."""
 T = TypeVar("T")
-TINY = 1e-30
-"""What is divided by, or has its logarithm taken, counts as this if it is less."""
 
 
 class Model(Protocol):

@@ -12,9 +12,8 @@ from typing import Any
 
 from otcache.schemas.combinations import COEFS, Combination
 from otcache.schemas.manifest import TensorInfo
-from otcache.schemas.program import FARTHEST
+from otcache.schemas.program import FARTHEST, TINY
 
-from .loop import TINY
 from .messages import one_line
 
 TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}

@@ -11,6 +11,8 @@ Coefficient = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 MAX_STEPS = 4096
 FARTHEST = 2.5
 """How many spreads from the centre of the calibrated samples a sample counts as at most."""
+TINY = 1e-30
+"""What is divided by, or has its logarithm taken, counts as this if it is less."""
 
 
 class Frozen(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 from collections.abc import Sequence
@@ -29,11 +30,16 @@ class CallOptions:
     negative_prompt: str
     guidance_argument: str | None
     """`true_cfg_scale`, `guidance_scale`, or None for a pipeline without guidance."""
+    scale_offset: float = 0.0
+    """Of that argument from the scale: −1 for a pipeline that adds so much guidance to the positive branch (Z-Image)."""
     accepted: frozenset[str]
     """Names of the pipeline's call arguments."""
 
     def arguments(self, guidance_scale: float, count: int) -> dict[str, Any]:
-        """Keyword arguments for a call with `count` prompts that returns latents."""
+        """Keyword arguments for a call with `count` prompts that returns latents.
+
+        guidance_scale: s in (1 − s) · negative + s · positive, whatever the pipeline counts from.
+        """
         arguments: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, "output_type": "latent"}
         if "height" in self.accepted:
             arguments |= {"height": self.height, "width": self.width}
@@ -46,7 +52,7 @@ class CallOptions:
         if self.max_sequence_length is not None and "max_sequence_length" in self.accepted:
             arguments["max_sequence_length"] = self.max_sequence_length
         if self.guidance_argument:
-            arguments[self.guidance_argument] = guidance_scale
+            arguments[self.guidance_argument] = guidance_scale + self.scale_offset
             if "negative_prompt" in self.accepted:
                 arguments["negative_prompt"] = [self.negative_prompt] * count
         return arguments
@@ -86,8 +92,15 @@ def call_options(
         height=height or defaults.get("height", side), width=width or defaults.get("width", side),
         num_frames=num_frames or defaults.get("num_frames"), num_inference_steps=num_inference_steps,
         max_sequence_length=max_sequence_length, negative_prompt=negative_prompt, guidance_argument=guidance,
-        accepted=frozenset(parameters),
+        scale_offset=scale_offset(pipeline), accepted=frozenset(parameters),
     )  # fmt: skip
+
+
+def scale_offset(pipeline: Any) -> float:
+    """−1 for a pipeline that guides at scale 1 already, where others run one branch; `probe` proves what it guides with."""
+    at_one = copy.copy(pipeline)
+    at_one._guidance_scale = 1.0
+    return -1.0 if getattr(at_one, "do_classifier_free_guidance", False) else 0.0
 
 
 def _default_side(pipeline: Any) -> int:

@@ -19,6 +19,7 @@ from otcache.schemas.errors import ModelError
 
 from .calling import CallOptions
 from .interface import Interface
+from .lists import as_tensors
 from .record import Progress, Tape, recorded_run
 
 
@@ -104,7 +105,8 @@ def conditioning_of(
 
 def _branches(interface: Interface, tape: Tape, name: str) -> Tensor:
     """One argument as (branches, n, …), in the order negative, positive."""
-    values = [interface.text.padded(call, name) if interface.text else call[name] for call in tape.calls[0]]
+    calls = [as_tensors(call, interface.listed) for call in tape.calls[0]]
+    values = [interface.text.padded(call, name) if interface.text else call[name] for call in calls]
     parts = list(values[0].chunk(2)) if interface.stacked else values
     if interface.guided and interface.positive_first:
         parts.reverse()

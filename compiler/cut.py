@@ -22,7 +22,7 @@ from .blocks import trunk_of
 from .graph import Graph
 from .labels import labels_of
 from .mapped import give_back, given_back_in_turn
-from .rewrites import replaced
+from .replacements import replaced
 from .split import split
 from .stages import Stages, run_in_turn
 from .trace import Bound, captured, check_arguments, reason_of

@@ -18,10 +18,11 @@ from otcache.schemas.errors import ModelError
 
 from .calling import CallOptions
 from .guidance import find_guidance
+from .lists import as_tensors, extra_axis, lists_of
 from .noise import find_layout, proportional
 from .record import Tape, recorded_noise, recorded_run
 from .tables import Table
-from .wiring import PLAIN, Behind, Offset, Output, PerSample
+from .wiring import PLAIN, Adjusted, Behind, Listed, Offset, Output, PerSample
 
 PROBE_SAMPLES = 3
 """Samples of a probe run: a number that no other axis of a model is likely to have."""
@@ -77,8 +78,13 @@ class Interface:
     @property
     def held(self) -> dict[str, Any]:
         """What may become an input of the stages beside latents, time and conditioning."""
-        kept = {name: value for name, value in self.constants.items() if not isinstance(value, Offset | Behind)}
+        kept = {name: value for name, value in self.constants.items() if not isinstance(value, Adjusted)}
         return kept | {name: table.value for name, table in self.tables.items()}
+
+    @property
+    def listed(self) -> dict[str, Listed]:
+        """Arguments that list one tensor a sample."""
+        return {name: value for name, value in self.constants.items() if isinstance(value, Listed)}
 
     @property
     def branches(self) -> int:
@@ -106,17 +112,18 @@ def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: S
     with recorded_noise() as drawn:
         first = recorded_run(pipeline, short, guidance_scale, prompts[:PROBE_SAMPLES], range(PROBE_SAMPLES))
         second = recorded_run(pipeline, short, guidance_scale, prompts[PROBE_SAMPLES:], range(100, 100 + PROBE_SAMPLES))
-    calls = first.calls[0]
-    if len(calls) not in (1, 2):
-        raise ModelError(
-            f"{name} calls its transformer {len(calls)} times a step: one or two (guidance) can be compiled"
-        )
-    sample = first.samples[0]
+    sample, count = first.samples[0], len(first.calls[0])
+    if count not in (1, 2):
+        raise ModelError(f"{name} calls its transformer {count} times a step: one or two (guidance) can be compiled")
+    listed = lists_of(first.calls[0][0], sample)
+    for tape in (first, second):
+        tape.calls = [[as_tensors(call, listed) for call in calls] for calls in tape.calls]
     latents_input, stacked, behind = _find_latents(first, second, name)
     timestep_input, scale, offset = _find_timestep(first, name)
     rows = PROBE_SAMPLES * (2 if stacked else 1)
     conditioning, constants = _sorted_arguments(first, second, (latents_input, timestep_input), rows, name)
-    text = _find_text([*first.calls[0], *second.calls[0]], conditioning, constants, options.max_sequence_length, name)
+    calls, padded = [*first.calls[0], *second.calls[0]], [key for key, how in listed.items() if how.mask]
+    text = _find_text(calls, conditioning, constants, padded, options.max_sequence_length, name)
     if text and text.mask not in conditioning:
         conditioning.append(text.mask)
         constants.pop(text.mask, None)
@@ -124,6 +131,7 @@ def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: S
         constants[timestep_input] = Offset(offset)
     if behind:
         constants[latents_input] = Behind(behind)
+    constants |= listed
     outputs = list(first.call_outputs[0][0].float().chunk(2)) if stacked else [o.float() for o in first.call_outputs[0]]
     exact = first.call_outputs[0][0].dtype == torch.float32
     output = _find_output(outputs, first.guided[0])
@@ -152,7 +160,7 @@ def interface_at(
     sample, call = tape.samples[0], tape.calls[0][0]
 
     def constant(name: str, value: Any) -> Any:
-        if isinstance(value, Offset | Behind):
+        if isinstance(value, Adjusted):
             return value
         return PerSample(call[name][:1]) if isinstance(value, PerSample) else call[name]
 
@@ -180,14 +188,6 @@ def _find_latents(tape: Tape, other: Tape, name: str) -> tuple[str, bool, tuple[
             constant = all(torch.equal(rest, like.expand_as(rest)) for rest in calls)
             if constant and proportional(value[:count, :channels].float(), sample):
                 return key, value.shape[0] == 2 * count, tuple(behind.tolist())
-    for key, value in tape.calls[0][0].items():
-        if isinstance(value, list) and any(
-            torch.is_tensor(each) and each.numel() == sample[0].numel() for each in value
-        ):
-            raise ModelError(
-                f"{name} passes {key} as a list of one tensor a sample: expected one tensor for all, because a list fixes the "
-                "batch that stages are made for"
-            )
     shapes = {key: tuple(value.shape) for key, value in tape.calls[0][0].items() if isinstance(value, Tensor)}
     raise ModelError(
         f"{name} does not hand the scheduler's latents {tuple(sample.shape)} to its transformer as they are ({shapes}): "
@@ -230,12 +230,23 @@ def _find_text(
     calls: Sequence[dict[str, Any]],
     conditioning: Sequence[str],
     constants: dict[str, Any],
+    padded: Sequence[str],
     length: int | None,
     name: str,
 ) -> Text | None:
-    """The tensors that are as long as the longest prompt of a call, and the mask that hides what is padded."""
+    """The tensors that are as long as the longest prompt of a call, and the mask that hides what is padded.
+
+    padded: those of `conditioning` that were lists, of any lengths.
+    """
+    if len(padded) > 1:
+        raise ModelError(
+            f"{name} passes {' and '.join(padded)} as lists of text: expected one, which one mask can hide"
+        )
     values = {key: [call[key] for call in calls if call[key] is not None] for key in conditioning}
-    ragged = [key for key in conditioning if len({value.shape[1:] for value in values[key]}) > 1 and "mask" not in key]
+    ragged = [
+        key for key in conditioning
+        if "mask" not in key and (key in padded or len({value.shape[1:] for value in values[key]}) > 1)
+    ]  # fmt: skip
     masks = [key for key in (*conditioning, *constants) if "mask" in key]
     optional = [key for key in masks if any(call[key] is None for call in calls)]
     if not ragged and not (optional and any(key in conditioning for key in optional)):
@@ -271,8 +282,10 @@ def _find_timestep(tape: Tape, name: str) -> tuple[str, float, float]:
 
 
 def _find_output(outputs: list[Tensor], guided: Tensor) -> Output:
-    """Fewer channels than the model makes are its first ones."""
+    """Fewer channels than the model makes are its first ones; an axis of size one may be left out."""
     shape = outputs[0].shape
+    if outputs[0].ndim == guided.ndim + 1 and (axis := extra_axis(shape[1:], guided.shape[1:])) is not None:
+        return Output(axis=1 + axis)
     if shape[2:] == guided.shape[2:] and shape[1] > guided.shape[1]:
         return Output(channels=guided.shape[1])
     return PLAIN

@@ -48,6 +48,11 @@ def labels_of(graph: Graph, trunk: Mapping[str, int]) -> Labels:
             stage[node] = max(earliest, trunk[path] + 1)
         else:
             stage[node] = earliest
+    # A joint sequence of text and picture is put together by the block that reads it: the features evolve from one of its parts.
+    for node in nodes:
+        if node.target is torch.ops.aten.cat.default and node in graph.features and stage[node] == 0:
+            first = min((stage[user] for user in node.users if user in stage), default=0)
+            stage[node] = first if first < head else 0
     # What head needs from the blocks, other than features, has to be there when they are skipped.
     wanted = {a for node in nodes if stage[node] == head for a in node.all_input_nodes} | {graph.output}
     for node in ancestors(n for n in wanted if n not in graph.features and 0 < stage.get(n, 0) < head):

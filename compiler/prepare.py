@@ -212,6 +212,11 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
     )
     encoders = text_encoders(model.pipeline, call.max_sequence_length or 0)
     interface = probe(model.pipeline, call, options.nominal_scale, prompts)
+    if interface.guided and call.scale_offset:
+        reporter.note(
+            f"{type(model.pipeline).__name__} counts guidance from another number: scale {options.nominal_scale:g} is its "
+            f"{call.guidance_argument} {options.nominal_scale + call.scale_offset:g}"
+        )
     latents = torch.randn(2, *interface.latents_shape, generator=torch.Generator().manual_seed(0))
     pictures = decoded(model.pipeline, call, latents)
     name = type(model.pipeline).__name__

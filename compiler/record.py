@@ -72,7 +72,9 @@ def record(pipeline: Any, *, keep_calls: int = 2, progress: Progress | None = No
 
 
 def _kept(value: Any) -> Any:
-    """A tensor as it is now: some pipelines change their latents in place afterwards."""
+    """A tensor, or a list of them, as it is now: some pipelines change their latents in place afterwards."""
+    if isinstance(value, list):
+        return [_kept(each) for each in value]
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 

@@ -7,9 +7,9 @@ of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -55,6 +55,51 @@ class Behind:
     channels: tuple[float, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """An argument that lists one tensor for each sample of the input of its name (`Samples`)."""
+
+    axis: int | None = None
+    """Where an entry has an axis of size one that the input lacks."""
+    mask: str | None = None
+    """The input (n, length) that says which rows of an entry there are; no argument of the model. None where all are."""
+
+
+Adjusted = Offset | Behind | Listed
+"""How an input is changed on the way to the argument of its name."""
+
+
+class Samples(Sequence[Tensor]):
+    """One tensor a sample, as a list has them; what stands in for a model (`replacements`) takes `rows` and `mask` as a whole.
+
+    Entry i is rows[i], or its rows where mask[i] is not zero.
+    """
+
+    def __init__(self, rows: Tensor, mask: Tensor | None = None) -> None:
+        self.rows, self.mask = rows, mask
+
+    def __len__(self) -> int:
+        self._check()
+        return self.rows.shape[0]
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        self._check()
+        if isinstance(index, slice):
+            return list(self)[index]
+        return self.rows[index] if self.mask is None else self.rows[index][self.mask[index].bool()]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def _check(self) -> None:
+        if not isinstance(self.rows.shape[0], int):
+            raise TypeError("an argument lists one tensor a sample, which fixes the batch that stages are made for")
+
+
 @dataclass(frozen=True)
 class Output:
     """What a pipeline makes of the model's output before guidance and the scheduler's step."""
@@ -62,10 +107,16 @@ class Output:
     channels: int | None = None
     """Entries of axis 1 that are kept, the first ones: predicted variances follow them."""
     scale: float = 1.0
+    axis: int | None = None
+    """One of size one that is left out."""
 
     def __call__(self, result: Any) -> Tensor:
-        """The model's result (a tensor, a tuple or diffusers' output class) as one tensor."""
+        """The model's result (a tensor, a tuple or diffusers' output class; or a list of one tensor a sample) as one tensor."""
         output: Tensor = result if isinstance(result, Tensor) else result[0]
+        if isinstance(output, list):
+            output = torch.stack(output)
+        if self.axis is not None:
+            output = output.squeeze(self.axis)
         if self.channels is not None:
             output = output[:, : self.channels]
         return output if self.scale == 1.0 else output * self.scale
@@ -90,6 +141,9 @@ def arguments(inputs: Mapping[str, Tensor], constants: Mapping[str, Any]) -> dic
             del flat[name]
         elif isinstance(constant, Offset):
             flat[name] = inputs[name] + constant.value
+        elif isinstance(constant, Listed):
+            rows = inputs[name] if constant.axis is None else inputs[name].unsqueeze(1 + constant.axis)
+            flat[name] = Samples(rows, flat.pop(constant.mask) if constant.mask else None)
     return _nested(flat)
 
 

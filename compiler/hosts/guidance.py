@@ -16,7 +16,9 @@ from torch import Tensor
 
 from otcache.schemas.errors import RequestError
 
+from ..calling import scale_offset
 from ..models import transformer_of
+from ..wiring import PLAIN
 from .recipe import Recipe
 
 TOLERANCE = 0.02
@@ -30,6 +32,12 @@ class Seen:
     outputs: list[Tensor] = field(default_factory=list)
     embedded: float | None = None
     """The scale that a guidance-distilled model was given."""
+    offset: float = 0.0
+    """Of the pipeline's own argument from the scale (`calling.scale_offset`)."""
+
+    def named(self, scale: float) -> str:
+        """A scale, and what this pipeline calls it where that is another number."""
+        return f"{scale:.3g}" + (f" (here called {scale + self.offset:.3g})" if self.offset else "")
 
     def __bool__(self) -> bool:
         return bool(self.outputs)
@@ -42,7 +50,7 @@ class GuidanceProbe:
     """
 
     def __init__(self, pipeline: Any) -> None:
-        self._seen = Seen()
+        self._seen = Seen(offset=scale_offset(pipeline))
         self._thread = threading.get_ident()
         self._scale = getattr(
             pipeline, "guidance_scale", None
@@ -54,13 +62,13 @@ class GuidanceProbe:
 
     def _listen(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if threading.get_ident() == self._thread:
-            self._seen.outputs.append(output[0] if isinstance(output, tuple) else output.sample)
+            self._seen.outputs.append(PLAIN(output))
             if kwargs.get("guidance") is not None:
                 self._seen.embedded = self._scale
 
     def close(self) -> Seen:
         """What was seen; nothing the second time."""
-        seen, self._seen = self._seen, Seen()
+        seen, self._seen = self._seen, Seen(offset=self._seen.offset)
         if self._handle is not None:
             self._handle.remove()
         return seen
@@ -82,12 +90,14 @@ def guidance_fault(seen: Seen, guided: Tensor, recipe: Recipe) -> RequestError |
             "its guidance off"
         )
     low, high = expected.minimum, expected.maximum
-    span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    span = seen.named(low) if low == high else f"{seen.named(low)} to {seen.named(high)}"
     wanted = f"expected {span}, which {recipe} was calibrated for"
     if scale is None:
         return RequestError(f"the pipeline runs without guidance: {wanted}: give a scale and a negative prompt")
     if not low * (1 - TOLERANCE) <= scale <= high * (1 + TOLERANCE):
-        return RequestError(f"guidance scale is {scale:.3g}: {wanted}: pass one of those, or compile for a wider range")
+        return RequestError(
+            f"guidance scale is {seen.named(scale)}: {wanted}: pass one of those, or compile for a wider range"
+        )
     return None
 
 

@@ -339,6 +339,7 @@ CASES = {
     "AuraFlowPipeline": Case(make=aura_flow),
     "Lumina2Pipeline": Case(make=lumina_2, call={"height": 32, "width": 32, "max_sequence_length": 24}),
     "MochiPipeline": Case(make=mochi, call={**VIDEO, "num_frames": 7, "height": 32, "width": 32}),
+    "ZImagePipeline": Case(make=z_image),
     "CogView4Pipeline": Case(make=cogview_4, call={"height": 16, "width": 16, "max_sequence_length": 16}),
     "ChromaPipeline": Case(make=chroma),
     "HunyuanDiTPipeline": Case(make=hunyuan_dit, call={"height": 32, "width": 32}),
@@ -349,6 +350,5 @@ REFUSED = {
     "Kandinsky5T2VPipeline": Case(
         make=kandinsky_5, call={**VIDEO, "height": 32, "width": 32, "max_sequence_length": 24}
     ),
-    "ZImagePipeline": Case(make=z_image),
 }
 """Classes that cannot be compiled; the suite holds the reason that the user is given."""

@@ -12,7 +12,7 @@ from otcache.compiler.interface import probe
 from otcache.compiler.lower import lower, program_from_table
 from otcache.compiler.models import transformer_of
 from otcache.compiler.rollout import roll_out
-from otcache.compiler.wiring import Behind, Output, PerSample
+from otcache.compiler.wiring import Behind, Listed, Output, PerSample
 from otcache.schemas.errors import ModelError, UsageError
 
 from .pipelines import CASES, REFUSED
@@ -110,9 +110,32 @@ def test_arguments_in_dicts_are_conditioning_too():
     assert isinstance(interface.constants["added_cond_kwargs.time_ids"], PerSample)
 
 
-def test_lists_of_samples_are_refused():
-    with pytest.raises(ModelError, match=r"ZImagePipeline passes x as a list of one tensor a sample"):
-        probed("ZImagePipeline")
+def test_lists_of_one_tensor_a_sample_are_tensors_and_a_mask():
+    pipeline, call, interface = probed("ZImagePipeline")
+    assert interface.listed == {"x": Listed(axis=1), "cap_feats": Listed(mask="cap_feats_mask")}
+    assert interface.conditioning == ("cap_feats", "cap_feats_mask") and interface.latents_shape == (4, 8, 8)
+    trajectory = capture(pipeline, interface, call, ["a red ring on blue", "a blue cross on yellow"], [1, 2], [4.0] * 2)
+    captions, mask = (trajectory.conditioning[name] for name in interface.conditioning)
+    assert captions.shape[:3] == mask.shape == (2, 2, 12) and mask.sum(-1)[1].tolist() == [6, 6]
+    assert (captions.abs().sum(-1) > 0).long().equal(mask)
+
+
+def test_a_scale_is_the_same_whatever_a_pipeline_counts_from():
+    _, call, interface = probed("ZImagePipeline", scale=4.0)
+    assert call.arguments(4.0, 1)["guidance_scale"] == 3.0 and interface.guidance_kind == "cfg"
+    assert call.arguments(1.0, 1)["guidance_scale"] == 0.0 and probed("ZImagePipeline", scale=1.0)[2].branches == 1
+    assert probed("FluxPipeline")[1].arguments(4.0, 1)["guidance_scale"] == 4.0
+
+
+def test_one_list_of_texts_can_be_padded():
+    pipeline, call, _ = probed("ZImagePipeline")
+    forward = pipeline.transformer.forward
+    pipeline.transformer.forward = lambda x, t, cap_feats, letters=(), **kwargs: forward(x, t, cap_feats, **kwargs)
+    pipeline.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "letters": [each[:1] for each in args[2]]}), with_kwargs=True
+    )
+    with pytest.raises(ModelError, match="passes cap_feats and letters as lists of text: expected one"):
+        probe(pipeline, call, 4.0, CASES["ZImagePipeline"].prompts)
 
 
 def test_constant_channels_behind_the_latents_are_the_calls():

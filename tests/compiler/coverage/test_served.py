@@ -70,8 +70,9 @@ def test_budget_full_is_the_pipelines_own(name, shape, suffix, workspace, tmp_pa
 
 
 @pytest.mark.long
-def test_a_pipeline_without_text_export_takes_what_encode_makes(workspace, tmp_path):
-    model, artifact = compiled("ChromaPipeline", tmp_path, workspace)
+@pytest.mark.parametrize("name", ["ChromaPipeline", "ZImagePipeline"])
+def test_a_pipeline_without_text_export_takes_what_encode_makes(name, workspace, tmp_path):
+    model, artifact = compiled(name, tmp_path, workspace)
     prompts = ["a red ring on blue", "a blue cross on yellow"]
     conditioning, out = tmp_path / "c.safetensors", tmp_path / "out.png"
     source = [part for prompt in prompts for part in ("--prompt", prompt)]

@@ -26,12 +26,19 @@ class Case:
     arguments: dict[str, Any] = field(default_factory=dict)
     guidance: float = 4.0
     guidance_argument: str = "guidance_scale"
+    offset: float = 0.0
+    """Of that argument from the scale."""
     guidance_kind: str = "cfg"
     """`none`: one branch, with the scale embedded."""
     blocks: int = 2
 
     def __call__(self, pipeline: Any, steps: int = STEPS, seed: int = 0, **changed: Any) -> Any:
-        arguments = {"output_type": "latent", self.guidance_argument: self.guidance, **self.arguments, **changed}
+        arguments = {
+            "output_type": "latent",
+            self.guidance_argument: self.guidance + self.offset,
+            **self.arguments,
+            **changed,
+        }
         generator = torch.Generator().manual_seed(seed)
         return pipeline(num_inference_steps=steps, generator=generator, **arguments)[0]
 
@@ -210,6 +217,20 @@ def wan() -> Any:
     return WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer)
 
 
+@made
+def z_image() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=16, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH,
+        axes_dims=[4, 2, 2], axes_lens=[128, 16, 16],
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return ZImagePipeline(
+        scheduler=scheduler, vae=autoencoder(), text_encoder=None, tokenizer=None, transformer=transformer
+    )
+
+
 def _embeds(*, pooled: bool = False, mask: str | None = None) -> dict[str, Any]:
     """Prompt and negative prompt as embeddings (1, 5, WIDTH)."""
     found: dict[str, Any] = {}
@@ -243,4 +264,5 @@ CASES = {
     "dit": Case(make=dit, arguments={"class_labels": [3, 5], "output_type": "np"}),
     "sd": Case(make=stable_diffusion, arguments={**_embeds(), **SMALL}),
     "wan": Case(make=wan, arguments={**_embeds(), **SMALL, "num_frames": 5}),
+    "z-image": Case(make=z_image, arguments={**{key: list(value) for key, value in _embeds().items()}, **SMALL}, offset=-1.0),
 }  # fmt: skip

@@ -105,16 +105,18 @@ def test_another_guidance_is_refused_once_the_pipeline_is_known(prepared, name):
     one = prepared(name)
     pipeline = one.case.make()
     pipeline.scheduler = OTCacheScheduler.from_artifact(one.artifact, budget=BUDGET, pipeline=pipeline)
-    argument = one.case.guidance_argument
+    argument, offset = one.case.guidance_argument, one.case.offset
+    seven, four = (rf" \(here called {scale + offset:g}\)" if offset else "" for scale in (7, 4))
     with pytest.raises(
-        RequestError, match=r"guidance scale is 7(\.0\d)?: expected 4, which budget 3 of tiny was calibrated for"
+        RequestError,
+        match=rf"guidance scale is 7(\.0\d)?{seven}: expected 4{four}, which budget 3 of tiny was calibrated for",
     ):
-        one.case(pipeline, steps=BUDGET, **{argument: 7.0})
+        one.case(pipeline, steps=BUDGET, **{argument: 7.0 + offset})
     with pytest.raises(RequestError, match=r"(runs without guidance|guidance scale is 1): expected 4"):
-        one.case(pipeline, steps=BUDGET, **{argument: 1.0})
+        one.case(pipeline, steps=BUDGET, **{argument: 1.0 + offset})
     pipeline.scheduler = OTCacheScheduler.from_artifact(one.artifact, budget=BUDGET, strict=False, pipeline=pipeline)
     with pytest.warns(CalibrationWarning, match="guidance scale is 7"):
-        one.case(pipeline, steps=BUDGET, **{argument: 7.0})
+        one.case(pipeline, steps=BUDGET, **{argument: 7.0 + offset})
 
 
 def test_another_number_of_steps_is_refused(prepared):

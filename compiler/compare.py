@@ -13,6 +13,7 @@ from . import robustness as elsewhere
 from .claims import interpolation_claims
 from .comparison import FURTHER, Cell, Comparison, Skipped, peers_at, verdict_at
 from .options import CompileOptions
+from .peers import seacache
 from .peers.hooks import hook_methods
 from .peers.measure import bench_of, default_method, measured
 from .peers.method import Method
@@ -29,7 +30,7 @@ def methods() -> list[Method]:
     """Every peer, in the order of the table."""
     programs = program_methods()
     order: list[Method] = [m for m in programs if m.group == "solver"]
-    order += hook_methods()
+    order += [*hook_methods(), *seacache.METHODS]
     order += [m for m in programs if m.group != "solver"]
     return order
 

@@ -168,7 +168,8 @@ def _deep_layer(transformer: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _diffusers_cache(pipeline: Any, config: Any) -> Iterator[None]:
+def diffusers_cache(pipeline: Any, config: Any) -> Iterator[None]:
+    """While it lasts, the pipeline's transformer has one of diffusers' caches. Raises NotApplicable where diffusers refuses it."""
     transformer = pipeline.transformer
     try:
         transformer.enable_cache(config)
@@ -205,7 +206,7 @@ def _taylor(pipeline: Any, setting: Setting) -> contextlib.AbstractContextManage
     from diffusers import TaylorSeerCacheConfig
 
     values = setting.values
-    return _diffusers_cache(
+    return diffusers_cache(
         pipeline,
         TaylorSeerCacheConfig(
             cache_interval=values["interval"], disable_cache_before_step=values["warmup"], max_order=values["order"],
@@ -217,7 +218,7 @@ def _taylor(pipeline: Any, setting: Setting) -> contextlib.AbstractContextManage
 def _first_block(pipeline: Any, setting: Setting) -> contextlib.AbstractContextManager[None]:
     from diffusers import FirstBlockCacheConfig
 
-    return _diffusers_cache(pipeline, FirstBlockCacheConfig(threshold=setting.threshold))
+    return diffusers_cache(pipeline, FirstBlockCacheConfig(threshold=setting.threshold))
 
 
 def _magcache_settings(bench: Bench, budget: int) -> list[Setting]:
@@ -229,7 +230,7 @@ def _magcache_settings(bench: Bench, budget: int) -> list[Setting]:
     def calibrate() -> list[float]:
         said = io.StringIO()
         config = MagCacheConfig(calibrate=True, num_inference_steps=total)
-        with _diffusers_cache(bench.pipeline, config), contextlib.redirect_stdout(said), torch.no_grad():
+        with diffusers_cache(bench.pipeline, config), contextlib.redirect_stdout(said), torch.no_grad():
             _sample(bench, bench.calibration.trajectory, [0])
         listed = re.findall(r"^\[[-\d., e]+\]$", said.getvalue(), flags=re.MULTILINE)
         return [float(value) for value in listed[0].strip("[]").split(",")] if listed else []
@@ -247,7 +248,7 @@ def _magcache(pipeline: Any, setting: Setting) -> contextlib.AbstractContextMana
     from diffusers import MagCacheConfig
 
     values = setting.values
-    return _diffusers_cache(
+    return diffusers_cache(
         pipeline,
         MagCacheConfig(
             threshold=setting.threshold, max_skip_steps=values["total"], num_inference_steps=values["total"],

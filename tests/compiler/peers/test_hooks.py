@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from otcache.compiler.compare import methods
-from otcache.compiler.peers import hooks
+from otcache.compiler.peers import hooks, seacache
 from otcache.compiler.peers.hooks import Setting, TeaCache, masks
 from otcache.compiler.peers.method import NotApplicable
 
 T = 8
-HOOKS = hooks.hook_methods()
+HOOKS = [method for method in methods() if isinstance(method, hooks.HookMethod)]
 WITHOUT_CACHE_DIT = importlib.util.find_spec("cache_dit") is None
 
 
@@ -29,6 +29,10 @@ def test_every_step_computed_is_the_full_run(bench, method):
         pytest.skip("cache-dit is not installed")
     if method.name in ("dpm++2m", "unipc"):
         pytest.skip("another solver: its T steps end elsewhere")
+    if method.name == "fastercache":
+        with pytest.raises(NotApplicable, match="run at every step"):
+            method.run(bench, T)
+        return
     outcome = method.run(bench, T)
     assert outcome.nfe.tolist() == [T] * bench.count
     assert relative_error(bench, outcome.latents) < 1e-4
@@ -117,10 +121,34 @@ def test_intervals_keep_the_budget_as_diffusers_counts(bench):
         assert counter[0] <= 3
 
 
+def test_seacache_sees_every_step_and_the_frames(bench, monkeypatch):
+    """Against fail-open: without the steps that are added to `cache_context` nothing would be skipped, silently."""
+    from diffusers.hooks import sea_cache
+
+    seen = []
+    original = sea_cache._build_indicator
+
+    def indicator(config, metadata):
+        seen.append((metadata.step_index, metadata.sigma, [tuple(frame.shape) for frame in metadata.raw_vision]))
+        return original(config, metadata)
+
+    monkeypatch.setattr(sea_cache, "_build_indicator", indicator)
+    values = {"order": 0, "height": bench.call.height, "width": bench.call.width}
+    setting = Setting(text="", values=values, threshold=1e9)
+    with seacache._seacache(bench.pipeline, setting), hooks.counted(bench) as counter, torch.no_grad():
+        hooks._sample(bench, bench.evaluation.trajectory, [0])
+    sigmas = [float(sigma) for sigma in bench.pipeline.scheduler.sigmas[:T]]
+    assert [entry[:2] for entry in seen] == [(step, sigmas[step]) for step in range(T) for _ in ("cond", "uncond")]
+    ((channels, frames, height, width),) = seen[0][2]
+    assert frames == 1 and channels * height * width == bench.evaluation.trajectory.latents[0, 0].numel()
+    assert counter[0] == 2  # the first and the last
+    assert "cache_context" not in vars(bench.pipeline.transformer)
+
+
 def test_a_refused_cache_is_not_applicable(bench):
     with (
         pytest.raises(NotApplicable, match="enable_cache refuses object"),
-        hooks._diffusers_cache(bench.pipeline, object()),
+        hooks.diffusers_cache(bench.pipeline, object()),
     ):
         pass
 

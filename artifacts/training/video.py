@@ -1,6 +1,6 @@
 """Train the bundled model `shapes-video`: a small HunyuanVideo of one shape that moves over a plain ground.
 
-    python -m otcache.artifacts.training.video [--steps 2000] [-o artifacts/models/shapes-video]
+    python -m otcache.artifacts.training.video [--steps 6000] [-o artifacts/models/shapes-video]
 
 The same passes as in `shapes`, on clips of 13 frames (4 latent ones) whose captions name the motion. Guidance is
 classifier-free (`true_cfg_scale`): embedded guidance is what a *distilled* HunyuanVideo has, and distilling would need a
@@ -314,7 +314,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("artifacts/work/shapes-video"), help="unfinished training state"
     )
-    parser.add_argument("--steps", type=int, default=2000, help="of the transformer")
+    parser.add_argument("--steps", type=int, default=6000, help="of the transformer")
     parser.add_argument("--text-steps", type=int, default=300)
     parser.add_argument("--frame-steps", type=int, default=1200, help="of the autoencoder on single frames")
     parser.add_argument("--vae-steps", type=int, default=600, help="of the autoencoder on short clips")

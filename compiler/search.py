@@ -29,7 +29,9 @@ from .residual import FORECASTS, Forecast
 from .rollout import residual_gram
 
 INTERPOLATION_WEIGHTS = 5
-"""Positions on the path between the two policies that are tried for each budget."""
+"""Positions on the path between the two policies that are tried for each budget, at most (`positions`)."""
+FULL_RUNS = 10.0
+"""What a compile may take for each calibration prompt, the prompt's own full run among it."""
 OUTPUT_GRAPHS = 4
 """Schedules that the graph of the `output` payload gives at most (`reference.graph_schedules`)."""
 AUTO_FORECASTS: tuple[Forecast, ...] = ("reuse", "fitted")
@@ -96,9 +98,10 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
     if options.payload == "auto" and gram is not None:
         families.append(ResidualFamily(calibration, gram, end_to_end=False, forecasts=AUTO_FORECASTS))
     trials: dict[int, list[Trial]] = {}
+    count = positions(options, calibration.trajectory.count)
     with reporter.on("interpolate, fit", f"budgets {', '.join(map(str, options.budgets))}") as advance:
         for position, budget in enumerate(options.budgets):
-            attempts = _interpolated(family, reference, anchor, budget, options)
+            attempts = _interpolated(family, reference, anchor, budget, options, count)
             for each in families:
                 graphs = list(each.graph_schedules(budget).items())
                 for name, schedule in graphs if each is family else graphs[:1]:
@@ -123,11 +126,30 @@ def refitted(found: Found, calibration: Calibration) -> Found:
     return replace(found, trials=trials)
 
 
+def positions(options: CompileOptions, prompts: int) -> int:
+    """How many positions on the path are tried for each budget: with many budgets fewer, so that a compile keeps to `FULL_RUNS`.
+
+    The law's own is always tried. The residual payload, which rolls out every forecast of every schedule, keeps to no limit.
+    """
+    if options.payload == "residual":
+        return INTERPOLATION_WEIGHTS
+    allowed = (
+        count for count in range(INTERPOLATION_WEIGHTS, 1, -1)
+        if 1.0 + sum(_costs(options, prompts, count).values()) <= FULL_RUNS
+    )  # fmt: skip
+    return next(allowed, 1)
+
+
 def highest_costs(options: CompileOptions, prompts: int) -> dict[str, float]:
     """What `search` charges at most, in full runs for each of the calibration prompts, before anything is computed.
 
     It is less where ways lead to the same schedule: a schedule is charged once.
     """
+    return _costs(options, prompts, positions(options, prompts))
+
+
+def _costs(options: CompileOptions, prompts: int, weights: int) -> dict[str, float]:
+    """With so many positions on the path."""
     total, residual = options.num_inference_steps, options.payload == "residual"
     per_schedule = len(FORECASTS) if residual else 1
     graphs = len(RESIDUAL_GRAPHS) if residual else OUTPUT_GRAPHS
@@ -145,18 +167,20 @@ def highest_costs(options: CompileOptions, prompts: int) -> dict[str, float]:
     costs["reference"] = runs(REFERENCE_GRAPHS, options.reference, per_schedule)
     costs["anchor"] = runs(options.trials, options.anchor, per_schedule)
     costs["interpolate and fit"] = sum(
-        runs(INTERPOLATION_WEIGHTS + graphs, budget, per_schedule)
+        runs(weights + graphs, budget, per_schedule)
         + (runs(1, budget, len(AUTO_FORECASTS)) if options.payload == "auto" else 0.0)
         for budget in options.budgets
     )
     return costs
 
 
-def _interpolated(family: Family, reference: Trial, anchor: Trial, budget: int, options: CompileOptions) -> list[Trial]:
-    """Schedules on the path between the two policies, at several positions around the default law's."""
+def _interpolated(
+    family: Family, reference: Trial, anchor: Trial, budget: int, options: CompileOptions, count: int
+) -> list[Trial]:
+    """Schedules on the path between the two policies, at `count` positions around the default law's."""
     default = interpolation_weight(budget, options.reference, options.anchor)
     found: dict[tuple[int, ...], float] = {}
-    for weight in dict.fromkeys([default, *candidate_weights(default, count=INTERPOLATION_WEIGHTS)]):
+    for weight in dict.fromkeys([default, *candidate_weights(default, count=count)]):
         schedule = interpolated_schedule(
             reference.schedule, anchor.schedule, budget, options.num_inference_steps, weight=weight
         )

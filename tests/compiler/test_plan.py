@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import COMPILE, otc
 
 from otcache.compiler.options import CompileOptions
-from otcache.compiler.search import highest_costs
+from otcache.compiler.search import INTERPOLATION_WEIGHTS, highest_costs, positions
 from otcache.runtime.artifact import Artifact
 
 
@@ -90,3 +90,15 @@ def test_bounds_follow_the_options(payload):
     assert 1 + sum(highest_costs(shipped, shipped.calibration_prompts).values()) <= 10, (
         "full runs per prompt, capture included"
     )
+
+
+@pytest.mark.parametrize("budgets", [(8,), (4, 8, 16), (4, 8, 10, 16), (4, 6, 8, 10, 12)])
+def test_more_budgets_cost_positions_on_the_path_rather_than_more_full_runs(budgets):
+    options = CompileOptions(model="m", budgets=budgets)
+    assert 1 + sum(highest_costs(options, 32).values()) <= 10
+    assert positions(options, 32) == (INTERPOLATION_WEIGHTS if sum(budgets) <= 28 else 2 if sum(budgets) == 38 else 1)
+
+
+def test_the_laws_position_is_always_tried():
+    many = CompileOptions(model="m", budgets=(4, 8, 10, 12, 16, 20))
+    assert positions(many, 32) == 1 and positions(CompileOptions(model="m", payload="residual"), 32) == 5

@@ -18,7 +18,11 @@ from .wiring import Listed
 
 def lists_of(call: Mapping[str, Any], sample: Tensor) -> dict[str, Listed]:
     """The arguments of a call that list one tensor for each sample. sample: the scheduler's latents (n, …)."""
-    return {name: _listed(name, value, sample) for name, value in call.items() if _lists_tensors(value)}
+    counts = (len(sample), 2 * len(sample))  # of one branch of guidance, or of both
+    return {
+        name: _listed(name, value, sample) for name, value in call.items()
+        if isinstance(value, list) and len(value) in counts and all(isinstance(each, Tensor) for each in value)
+    }  # fmt: skip
 
 
 def as_tensors(call: Mapping[str, Any], listed: Mapping[str, Listed]) -> dict[str, Any]:
@@ -38,10 +42,6 @@ def extra_axis(shape: Sequence[int], other: Sequence[int]) -> int | None:
     """The first axis of size one without which `shape` is `other`."""
     axes = (axis for axis, size in enumerate(shape) if size == 1 and (*shape[:axis], *shape[axis + 1 :]) == (*other,))
     return next(axes, None)
-
-
-def _lists_tensors(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(each, Tensor) for each in value)
 
 
 def _listed(name: str, rows: Sequence[Tensor], sample: Tensor) -> Listed:

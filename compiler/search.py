@@ -129,7 +129,7 @@ def refitted(found: Found, calibration: Calibration) -> Found:
 def positions(options: CompileOptions, prompts: int) -> int:
     """How many positions on the path are tried for each budget: with many budgets fewer, so that a compile keeps to `FULL_RUNS`.
 
-    The law's own is always tried. The residual payload, which rolls out every forecast of every schedule, keeps to no limit.
+    The law's own and the graph's schedules are always tried, so that six budgets and more may take longer. The residual payload, which rolls out every forecast of every schedule, keeps to no limit.
     """
     if options.payload == "residual":
         return INTERPOLATION_WEIGHTS

@@ -37,7 +37,7 @@ class Seen:
 
     def named(self, scale: float) -> str:
         """A scale, and what this pipeline calls it where that is another number."""
-        return f"{scale:.3g}" + (f" (here called {scale + self.offset:.3g})" if self.offset else "")
+        return f"{scale:g}" + (f" (here called {scale + self.offset:g})" if self.offset else "")
 
     def __bool__(self) -> bool:
         return bool(self.outputs)
@@ -96,7 +96,7 @@ def guidance_fault(seen: Seen, guided: Tensor, recipe: Recipe) -> RequestError |
         return RequestError(f"the pipeline runs without guidance: {wanted}: give a scale and a negative prompt")
     if not low * (1 - TOLERANCE) <= scale <= high * (1 + TOLERANCE):
         return RequestError(
-            f"guidance scale is {seen.named(scale)}: {wanted}: pass one of those, or compile for a wider range"
+            f"guidance scale is {seen.named(float(f'{scale:.3g}'))}: {wanted}: pass one of those, or compile for a wider range"
         )
     return None
 

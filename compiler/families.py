@@ -1,6 +1,7 @@
 """The two payloads as families of programs: each has its own graph and its own way to make a program of a schedule.
 
-A schedule that is good for one family is bad for the other, so edges are weighed with the predictor that will run.
+Edges are weighed with the predictor that will run. Outputs, whose steps are fitted to what went before, also try the path of the
+residuals: its weights come from other errors, so that it is a second opinion where the first one is wrong.
 """
 
 from __future__ import annotations
@@ -39,13 +40,20 @@ class Family(Protocol):
 class OutputFamily:
     """Guided outputs are cached; coefficients are fitted in closed loop."""
 
-    def __init__(self, calibration: Calibration) -> None:
+    def __init__(self, calibration: Calibration, gram: np.ndarray | None = None) -> None:
+        """`gram`: of the residuals (`search.residual_statistics`), where the model has any."""
         self.calibration = calibration
         trajectory = calibration.trajectory
         self.statistics = statistics_from_trajectory(trajectory.latents.numpy(), trajectory.outputs.numpy())
+        self.residual_errors = None if gram is None else residual_edge_errors(calibration.table, gram)
 
     def graph_schedules(self, budget: int) -> dict[str, Schedule]:
-        return graph_schedules(self.statistics, budget)
+        found = graph_schedules(self.statistics, budget)
+        if self.residual_errors is not None:
+            schedule = shortest_schedule(self.residual_errors, budget, Power(4.0))
+            if schedule not in found.values():
+                found["graph power 4, residuals"] = schedule
+        return found
 
     def attempts(self, schedule: Sequence[int], name: str, weight: float | None = None) -> list[Trial]:
         return [self.calibration.fit(schedule, name, weight)]

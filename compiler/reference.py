@@ -207,7 +207,6 @@ def graph_schedules(statistics: TrajectoryStatistics, budget: int) -> dict[str, 
         pairs = pair_edge_errors(statistics)
         ways["graph power 2, pairs"] = Power(2.0), pairs
         ways["graph minimax"] = Minimax(), None
-        ways["graph power 4, pairs"] = Power(4.0), pairs
     else:
         ways["graph power 2"] = Power(2.0), None
     found: dict[str, Schedule] = {}

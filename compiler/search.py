@@ -33,7 +33,7 @@ INTERPOLATION_WEIGHTS = 5
 FULL_RUNS = 10.0
 """What a compile may take for each calibration prompt, the prompt's own full run among it."""
 OUTPUT_GRAPHS = 4
-"""Schedules that the graph of the `output` payload gives at most (`reference.graph_schedules`)."""
+"""Schedules that the `output` payload's graphs give at most (`OutputFamily.graph_schedules`)."""
 AUTO_FORECASTS: tuple[Forecast, ...] = ("reuse", "fitted")
 """Of the residual payload where `--payload auto` compares it with the output payload."""
 RESIDUAL_SAMPLES = 8
@@ -59,10 +59,8 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
     costs: dict[str, float] = {}
     charged = _meter(calibration, costs, total)
 
-    gram = None
-    if options.payload != "output":
-        gram = _residual_statistics(calibration, options, reporter, charged)
-    family: Family = OutputFamily(calibration)
+    gram = _residual_statistics(calibration, options, reporter, charged)
+    family: Family = OutputFamily(calibration, gram)
     if options.payload == "residual" and gram is not None:
         with reporter.on("edges", options.edge_costs) as current:
             family = ResidualFamily(calibration, gram, end_to_end=options.edge_costs == "end-to-end")
@@ -158,9 +156,7 @@ def _costs(options: CompileOptions, prompts: int, weights: int) -> dict[str, flo
         distinct = math.comb(total - 1, budget - 1)  # the first step is always computed
         return min(schedules, distinct) * each * budget / total
 
-    costs: dict[str, float] = {}
-    if options.payload != "output":
-        costs["residuals"] = min(1.0, RESIDUAL_SAMPLES / prompts)
+    costs = {"residuals": min(1.0, RESIDUAL_SAMPLES / prompts)}
     if residual:
         replayed = [1 + total - end for start in range(total) for end in range(start + 2, total + 1)]
         costs["edges"] = sum(replayed) / total if options.edge_costs == "end-to-end" else 0.0

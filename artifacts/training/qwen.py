@@ -32,6 +32,8 @@ from . import flow, scenes, tokens
 SIDE = 32
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 64
+TEXT_LENGTH = 16
+"""Tokens of a prompt that the model is called with, of captions that have at most 11."""
 SHIFT = 3.0
 GUIDANCE = 4.0
 NEGATIVE = " "
@@ -253,7 +255,7 @@ def main() -> None:
     pipeline = make_pipeline(vae, tokenizer, pipeline.text_encoder, transformer)
     pipeline.to(torch.float16).save_pretrained(options.output)
     write_prompts(options.output)
-    flow.write_call(options.output, height=SIDE, width=SIDE, negative_prompt=NEGATIVE)
+    flow.write_call(options.output, height=SIDE, width=SIDE, negative_prompt=NEGATIVE, max_sequence_length=TEXT_LENGTH)
     shares, drawn = check(QwenImagePipeline.from_pretrained(options.output, torch_dtype=torch.float32))
     flow.contact_sheet(drawn).save(options.output / "samples.png")
     (options.output / "check.json").write_text(json.dumps(shares, indent=1) + "\n")

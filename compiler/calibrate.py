@@ -81,7 +81,7 @@ class Calibration:
             return self._scored(name, program, schedule, latents, weight)
 
         if schedule not in self.fitted:
-            self.fitted[schedule] = self.attempt(["output, crossed", list(schedule)], fitted)
+            self.fitted[schedule] = self.attempt(["output, banded", list(schedule)], fitted)
         return self.fitted[schedule].named(name, weight)
 
     def attempt(self, key: Any, measure: Callable[[], Trial]) -> Trial:

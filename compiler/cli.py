@@ -54,7 +54,7 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
     type=click.Choice(["auto", "output", "residual"]),
     default="auto",
     show_default=True,
-    help="What is cached. Programs of outputs are called adaptive where their coefficients follow each sample.",
+    help="What is cached. Programs of outputs are called banded where means are weighed apart, adaptive where coefficients follow each sample.",
 )
 @click.option(
     "--edge-costs",

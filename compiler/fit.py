@@ -1,8 +1,9 @@
 """Pass `fit`: schedule + calibration set → Program, with coefficients that correct drift as it appears.
 
 The program is walked on the calibration set. At each computed step the coefficients are those with which the step lands
-closest to the full run's latents at the next computed step, starting from where the program itself has come to. From the second
-step on they follow each sample: guided outputs that change more than others' from step to step are stiffer, and want other weights.
+closest to the full run's latents at the next computed step, starting from where the program itself has come to. Means over a sample's
+positions are weighed apart from what is around them. From the second step on coefficients follow each sample: guided outputs that
+change more than others' from step to step are stiffer, and want other weights.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from otcache.schemas.program import FARTHEST, Payload, Program, Slopes, Step
+from otcache.schemas.program import FARTHEST, Means, Payload, Program, Slopes, Step, position_axes
 
 from .capture import Trajectory
-from .coefficients import log_change
+from .coefficients import log_change, mean
 
 FloatArray = NDArray[np.float64]
 Prior = Callable[[Sequence[int], int], tuple[float, FloatArray]]
@@ -27,8 +28,8 @@ Prior = Callable[[Sequence[int], int], tuple[float, FloatArray]]
 
 STRAY = 2.0
 """Times the median distance from the full run, from which on a sample counts less."""
-FEWEST_FOR_SLOPES = 8
-"""Samples: straight lines through fewer are lines through noise."""
+FEWEST = 8
+"""Samples for slopes and means: straight lines through fewer are lines through noise."""
 SLOPE_PENALTY = 1e-3
 """Relative to the size of what a slope multiplies."""
 
@@ -45,18 +46,17 @@ class Places:
 
 @dataclass(frozen=True)
 class FittedStep:
-    """Coefficients of one step, the latents' first, then the outputs', newest last; of f features of a sample: 1, and its place."""
+    """Coefficients of one step's r regressors, and of f features of a sample: 1, and its place."""
 
     coefs: FloatArray
-    """(f, 1 + outputs), fitted to all samples."""
+    """(f, r), fitted to all samples."""
     crossed: FloatArray
-    """(n, f, 1 + outputs): for each sample those that are fitted to all the others; with one sample, `coefs`."""
+    """(n, f, r): for each sample those that are fitted to all the others; with one sample, `coefs`."""
 
 
 def ridge_step(
     target: ArrayLike,
-    latents: ArrayLike,
-    outputs: Sequence[ArrayLike],
+    regressors: Sequence[ArrayLike],
     prior: ArrayLike,
     penalty: float,
     weights: FloatArray | None = None,
@@ -64,27 +64,27 @@ def ridge_step(
 ) -> FittedStep:
     """The update that lands closest to a target, drawn towards a prior.
 
-    min Σ_n s_n ‖target_n − Σ_r (c_r + p_n d_r) u_rn‖² + Σ_r G_rr (penalty (c_r − c_r⁰)² + SLOPE_PENALTY d_r²), with u the latents and
-    the outputs, c and d their coefficients and slopes, p the samples' places, and G the Gram matrix of what each of them multiplies
-    under the samples' weights s.
+    min Σ_n s_n ‖target_n − Σ_r (c_r + p_n d_r) u_rn‖² + Σ_r G_rr (penalty (c_r − c_r⁰)² + SLOPE_PENALTY d_r²), with u the regressors,
+    c and d their coefficients and slopes, p the samples' places, and G the Gram matrix of what each of them multiplies under the
+    samples' weights s.
 
     Args:
-        target, latents: float (n, …); arrays, or tensors of any dtype and device.
-        outputs: float (n, …) each, newest last.
-        prior: c⁰ (1 + len(outputs),).
+        target: float (n, …); an array, or a tensor of any dtype and device.
+        regressors: r of them, likewise: latents and outputs, newest last, and what else the step weighs.
+        prior: c⁰ (r,).
         penalty: relative to each regressor's size; 0 for least squares.
         weights: s (n,); all 1 if there are none.
         places: p (n,); there are no slopes if there are none.
     """
-    regressors = np.stack([_rows(value) for value in (latents, *outputs)], axis=1)
-    n, count, _ = regressors.shape
+    rows = np.stack([_rows(value) for value in regressors], axis=1)
+    n, count, _ = rows.shape
     features = np.stack([np.ones(n)] if places is None else [np.ones(n), places], axis=1)
     centre = np.zeros((features.shape[1], count))
     centre[0] = np.asarray(prior, dtype=np.float64)
-    remainders = _rows(target) - centre[0] @ regressors
+    remainders = _rows(target) - centre[0] @ rows
     weighed = features if weights is None else features * weights[:, None]
-    grams = np.einsum("nf,ng,nrs->nfrgs", weighed, features, regressors @ regressors.transpose(0, 2, 1))
-    crosses = np.einsum("nf,nr->nfr", weighed, (regressors @ remainders[..., None])[..., 0])
+    grams = np.einsum("nf,ng,nrs->nfrgs", weighed, features, rows @ rows.transpose(0, 2, 1))
+    crosses = np.einsum("nf,nr->nfr", weighed, (rows @ remainders[..., None])[..., 0])
     grams, crosses = grams.reshape(n, centre.size, -1), crosses.reshape(n, -1)
     penalties = np.repeat([penalty, SLOPE_PENALTY][: len(centre)], count)
 
@@ -111,7 +111,7 @@ def sample_weights(latents: ArrayLike, references: ArrayLike) -> FloatArray:
 
 def sample_places(outputs: Sequence[Tensor]) -> Places | None:
     """Of samples with these outputs (n, …), newest last; None for too few of either, or where all change alike."""
-    if len(outputs) < 2 or len(outputs[-1]) < FEWEST_FOR_SLOPES:
+    if len(outputs) < 2 or len(outputs[-1]) < FEWEST:
         return None
     change = log_change(outputs[-2], outputs[-1]).double().cpu().numpy()
     centre, spread = float(change.mean()), float(change.std())
@@ -159,20 +159,44 @@ def fit_output_program(
         weights = sample_weights(latents, trajectory.latents[step_index])
         places = sample_places(outputs)
         values = None if places is None else places.values
-        fitted = ridge_step(trajectory.latents[following], latents, outputs, centre, penalty, weights, values)
+        terms = [latents, *outputs]
+        apart = len(latents) >= FEWEST and len(position_axes(latents.ndim)) > 0
+        if apart:
+            terms += [mean(value).expand_as(value) for value in terms]
+            centre += [0.0] * len(centre)
+        fitted = ridge_step(trajectory.latents[following], terms, centre, penalty, weights, values)
+        count = 1 + len(outputs)
         steps.append(
             Step(
                 step_index=int(step_index),
                 timestep=float(times[step_index]),
                 input_scale=float(scales[step_index]),
                 latent_coef=float(fitted.coefs[0, 0]),
-                output_coefs=tuple(float(coef) for coef in fitted.coefs[0, 1:]),
-                slopes=None if places is None else _slopes(places, fitted.coefs[1]),
+                output_coefs=_floats(fitted.coefs[0, 1:count]),
+                slopes=None if places is None else _slopes(places, fitted.coefs[1, :count]),
+                means=_means(fitted.coefs[:, count:]) if apart else None,
             )
         )
-        latents = _combined(fitted.crossed, values, [latents, *outputs])
-    payload: Payload = "adaptive" if any(step.slopes for step in steps) else "output"
-    return Program(payload=payload, steps=tuple(steps)), latents
+        latents = _combined(fitted.crossed, values, terms)
+    return Program(payload=_payload(steps), steps=tuple(steps)), latents
+
+
+def _payload(steps: Sequence[Step]) -> Payload:
+    """The plainest one that holds these steps."""
+    if any(step.means for step in steps):
+        return "banded"
+    return "adaptive" if any(step.slopes for step in steps) else "output"
+
+
+def _means(coefs: FloatArray) -> Means:
+    """From (f, 1 + outputs), the latents' first."""
+    slopes = coefs[1] if len(coefs) > 1 else None
+    return Means(
+        latent_coef=float(coefs[0, 0]),
+        output_coefs=_floats(coefs[0, 1:]),
+        latent_slope=0.0 if slopes is None else float(slopes[0]),
+        output_slopes=() if slopes is None else _floats(slopes[1:]),
+    )
 
 
 def _slopes(places: Places, slopes: FloatArray) -> Slopes:
@@ -180,8 +204,12 @@ def _slopes(places: Places, slopes: FloatArray) -> Slopes:
         centre=places.centre,
         spread=places.spread,
         latent_coef=float(slopes[0]),
-        output_coefs=tuple(float(slope) for slope in slopes[1:]),
+        output_coefs=_floats(slopes[1:]),
     )
+
+
+def _floats(values: FloatArray) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
 
 
 def _combined(coefs: FloatArray, places: FloatArray | None, values: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from otcache.schemas.program import Program, Step
 
-from .coefficients import coefficients
+from .coefficients import updated
 from .denoiser import Denoiser
 from .stages import Stages
 from .wiring import tensor_of
@@ -20,16 +20,6 @@ Observe = Callable[[int, Tensor], None]
 
 Cast = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """From inputs of the model in float32 to those that its stages take."""
-
-
-def combine(step: Step, latents: Tensor, outputs: list[Tensor]) -> Tensor:
-    """x ← latent_coef · x + Σ output_coefs · v, newest last."""
-    latent_coef, *output_coefs = coefficients(step, outputs)
-    result = latent_coef * latents
-    for coef, output in zip(output_coefs, outputs[-len(output_coefs) :], strict=True):
-        if step.slopes is not None or coef:
-            result = result + coef * output
-    return result
 
 
 @torch.no_grad()
@@ -57,7 +47,7 @@ def roll_out(
         else:
             outputs.append(memory(latents, step))
         outputs = outputs[-program.output_memory :]
-        latents = combine(step, latents, outputs)
+        latents = updated(step, latents, outputs)
     return latents
 
 
@@ -114,7 +104,7 @@ def residual_gram(
         for index, step in enumerate(program.steps):
             outputs.append(model(latents, step))
             outputs = outputs[-program.output_memory :]
-            latents = combine(step, latents, outputs)
+            latents = updated(step, latents, outputs)
             new = model.residuals[-1]
             for other, kept in enumerate(model.residuals):
                 value = sum(float((new[name].double() * kept[name].double()).mean()) for name in new)

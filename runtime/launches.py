@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from otcache.schemas.combinations import COEFS, TOTAL, in_float32
+from otcache.schemas.combinations import COEFS, TOTAL, in_float32, update_name
 from otcache.schemas.manifest import Manifest, Stage, TensorInfo
 from otcache.schemas.program import Program, Step
 
@@ -135,13 +135,17 @@ class _Unroller:
         steps = newest(list(range(number + 1)), len(step.output_coefs))
         terms = [Value("@x", number), *(Value("@v", step) for step in steps)]
         total = self.value("@x", number + 1, self.latents)
-        coefs = (step.latent_coef, *step.output_coefs)
-        if step.slopes is None:
-            self.combine(number, f"update_{len(steps)}", terms, total, coefs)
-        else:
-            slopes = (step.slopes.latent_coef, *step.slopes.output_coefs)
-            place = (step.slopes.centre, step.slopes.spread)
-            self.combine(number, f"follow_{len(steps)}", terms, total, (*coefs, *slopes, *place))
+        means = step.means
+        coefs = [step.latent_coef, *step.output_coefs]
+        if means is not None:
+            coefs += [means.latent_coef, *means.output_coefs]
+        if step.slopes is not None:
+            coefs += [step.slopes.latent_coef, *step.slopes.output_coefs]
+            if means is not None:
+                coefs += [means.latent_slope, *means.output_slopes]
+            coefs += [step.slopes.centre, step.slopes.spread]
+        name = update_name("update" if step.slopes is None else "follow", means is not None, len(steps))
+        self.combine(number, name, terms, total, tuple(coefs))
 
     def combine(
         self, number: int, name: str, terms: list[Value], total: Value, coefs: tuple[float, ...] | None

@@ -12,13 +12,15 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from otcache.schemas.program import FARTHEST, TINY, Program, Slopes, Step
+from otcache.schemas.program import FARTHEST, TINY, Program, Slopes, Step, position_axes
 
 Float32 = NDArray[np.float32]
 Residual = tuple[Float32, ...]
 """Result − source of every feature."""
 Callback = Callable[[int, int], None]
 """Called with the number of finished steps and of all; what it raises ends the run."""
+Coefs = list[Float32 | float]
+"""Of the latents and then of outputs, newest last: numbers, or arrays that broadcast over latents."""
 T = TypeVar("T")
 
 
@@ -55,7 +57,7 @@ def sample(
 
     r = blocks(h) − h  if step.compute else  Σ c_m r_m          v = Σ_g weight_g · head(h + r)_g
     x ← latent_coef · x + Σ_m output_coefs_m · v_m              both histories newest last; see `Slopes` for coefficients that
-                                                                follow the sample
+                                                                follow the sample, and `Means` for what is added to whole channels
     keep_norm: v is multiplied so that its vectors along the last axis are as long as those of the last branch.
     """
     x = latents.astype(np.float32)
@@ -79,15 +81,30 @@ def sample(
 
 def updated(step: Step, x: Float32, outputs: list[Float32]) -> Float32:
     """The latents (n, …) after a step, from those before it and the outputs that it weighs, newest last; a new array."""
-    coefs: Sequence[Float32 | float] = (step.latent_coef, *step.output_coefs)
+    coefs: Coefs = [step.latent_coef, *step.output_coefs]
+    means: Coefs = [] if step.means is None else [step.means.latent_coef, *step.means.output_coefs]
     if step.slopes is not None:
         place = place_among_samples(step.slopes, outputs[-2], outputs[-1]).reshape(-1, *[1] * (x.ndim - 1))
-        slopes = (step.slopes.latent_coef, *step.slopes.output_coefs)
-        coefs = [np.float32(coef) + np.float32(slope) * place for coef, slope in zip(coefs, slopes, strict=True)]
-    x = np.float32(coefs[0]) * x
+        coefs = following(coefs, [step.slopes.latent_coef, *step.slopes.output_coefs], place)
+        if step.means is not None:
+            means = following(means, [step.means.latent_slope, *step.means.output_slopes], place)
+    total = weighed(coefs, x, outputs)
+    if means:
+        total += weighed(means, x, outputs).mean(axis=position_axes(x.ndim), keepdims=True, dtype=np.float32)
+    return total
+
+
+def weighed(coefs: Coefs, x: Float32, outputs: list[Float32]) -> Float32:
+    """coefs₀ · x + Σ coefs_{m+1} · v_m; a new array."""
+    total = np.float32(coefs[0]) * x
     if outputs:
-        x += combination(coefs[1:], outputs)
-    return x
+        total += combination(coefs[1:], outputs)
+    return total
+
+
+def following(coefs: Coefs, slopes: Sequence[float], place: Float32) -> Coefs:
+    """Each sample's coefficients, from its place among the samples (n, 1, …)."""
+    return [np.float32(coef) + np.float32(slope) * place for coef, slope in zip(coefs, slopes, strict=True)]
 
 
 def place_among_samples(slopes: Slopes, before: Float32, output: Float32) -> Float32:

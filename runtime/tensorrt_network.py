@@ -12,7 +12,7 @@ from typing import Any
 
 from otcache.schemas.combinations import COEFS, Combination
 from otcache.schemas.manifest import TensorInfo
-from otcache.schemas.program import FARTHEST, TINY
+from otcache.schemas.program import FARTHEST, TINY, position_axes
 
 from .messages import one_line
 
@@ -70,14 +70,15 @@ def add_combination(trt: Any, network: Any, combination: Combination) -> Any:
         total = ops.weighed(each, first_coef=0)
         if combination.keep_norm:
             total = ops.as_long_as(total, each[-1])
-    elif combination.kind == "follow":
-        coefs = ops.followed_coefs(terms[-2], terms[-1], count=len(terms))
-        first, *others = [ops.product(term, coef) for term, coef in zip(terms, coefs, strict=True)]
-        total = ops.add(first, ops.sum(others))
     else:
-        total = ops.times(terms[0], 0)
-        if terms[1:]:
-            total = ops.add(total, ops.weighed(terms[1:], first_coef=1))
+        count = len(terms) * (2 if combination.means else 1)
+        if combination.kind == "follow":
+            coefs = ops.followed_coefs(terms[-2], terms[-1], count=count)
+        else:
+            coefs = [ops.coef(index) for index in range(count)]
+        total = ops.products(terms, coefs[: len(terms)])
+        if combination.means:
+            total = ops.add(total, ops.mean(ops.products(terms, coefs[len(terms) :])))
     total = ops.cast(total, getattr(trt.DataType, TYPES[combination.total.dtype]))
     if total.is_network_input:
         total = network.add_identity(total).get_output(0)
@@ -137,6 +138,16 @@ class _Operations:
     def times(self, tensor: Any, coef: int) -> Any:
         """The tensor times a coefficient."""
         return self.product(tensor, self.coef(coef))
+
+    def products(self, terms: list[Any], coefs: list[Any]) -> Any:
+        """Σ coefs · terms: the first plus the sum of the others, in order."""
+        first, *others = [self.product(term, coef) for term, coef in zip(terms, coefs, strict=True)]
+        return self.add(first, self.sum(others)) if others else first
+
+    def mean(self, tensor: Any) -> Any:
+        """Over positions, which stay as dimensions of 1."""
+        axes = sum(1 << axis for axis in position_axes(self.rank))
+        return self.network.add_reduce(tensor, self.trt.ReduceOperation.AVG, axes, True).get_output(0)
 
     def sum(self, terms: list[Any]) -> Any:
         """Σ terms, in order."""

@@ -10,6 +10,8 @@ add arrays up. They follow from the manifest alone: which ones there are, and wh
     update_M        x ← coefs₀ · x + Σ coefs_{m+1} · v_m over M outputs
     follow_M        the same with coefs_i + s · coefs_{i+M+1} instead of coefs_i, where s, of each sample, is how far it is from the
                     others in what its last two outputs differ (`Slopes`); centre and spread are the last two coefs
+    update_means_M  as update_M, plus the mean over positions of a second such sum, with the next M+1 coefs (`Means`)
+    follow_means_M  the same of follow_M: 2 · (M+1) coefs, as many slopes in the same order, centre and spread
 
 Coefficients are an input, `coefs`, so that all steps and budgets share one engine. Terms are called `term_0`, `term_1`, … from
 the oldest to the newest after the tensor that the sum is added to; what is written is called `total`.
@@ -39,6 +41,8 @@ class Combination:
     total: TensorInfo
     branches: int
     keep_norm: bool = False
+    means: bool = False
+    """Whether an update weighs means apart."""
 
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
@@ -65,14 +69,22 @@ def combinations(manifest: Manifest) -> tuple[Combination, ...]:
     output, branches = tensors[manifest.output], manifest.guidance.branches
     steps = [step for entry in manifest.all_programs for step in entry.program.steps]
     forecasts = sorted({len(step.residual_coefs) for step in steps if not step.compute})
-    updates = sorted({len(step.output_coefs) for step in steps if step.slopes is None})
-    followed = sorted({len(step.output_coefs) for step in steps if step.slopes is not None})
+    updates = sorted({(step.slopes is not None, step.means is not None, len(step.output_coefs)) for step in steps})
 
-    def make(name: str, kind: Kind, coefs: int, terms: list[TensorInfo], total: TensorInfo) -> Combination:
+    def make(
+        name: str, kind: Kind, coefs: int, terms: list[TensorInfo], total: TensorInfo, means: bool = False
+    ) -> Combination:
         named = tuple(term.model_copy(update={"name": f"term_{index}"}) for index, term in enumerate(terms))
         keep_norm = kind == "guide" and manifest.guidance.kind == "cfg_norm"
         return Combination(
-            name, kind, coefs, named, total.model_copy(update={"name": TOTAL}), branches, keep_norm=keep_norm
+            name,
+            kind,
+            coefs,
+            named,
+            total.model_copy(update={"name": TOTAL}),
+            branches,
+            keep_norm=keep_norm,
+            means=means,
         )
 
     x = in_float32(output)
@@ -86,9 +98,20 @@ def combinations(manifest: Manifest) -> tuple[Combination, ...]:
             for count in forecasts
         ]
     found.append(make("guide", "guide", branches, [output], x))
-    found += [make(f"update_{count}", "update", 1 + count, [x] * (1 + count), x) for count in updates]
-    found += [make(f"follow_{count}", "follow", 2 * (1 + count) + 2, [x] * (1 + count), x) for count in followed]
+    for followed, means, count in updates:
+        kind: Kind = "follow" if followed else "update"
+        coefs = (1 + count) * (2 if means else 1)
+        found.append(
+            make(
+                update_name(kind, means, count), kind, 2 * coefs + 2 if followed else coefs, [x] * (1 + count), x, means
+            )
+        )
     return tuple(found)
+
+
+def update_name(kind: Kind, means: bool, count: int) -> str:
+    """Of the combination that updates the latents from so many outputs."""
+    return f"{kind}_means_{count}" if means else f"{kind}_{count}"
 
 
 def in_float32(tensor: TensorInfo) -> TensorInfo:

@@ -10,6 +10,8 @@ import itertools
 import math
 from typing import TYPE_CHECKING
 
+from .program import position_axes
+
 if TYPE_CHECKING:
     from .manifest import BudgetProgram, Engine, Manifest, Stage, TensorInfo
 
@@ -119,6 +121,11 @@ def _check_program(manifest: Manifest, entry: BudgetProgram) -> None:
         raise ValueError(f"programs: budget {entry.budget} has a step beyond the last of {total}")
     if entry.program.payload == "residual" and not manifest.features:
         raise ValueError(f"programs: budget {entry.budget} caches residuals but no features are declared")
+    if entry.program.payload == "banded" and not position_axes(1 + len(manifest.latents.shape)):
+        raise ValueError(
+            f"programs: budget {entry.budget} weighs means over positions, and latents of shape {manifest.latents.shape} have none: "
+            "expected two axes or more"
+        )
 
 
 def check_wiring(manifest: Manifest) -> None:

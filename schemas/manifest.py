@@ -16,7 +16,7 @@ from .digest import digest_of_value
 from .program import MAX_STEPS, Coefficient, Frozen, Payload, Program
 from .shapes import Axis, AxisName, Symbol, SymbolName, Symbols
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 6
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 7
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 MAX_MANIFEST_BYTES = 16 << 20
 PLACE = "{}"

@@ -91,29 +91,38 @@ def _without(value: Any, name: str) -> Any:
 
 def _from_1_5(value: Value) -> Value:
     """1.6 has slopes of coefficients, which 1.5 did not know."""
-    result = _with_plain_programs(value)
+    return _with_steps_without(value, "slopes")
+
+
+def _from_1_6(value: Value) -> Value:
+    """1.7 has coefficients of means, which 1.6 did not know."""
+    return _with_steps_without(value, "means")
+
+
+def _with_steps_without(value: Value, name: str) -> Value:
+    """A manifest whose programs, those of its sizes among them, have steps without a field."""
+    result = _programs_without(value, name)
     shapes = value.get("shapes")
     if isinstance(shapes, dict) and isinstance(sizes := shapes.get("sizes"), list):
-        return {**result, "shapes": {**shapes, "sizes": [_with_plain_programs(size) for size in sizes]}}
+        return {**result, "shapes": {**shapes, "sizes": [_programs_without(size, name) for size in sizes]}}
     return result
 
 
-def _with_plain_programs(value: Any) -> Any:
-    """A manifest or a size of it, whose programs' steps have no slopes."""
+def _programs_without(value: Any, name: str) -> Any:
     if not isinstance(value, dict) or not isinstance(entries := value.get("programs"), list):
         return value
-    return {**value, "programs": [_with_plain_steps(entry) for entry in entries]}
+    return {**value, "programs": [_steps_without(entry, name) for entry in entries]}
 
 
-def _with_plain_steps(entry: Any) -> Any:
+def _steps_without(entry: Any, name: str) -> Any:
     program = entry.get("program") if isinstance(entry, dict) else None
     if not isinstance(program, dict) or not isinstance(steps := program.get("steps"), list):
         return entry
-    return {**entry, "program": {**program, "steps": [_without(step, "slopes") for step in steps]}}
+    return {**entry, "program": {**program, "steps": [_without(step, name) for step in steps]}}
 
 
 MIGRATIONS: dict[int, Callable[[Value], Value]] = {
-    0: _from_1_0, 1: _from_1_1, 2: _from_1_2, 3: _from_1_3, 4: _from_1_4, 5: _from_1_5,
+    0: _from_1_0, 1: _from_1_1, 2: _from_1_2, 3: _from_1_3, 4: _from_1_4, 5: _from_1_5, 6: _from_1_6,
 }  # fmt: skip
 """Of major version 1: minor version → function to the next one."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Payload = Literal["output", "residual", "adaptive"]
+Payload = Literal["output", "residual", "adaptive", "banded"]
 Coefficient = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 MAX_STEPS = 4096
 FARTHEST = 2.5
@@ -37,6 +37,28 @@ class Slopes(Frozen):
     """As many as the step has."""
 
 
+def position_axes(rank: int) -> tuple[int, ...]:
+    """Axes of latents (n, …) of a rank along which positions lie: 1 of packed tokens (n, tokens, channels), the last two of
+    (n, …, height, width); none of a lower rank."""
+    return () if rank < 3 else (1,) if rank == 3 else (rank - 2, rank - 1)
+
+
+class Means(Frozen):
+    """What a step adds to all positions of a channel alike, so that means and what is around them are weighed apart.
+
+        m(latent_coef · x + Σ output_coefs · v),       m the mean over `position_axes`
+
+    Where the step has slopes, coefficients are these plus s times `latent_slope` and `output_slopes`.
+    """
+
+    latent_coef: Coefficient
+    output_coefs: tuple[Coefficient, ...] = Field(min_length=1, max_length=64)
+    """As many as the step has."""
+    latent_slope: Coefficient = 0.0
+    output_slopes: tuple[Coefficient, ...] = Field(default=(), max_length=64)
+    """As many as the step has where that has slopes, else none."""
+
+
 class Step(Frozen):
     """One step of a program.
 
@@ -60,15 +82,17 @@ class Step(Frozen):
     output_coefs: tuple[Coefficient, ...] = Field(max_length=64)
     """Weights of the latest outputs, newest last."""
     slopes: Slopes | None = None
-    """Of `latent_coef` and `output_coefs`, in an adaptive program."""
+    """Of `latent_coef` and `output_coefs`, in an adaptive or banded program."""
+    means: Means | None = None
+    """In a banded program."""
 
 
 class Program(Frozen):
     """A sampler as data: what the runtime executes, and nothing else decides.
 
-    `residual` programs walk every step of the full sampler and skip the blocks at some; `output` and `adaptive` programs
-    have computed steps only, with everything in between folded into the coefficients, which in `adaptive` ones follow each
-    sample where a step has `slopes`.
+    `residual` programs walk every step of the full sampler and skip the blocks at some; the others have computed steps only, with
+    everything in between folded into the coefficients. In `adaptive` programs these follow each sample where a step has `slopes`;
+    in `banded` ones a step may also weigh `means` apart.
     """
 
     payload: Payload
@@ -93,15 +117,27 @@ class Program(Frozen):
                 raise ValueError(f"steps[{position}] forecasts from more residuals than were computed ({computed})")
             if len(step.output_coefs) > position + 1:
                 raise ValueError(f"steps[{position}] weighs more outputs than there are ({position + 1})")
-            if step.slopes is not None and self.payload != "adaptive":
+            if step.slopes is not None and self.payload not in ("adaptive", "banded"):
                 raise ValueError(
-                    f"steps[{position}] has slopes: only an adaptive program has, and this one is {self.payload}"
+                    f"steps[{position}] has slopes: only an adaptive or a banded program has, and this one is {self.payload}"
+                )
+            if step.means is not None and self.payload != "banded":
+                raise ValueError(
+                    f"steps[{position}] has means: only a banded program has, and this one is {self.payload}"
                 )
             if step.slopes is not None and len(step.slopes.output_coefs) != len(step.output_coefs):
                 raise ValueError(
                     f"steps[{position}] has slopes of {len(step.slopes.output_coefs)} output_coefs: expected "
                     f"{len(step.output_coefs)}, as many as it weighs"
                 )
+            if step.means is not None:
+                slopes = len(step.output_coefs) if step.slopes is not None else 0
+                found = len(step.means.output_coefs), len(step.means.output_slopes)
+                if found != (len(step.output_coefs), slopes):
+                    raise ValueError(
+                        f"steps[{position}] has means of {found[0]} output_coefs and {found[1]} output_slopes: expected "
+                        f"{len(step.output_coefs)}, as many as it weighs, and {slopes}"
+                    )
         if not self.steps[0].compute:
             raise ValueError("steps[0] must be computed")
         return self

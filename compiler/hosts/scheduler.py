@@ -35,7 +35,7 @@ from typing_extensions import Self
 from otcache.schemas.errors import ArtifactError, OTCacheError, RequestError
 from otcache.schemas.program import Payload, Step
 
-from ..coefficients import coefficients
+from ..coefficients import updated
 from .guidance import GuidanceProbe, guidance_fault
 from .identify import model_fault
 from .recipe import Recipe, recipe_from_artifact
@@ -51,7 +51,7 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     order = 1
     """Model evaluations per step."""
-    payloads: tuple[Payload, ...] = ("output", "adaptive")
+    payloads: tuple[Payload, ...] = ("output", "adaptive", "banded")
     """Of the programs that it runs."""
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -247,25 +247,6 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _refuse(self, error: OTCacheError) -> None:
         refuse(error, strict=self._internal_dict["strict"])
-
-
-def updated(step: Step, latents: Tensor, outputs: Sequence[Tensor]) -> Tensor:
-    """latent_coef · x + Σ output_coefs · v in float32, from the oldest to the newest, as the runtime adds.
-
-    Where a request started late, outputs are missing: the oldest there is stands in for those before it.
-    """
-    latent_coef, *coefs = coefficients(step, [output.float() for output in outputs])
-    missing = max(len(coefs) - len(outputs), 0)
-    if missing:
-        coefs = [sum(coefs[: missing + 1]), *coefs[missing + 1 :]]
-    result = latent_coef * latents
-    if coefs:
-        recent = outputs[-len(coefs) :]
-        total = coefs[0] * recent[0].float()
-        for coef, output in zip(coefs[1:], recent[1:], strict=True):
-            total += coef * output.float()
-        result += total
-    return result
 
 
 def _nothing() -> None:

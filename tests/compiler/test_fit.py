@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from otcache.compiler import fit
 from otcache.compiler.capture import Trajectory
+from otcache.compiler.coefficients import mean, updated
 from otcache.compiler.fit import STRAY, fit_output_program, forecast_coefs, ridge_step, sample_weights
-from otcache.compiler.hosts.scheduler import updated
-from otcache.compiler.rollout import combine
 from otcache.runtime import loop
 from otcache.schemas.program import Step
 
@@ -21,9 +20,9 @@ def test_ridge_finds_what_lies_in_the_span_and_the_prior_under_a_heavy_penalty()
     random = np.random.default_rng(0)
     latents, older, newest = random.normal(size=(3, 5, 9))
     target = 0.7 * latents - 0.2 * older + 1.5 * newest
-    free = ridge_step(target, latents, [older, newest], [1.0, 0.0, 1.0], 0.0)
+    free = ridge_step(target, [latents, older, newest], [1.0, 0.0, 1.0], 0.0)
     assert np.allclose(free.coefs, [0.7, -0.2, 1.5]) and np.allclose(free.crossed, free.coefs)
-    held = ridge_step(target, latents, [older, newest], [1.0, 0.0, 1.0], 1e9)
+    held = ridge_step(target, [latents, older, newest], [1.0, 0.0, 1.0], 1e9)
     assert np.allclose(held.coefs, [1.0, 0.0, 1.0], atol=1e-6) and np.allclose(held.crossed, held.coefs, atol=1e-6)
 
 
@@ -35,18 +34,18 @@ def test_ridge_is_the_augmented_least_squares():
     scale = np.sqrt(penalty) * np.diag(np.linalg.norm(matrix, axis=0))
     stacked = np.vstack([matrix, scale])
     expected = np.linalg.lstsq(stacked, np.concatenate([target.ravel(), scale @ prior]), rcond=None)[0]
-    assert np.allclose(ridge_step(target, latents, [newest], prior, penalty).coefs, expected)
+    assert np.allclose(ridge_step(target, [latents, newest], prior, penalty).coefs, expected)
 
 
 def test_each_sample_is_left_out_of_its_own_coefficients():
     random = np.random.default_rng(4)
     target, latents, older, newest = random.normal(size=(4, 5, 3, 2))
-    found = ridge_step(target, latents, [older, newest], [1.0, 0.0, 0.5], 0.1)
+    found = ridge_step(target, [latents, older, newest], [1.0, 0.0, 0.5], 0.1)
     for sample in range(5):
         others = [np.delete(value, sample, axis=0) for value in (target, latents, older, newest)]
-        alone = ridge_step(others[0], others[1], others[2:], [1.0, 0.0, 0.5], 0.1)
+        alone = ridge_step(others[0], others[1:], [1.0, 0.0, 0.5], 0.1)
         assert np.allclose(found.crossed[sample], alone.coefs)
-    only = ridge_step(target[:1], latents[:1], [older[:1]], [1.0, 0.0], 0.1)
+    only = ridge_step(target[:1], [latents[:1], older[:1]], [1.0, 0.0], 0.1)
     assert np.array_equal(only.crossed, only.coefs[None])
 
 
@@ -54,8 +53,8 @@ def test_a_weight_of_two_counts_a_sample_twice():
     random = np.random.default_rng(5)
     target, latents, output = random.normal(size=(3, 4, 6))
     twice = [np.concatenate([value, value[:1]]) for value in (target, latents, output)]
-    expected = ridge_step(twice[0], twice[1], twice[2:], [1.0, 0.0], 0.2).coefs
-    found = ridge_step(target, latents, [output], [1.0, 0.0], 0.2, np.array([2.0, 1.0, 1.0, 1.0]))
+    expected = ridge_step(twice[0], twice[1:], [1.0, 0.0], 0.2).coefs
+    found = ridge_step(target, [latents, output], [1.0, 0.0], 0.2, np.array([2.0, 1.0, 1.0, 1.0]))
     assert np.allclose(found.coefs, expected)
 
 
@@ -70,13 +69,13 @@ def test_a_stray_counts_as_if_it_were_at_the_limit():
 def test_tensors_of_any_dtype_are_read_with_and_without_gradients(dtype):
     latents, output = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(3)).to(dtype)
     target = 0.5 * latents.double() + 2 * output.double()
-    assert np.allclose(ridge_step(target, latents.requires_grad_(), [output], [1.0, 0.0], 0.0).coefs, [0.5, 2.0])
+    assert np.allclose(ridge_step(target, [latents.requires_grad_(), output], [1.0, 0.0], 0.0).coefs, [0.5, 2.0])
 
 
 def test_two_equal_outputs_do_not_break_the_fit():
     random = np.random.default_rng(2)
     latents, output = random.normal(size=(2, 4, 6))
-    coefs = ridge_step(latents + 2 * output, latents, [output, output], [1.0, 0.0, 1.0], 1e-5).coefs
+    coefs = ridge_step(latents + 2 * output, [latents, output, output], [1.0, 0.0, 1.0], 1e-5).coefs
     assert coefs[0, 0] * latents + coefs[0, 1:].sum() * output == pytest.approx(latents + 2 * output, abs=1e-3)
 
 
@@ -86,7 +85,7 @@ def test_slopes_are_found_where_coefficients_follow_a_place():
     places = random.normal(size=9)
     each = np.outer(np.ones(9), [0.9, -0.3, 1.2]) + np.outer(places, [0.05, 0.2, -0.4])
     target = sum(c[:, None] * value for c, value in zip(each.T, (latents, older, newest), strict=True))
-    found = ridge_step(target, latents, [older, newest], [1.0, 0.0, 1.0], 0.0, places=places)
+    found = ridge_step(target, [latents, older, newest], [1.0, 0.0, 1.0], 0.0, places=places)
     assert np.allclose(found.coefs, [[0.9, -0.3, 1.2], [0.05, 0.2, -0.4]], atol=2e-3)
     assert found.crossed.shape == (9, 2, 3) and np.allclose(found.crossed, found.coefs, atol=5e-3)
 
@@ -118,26 +117,62 @@ def test_coefficients_follow_samples_whose_outputs_change_differently(monkeypatc
         True,
         True,
     ]
-    monkeypatch.setattr(fit, "FEWEST_FOR_SLOPES", 17)
+    monkeypatch.setattr(fit, "FEWEST", 17)
     plain, plain_error = two_kinds(16)
     assert plain.payload == "output" and not any(step.slopes for step in plain.steps)
     assert error < 0.7 * plain_error
 
 
-def test_an_update_is_the_same_everywhere():
-    """One update in the fit, in a roll-out, in the runtime and in the drop-in scheduler."""
-    outputs = list(torch.randn(3, 10, 4, generator=torch.Generator().manual_seed(2)))
-    latents = torch.randn(10, 4, generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("shape", [(4, 3), (2, 4, 3), (2, 3, 4, 2)])
+def test_an_update_is_the_same_everywhere(shape):
+    """One update in the fit, in torch's roll-outs and scheduler, and in the runtime."""
+    outputs = list(torch.randn(3, 10, *shape, generator=torch.Generator().manual_seed(2)))
+    latents = torch.randn(10, *shape, generator=torch.Generator().manual_seed(3))
     places = fit.sample_places(outputs)
-    fitted = ridge_step(latents + outputs[-1], latents, outputs, [1.0, 0.0, 0.0, 0.0], 1e-5, places=places.values)
+    terms = [latents, *outputs, *(mean(value).expand_as(value) for value in (latents, *outputs))]
+    target = latents + outputs[-1] + 0.5 * terms[4]
+    fitted = ridge_step(target, terms, [1.0, *[0.0] * 7], 1e-5, places=places.values)
     step = Step(
-        step_index=0, timestep=0.0, latent_coef=fitted.coefs[0, 0], output_coefs=fitted.coefs[0, 1:], 
-        slopes=fit._slopes(places, fitted.coefs[1]),
+        step_index=0, timestep=0.0, latent_coef=fitted.coefs[0, 0], output_coefs=fitted.coefs[0, 1:4],
+        slopes=fit._slopes(places, fitted.coefs[1, :4]), means=fit._means(fitted.coefs[:, 4:]),
     )  # fmt: skip
-    here = fit._combined(fitted.coefs[None], places.values, [latents, *outputs])
-    assert torch.allclose(combine(step, latents, outputs), here, atol=1e-5)
+    here = fit._combined(fitted.coefs[None], places.values, terms)
+    assert torch.allclose(here, target, atol=1e-2)
     assert np.allclose(loop.updated(step, latents.numpy(), [v.numpy() for v in outputs]), here.numpy(), atol=1e-5)
     assert torch.allclose(updated(step, latents, outputs), here, atol=1e-5)
+
+
+def two_bands(samples):
+    """x' = −k·x with k = 1 for means over the positions, 2 and 4 for what is around them in two channels.
+
+    Two coefficients are too few for three rates, and enough where means have two of their own.
+    """
+
+    def rate(x):
+        means = x.mean(1, keepdim=True)
+        return -torch.tensor([2.0, 4.0]) * (x - means) - means
+
+    latents, outputs = [torch.randn(samples, 5, 2, generator=torch.Generator().manual_seed(1))], []
+    for _ in range(12):
+        outputs.append(rate(latents[-1]))
+        latents.append(latents[-1] + outputs[-1] / 12)
+    trajectory = Trajectory(
+        latents=torch.stack(latents), outputs=torch.stack(outputs), conditioning={}, guidance=torch.ones(samples),
+        timesteps=tuple(range(12)),
+    )  # fmt: skip
+    program, final = fit_output_program(
+        lambda x, step: rate(x), trajectory, (0,), lambda computed, end: (1.0, np.full(len(computed), 0.5)),
+        timesteps=np.arange(12), input_scales=np.ones(12),
+    )  # fmt: skip
+    return program, float((final - trajectory.latents[-1]).norm() / trajectory.latents[-1].norm())
+
+
+def test_means_are_weighed_apart_from_what_is_around_them():
+    program, error = two_bands(16)
+    assert program.payload == "banded" and all(step.means for step in program.steps)
+    plain, plain_error = two_bands(fit.FEWEST - 1)
+    assert plain.payload == "output" and not any(step.means for step in plain.steps)
+    assert error < 0.05 * plain_error
 
 
 def linear_trajectory(total=12, samples=6):

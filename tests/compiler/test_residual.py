@@ -10,13 +10,14 @@ import torch
 
 from otcache.compiler.calling import call_options, prepare_scheduler
 from otcache.compiler.capture import capture
+from otcache.compiler.coefficients import updated
 from otcache.compiler.cut import cut
 from otcache.compiler.denoiser import denoiser_of
 from otcache.compiler.interface import probe
 from otcache.compiler.lower import lower, program_from_table
 from otcache.compiler.models import load_model
 from otcache.compiler.residual import FORECASTS, fitted_coefs, residual_edge_errors, residual_program
-from otcache.compiler.rollout import StagedModel, combine, residual_gram, roll_out
+from otcache.compiler.rollout import StagedModel, residual_gram, roll_out
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_each_branch_of_guidance_has_a_cache_of_its_own(staged):
         for step in program.steps:
             negative, positive = (model(latents, step) for model in alone)
             outputs.append(negative + 4.0 * (positive - negative))
-            latents = combine(step, latents, outputs)
+            latents = updated(step, latents, outputs)
     found = roll_out(program, denoiser, trajectory.latents[0], stages)
     assert torch.allclose(found, latents, atol=2e-5)
     assert all(

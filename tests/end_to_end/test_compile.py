@@ -88,7 +88,7 @@ def test_manifest_records_what_was_tried(compiled):
         assert entry.candidates[0].chosen and scores[0] == max(scores)
         assert {"interpolated"} <= {candidate.name for candidate in entry.candidates}
         assert any(candidate.name.startswith("graph") for candidate in entry.candidates)
-        assert {candidate.payload for candidate in entry.candidates} == {"adaptive", "residual"}
+        assert {candidate.payload for candidate in entry.candidates} == {"banded", "residual"}
         assert {peer.name for peer in entry.baselines} == {
             "euler",
             "dpm++2m",

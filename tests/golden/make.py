@@ -3,7 +3,7 @@
 Each holds `artifact/`, compiled by `otc compile` from a tiny random FLUX (its reports removed: attachments may be), and what
 the runtime of its time drew from it: `request.json`, and of each budget `latents-<budget>.npy` (float32) and
 `pictures-<budget>.npy` (uint8); from 1.5 on `sized-<budget>.npy` as well, latents at another size than the artifact's own; from 1.6
-on of outputs, with enough prompts for slopes. `tests/runtime/test_golden.py` holds every later runtime to them. A folder is made
+on of outputs, with enough prompts for slopes (and from 1.7 on for means). `tests/runtime/test_golden.py` holds every later runtime to them. A folder is made
 once, when its version is released, and never again: a runtime that cannot reproduce it is wrong, not the folder.
 """
 

@@ -234,6 +234,20 @@ class HostBackend:
         pass
 
 
+def _updated(combination, coefs, terms):
+    """Latents after a step, from its coefficients, those of means if it has any, their slopes if it has any, centre and spread."""
+    place, count = 0.0, len(terms) * (2 if combination.means else 1)
+    if combination.kind == "follow":
+        length = lambda x: np.sqrt(np.square(x).sum(axis=tuple(range(1, x.ndim)), keepdims=True))  # noqa: E731
+        centre, spread = coefs[-2:]
+        place = np.clip((np.log(length(terms[-1] - terms[-2]) / length(terms[-1])) - centre) / spread, -2.5, 2.5)
+    else:
+        coefs = np.concatenate([coefs, np.zeros_like(coefs)])
+    each = [(c + place * slope) * term for c, slope, term in zip(coefs, coefs[count:], [*terms, *terms][:count])]  # noqa: B905
+    axes = 1 if terms[0].ndim == 3 else (-2, -1)
+    return sum(each[: len(terms)]) + sum(part.mean(axis=axes, keepdims=True) for part in each[len(terms) :])
+
+
 def combine(combination, **inputs):
     """A combination, from its specification."""
     coefs = inputs.pop(COEFS, None)
@@ -250,11 +264,6 @@ def combine(combination, **inputs):
         if combination.keep_norm:
             length = np.linalg.norm(total, axis=-1, keepdims=True)
             total = total * (np.linalg.norm(branches[-1], axis=-1, keepdims=True) / np.maximum(length, 1e-30))
-    elif combination.kind == "follow":
-        slopes, (centre, spread) = coefs[len(terms) : -2], coefs[-2:]
-        length = lambda x: np.sqrt(np.square(x).sum(axis=tuple(range(1, x.ndim)), keepdims=True))  # noqa: E731
-        place = np.clip((np.log(length(terms[-1] - terms[-2]) / length(terms[-1])) - centre) / spread, -2.5, 2.5)
-        total = sum((c + place * slope) * term for c, slope, term in zip(coefs, slopes, terms))  # noqa: B905
     else:
-        total = coefs[0] * terms[0] + sum(c * term for c, term in zip(coefs[1:], terms[1:], strict=True))
+        total = _updated(combination, coefs, terms)
     return total.astype(DTYPES[combination.total.dtype])

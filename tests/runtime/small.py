@@ -98,6 +98,16 @@ def adaptive_program(schedule: tuple[int, ...]) -> dict[str, Any]:
     return {"payload": "adaptive", "steps": steps}
 
 
+def banded_program(schedule: tuple[int, ...]) -> dict[str, Any]:
+    """As `adaptive_program`, with means weighed apart."""
+    steps = adaptive_program(schedule)["steps"]
+    steps[0]["means"] = {"latent_coef": 0.03, "output_coefs": [-0.1]}
+    for step in steps[1:]:
+        step["means"] = {"latent_coef": -0.04, "output_coefs": [0.05, 0.1], "latent_slope": 0.06,
+                         "output_slopes": [0.02, -0.03]}  # fmt: skip
+    return {"payload": "banded", "steps": steps}
+
+
 def residual_program() -> dict[str, Any]:
     """All steps; every other one forecasts the residual from the computed ones."""
     steps = []
@@ -172,6 +182,15 @@ def write_artifact(folder: Path) -> Path:
     return folder
 
 
+def with_means(folder: Path) -> Path:
+    """The artifact with a program of 4 evaluations that weighs means apart."""
+    value = read_manifest(folder)
+    entry = next(entry for entry in value["programs"] if entry["budget"] == "2")
+    value["programs"].insert(2, {**entry, "budget": "4", "program": banded_program((0, 1, 3, 4))})
+    write_manifest(folder, value)
+    return folder
+
+
 def reseal_file(folder: Path, path: str) -> None:
     """State the size and digest that a file has now."""
     value = read_manifest(folder)
@@ -212,5 +231,11 @@ def oracle(text: np.ndarray, noise: np.ndarray, program: Any, weights: tuple[flo
             moved, size = (np.linalg.norm(v.reshape(n, -1), axis=1) for v in (used[-1] - used[-2], used[-1]))
             place = np.clip((np.log(moved / size) - step.slopes.centre) / step.slopes.spread, -2.5, 2.5)
             coefs += np.outer([step.slopes.latent_coef, *step.slopes.output_coefs], place)
-        x = sum(c[:, None, None] * term for c, term in zip(coefs, [x, *used], strict=True))
+        moved_to = sum(c[:, None, None] * term for c, term in zip(coefs, [x, *used], strict=True))
+        if step.means:
+            coefs = np.outer([step.means.latent_coef, *step.means.output_coefs], np.ones(n))
+            if step.slopes:
+                coefs += np.outer([step.means.latent_slope, *step.means.output_slopes], place)
+            moved_to += sum(c[:, None] * term.mean(1) for c, term in zip(coefs, [x, *used], strict=True))[:, None]
+        x = moved_to
     return x

@@ -206,3 +206,16 @@ def test_combinations_of_the_small_artifact(artifact_folder, budget, updates):
     ]
     listing = list_launches(manifest, manifest.program(budget).program)
     assert {x.engine[1:] for x in listing.launches if x.engine.startswith(("@update", "@follow"))} == updates
+
+
+def test_combinations_of_means(tmp_path):
+    manifest = Artifact.open(small.with_means(small.write_artifact(tmp_path / "small"))).manifest
+    counts = {combination.name: combination.coefs for combination in combinations(manifest)}
+    program = manifest.program("4").program
+    launches = [x for x in list_launches(manifest, program).launches if x.engine.startswith(("@update", "@follow"))]
+    assert [x.engine for x in launches] == ["@update_means_1", *["@follow_means_2"] * 3]
+    assert (
+        [len(x.coefs) for x in launches]
+        == [counts["update_means_1"], *[counts["follow_means_2"]] * 3]
+        == [4, 14, 14, 14]
+    )

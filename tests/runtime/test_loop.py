@@ -20,7 +20,7 @@ coefficient = st.floats(-1.5, 1.5, width=32)
 
 @st.composite
 def programs(draw):
-    payload = draw(st.sampled_from(["output", "residual", "adaptive"]))
+    payload = draw(st.sampled_from(["output", "residual", "adaptive", "banded"]))
     count = draw(st.integers(1, 8))
     steps, computed = [], 0
     for index in range(count):
@@ -39,12 +39,17 @@ def programs(draw):
             }
         )
         count = len(steps[-1]["output_coefs"])
-        if payload == "adaptive" and count >= 2 and draw(st.booleans()):
+        if payload in ("adaptive", "banded") and count >= 2 and draw(st.booleans()):
             slopes = draw(st.lists(coefficient, min_size=count, max_size=count))
             steps[-1]["slopes"] = {
                 "centre": draw(coefficient), "spread": draw(st.floats(0.1, 2)), "latent_coef": draw(coefficient),
                 "output_coefs": slopes,
             }  # fmt: skip
+        if payload == "banded" and count and draw(st.booleans()):
+            of_outputs = st.lists(coefficient, min_size=count, max_size=count)
+            steps[-1]["means"] = {"latent_coef": draw(coefficient), "output_coefs": draw(of_outputs)}
+            if "slopes" in steps[-1]:
+                steps[-1]["means"] |= {"latent_slope": draw(coefficient), "output_slopes": draw(of_outputs)}
     return Program(payload=payload, steps=steps)
 
 
@@ -91,21 +96,24 @@ def oracle(program, x, weights):
         velocity = source / 8 + parts[0] * parts[1]
         outputs.append(weights[0] * velocity[0] + weights[1] * velocity[1])
         used = outputs[len(outputs) - len(step.output_coefs) :]
-        if step.slopes is None:
-            x = step.latent_coef * x + sum(c * v for c, v in zip(step.output_coefs, used, strict=True))
-        else:
-            x = np.stack([followed(step, x[i], [v[i] for v in used]) for i in range(len(x))])
+        x = np.stack([moved(step, x[i], [v[i] for v in used]) for i in range(len(x))])
     return x
 
 
-def followed(step, x, used):
-    """One sample's update, as `Slopes` has it."""
-    slopes = step.slopes
-    change = math.log(np.linalg.norm(used[-1] - used[-2]) / np.linalg.norm(used[-1]))
-    place = min(max((change - slopes.centre) / slopes.spread, -FARTHEST), FARTHEST)
-    total = (step.latent_coef + place * slopes.latent_coef) * x
-    for coef, slope, v in zip(step.output_coefs, slopes.output_coefs, used, strict=True):
-        total = total + (coef + place * slope) * v
+def moved(step, x, used):
+    """One sample's update, as `Step`, `Slopes` and `Means` have it."""
+    coefs, place = np.array([step.latent_coef, *step.output_coefs]), 0.0
+    if slopes := step.slopes:
+        change = math.log(np.linalg.norm(used[-1] - used[-2]) / np.linalg.norm(used[-1]))
+        place = min(max((change - slopes.centre) / slopes.spread, -FARTHEST), FARTHEST)
+        coefs = coefs + place * np.array([slopes.latent_coef, *slopes.output_coefs])
+    total = sum(coef * value for coef, value in zip(coefs, [x, *used], strict=True))
+    if means := step.means:
+        coefs = np.array([means.latent_coef, *means.output_coefs])
+        if step.slopes:
+            coefs = coefs + place * np.array([means.latent_slope, *means.output_slopes])
+        for channel in range(x.shape[-1]):
+            total[..., channel] += sum(c * value[:, channel].mean() for c, value in zip(coefs, [x, *used], strict=True))
     return total
 
 

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 
+import host_device
 import numpy as np
 import pytest
 import small_artifact as small
 import torch
 
 from otcache.runtime import ArtifactError, HostError, RequestError, Sampler, UsageError
+from otcache.runtime.artifact import Artifact
+from otcache.runtime.engine import Selection
 from otcache.runtime.noise import noise
 
 PROMPTS = ["a red ring", "a blue star", "zebra"]
@@ -37,6 +40,21 @@ def test_latents_are_the_oracles(sampler, budget, seed):
     program = sampler.manifest.program(budget).program
     expected = small.oracle(text.astype(np.float64), noise((3, 4, 4), seed, 3), program, (-2.0, 3.0))
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "resident"])
+def test_means_are_weighed_as_the_oracle_does(tmp_path, backend):
+    folder = small.with_means(small.write_artifact(tmp_path / "small"))
+    artifact = Artifact.open(folder)
+    text = np.stack([text_of([""] * 3), text_of(PROMPTS)]).astype(np.float64)
+    program = artifact.manifest.program("4").program
+    expected = small.oracle(text, noise((3, 4, 4), 5, 3), program, (-2.0, 3.0))
+    of_backend = Selection(host_device.HostBackend(), {})
+    with Sampler.load(folder) if backend == "onnxruntime" else Sampler(artifact, of_backend) as loaded:
+        found = loaded.sample(loaded.encode(PROMPTS), budget=4, seed=5, guidance_scale=3.0)
+        plain = loaded.sample(loaded.encode(PROMPTS), budget=2, seed=5, guidance_scale=3.0)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+    assert not np.allclose(found, plain, atol=1e-2)
 
 
 def test_pictures(sampler):

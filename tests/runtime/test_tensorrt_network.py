@@ -35,8 +35,11 @@ def sliced(layer, tensor, begin=None, size=None):
 
 
 def reduced(layer, tensor):
-    assert layer.op == trt.ReduceOperation.SUM and layer.keep_dims
-    return tensor.sum(axis=tuple(axis for axis in range(tensor.ndim) if layer.axes >> axis & 1), keepdims=True)
+    assert layer.keep_dims
+    axes = tuple(axis for axis in range(tensor.ndim) if layer.axes >> axis & 1)
+    return {trt.ReduceOperation.SUM: np.sum, trt.ReduceOperation.AVG: np.mean}[layer.op](
+        tensor, axis=axes, keepdims=True
+    )
 
 
 LAYERS = {
@@ -68,7 +71,7 @@ def executed(network, inputs):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_network_computes_its_combination(tmp_path, guidance, dtype):
     """For 1 and 3 samples of 1 and 5 tokens, whose number is the profile's: of every kind, with sums in float32."""
-    manifest = Artifact.open(with_sizes(small.write_artifact(tmp_path / "small"))).manifest
+    manifest = Artifact.open(with_sizes(small.with_means(small.write_artifact(tmp_path / "small")))).manifest
     typed = lambda t: t.model_copy(update={"dtype": dtype}) if t.dtype == "float32" else t  # noqa: E731
     stages = tuple(
         stage.model_copy(update={side: tuple(map(typed, getattr(stage, side))) for side in ("inputs", "outputs")})
@@ -79,7 +82,7 @@ def test_a_network_computes_its_combination(tmp_path, guidance, dtype):
     random, log, kinds = np.random.default_rng(0), error_log(trt), set()
     builder = trt.Builder(log)
     for one in combinations(manifest):
-        kinds.add(one.kind)
+        kinds.add((one.kind, one.means))
         network = create_network(builder, trt)
         _constants = add_combination(trt, network, one)
         assert tuple(network.get_input(network.num_inputs - 1).shape) == (-1, -1, small.WIDTH)
@@ -94,4 +97,5 @@ def test_a_network_computes_its_combination(tmp_path, guidance, dtype):
             assert found.shape == expected.shape and found.dtype == expected.dtype == DTYPES[one.total.dtype], one.name
             exact = {"rtol": 1e-5, "atol": 1e-6} if found.dtype == np.float32 else {"rtol": 2e-3, "atol": 1e-3}
             np.testing.assert_allclose(found, expected, **exact, err_msg=one.name)
-    assert kinds == {"spread", "residual", "forecast", "guide", "update", "follow"}
+    plain = {"spread", "residual", "forecast", "guide", "update", "follow"}
+    assert kinds == {*((kind, False) for kind in plain), ("update", True), ("follow", True)}

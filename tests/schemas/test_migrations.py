@@ -30,13 +30,14 @@ def test_from_1_0():
     assert before == OLD
 
 
-def test_from_1_5():
-    step = {"step_index": 0, "slopes": {"centre": 0.0}}
+@pytest.mark.parametrize(("minor", "field"), [(5, "slopes"), (6, "means")])
+def test_fields_of_steps(minor, field):
+    step = {"step_index": 0, field: {"latent_coef": 0.0}}
     programs = [{"budget": "2", "program": {"payload": "output", "steps": [step, 7]}}, None]
-    value = migrate({"programs": programs, "shapes": {"sizes": [{"programs": programs}, {}]}}, 5, 6)
+    value = migrate({"programs": programs, "shapes": {"sizes": [{"programs": programs}, {}]}}, minor, minor + 1)
     for entries in (value["programs"], value["shapes"]["sizes"][0]["programs"]):
         assert entries[0]["program"]["steps"] == [{"step_index": 0}, 7] and entries[1] is None
-    assert step["slopes"] and migrate({"programs": 1, "shapes": []}, 5, 6) == {"programs": 1, "shapes": []}
+    assert step[field] and migrate({"programs": 1, "shapes": []}, minor, minor + 1) == {"programs": 1, "shapes": []}
 
 
 @pytest.mark.parametrize(("minor", "expected"), [(0, "abc"), (1, "bc"), (2, "c"), (3, ""), (7, "")])

@@ -33,7 +33,7 @@ def write_manifest(
     """`folder`/manifest.json with `programs`, or with the budgets `BUDGET` and `full`; stages are named and not there."""
     shape = list(tape.samples[0].shape[1:])
     transformer = transformer_of(pipeline, "pipeline")
-    few = adaptive(extrapolated_program(table, uniform_schedule(BUDGET, STEPS), order=1))
+    few = banded(extrapolated_program(table, uniform_schedule(BUDGET, STEPS), order=1))
     programs = programs or {"full": program_from_table(table), str(BUDGET): few}
     stages = _stages(["batch", *shape], case.blocks)
     policy = {"schedule": [0], "num_inference_steps": STEPS, "source": "test"}
@@ -68,14 +68,17 @@ def write_manifest(
     return folder
 
 
-def adaptive(program: Program) -> Program:
-    """The program with a few per cent of slope wherever it weighs two outputs or more."""
+def banded(program: Program) -> Program:
+    """The program with a few per cent of slope wherever it weighs two outputs or more, and of means everywhere."""
     value = program.model_dump(mode="json")
     for step in value["steps"]:
         if len(coefs := step["output_coefs"]) > 1:
             slopes = [0.05 * coef for coef in coefs]
             step["slopes"] = {"centre": -0.5, "spread": 0.5, "latent_coef": 0.01, "output_coefs": slopes}
-    return Program.model_validate({**value, "payload": "adaptive"})
+        step["means"] = {"latent_coef": 0.01, "output_coefs": [0.03 * coef for coef in coefs]}
+        if step.get("slopes"):
+            step["means"]["output_slopes"] = step["slopes"]["output_coefs"]
+    return Program.model_validate({**value, "payload": "banded"})
 
 
 def _stages(shape: list[Any], blocks: int) -> list[dict[str, Any]]:

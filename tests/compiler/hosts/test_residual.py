@@ -13,6 +13,7 @@ from cases import CASES, FLUX, flux
 from diffusers import FluxPipeline
 from manifests import full_run, write_manifest
 
+from otcache.compiler.coefficients import updated
 from otcache.compiler.cut import cut
 from otcache.compiler.hosts import OTCacheScheduler, apply_residual_cache, remove_residual_cache
 from otcache.compiler.hosts.blocks import block_lists
@@ -20,7 +21,6 @@ from otcache.compiler.manifest_file import read_manifest
 from otcache.compiler.models import transformer_of
 from otcache.compiler.record import record
 from otcache.compiler.residual import residual_program
-from otcache.compiler.rollout import combine
 from otcache.runtime import Sampler
 from otcache.schemas.errors import ModelError, RequestError, UsageError
 
@@ -241,7 +241,7 @@ def test_branches_in_one_batch_as_the_cut_stages_do_it(tmp_path):
             values.update(stage.run(values))
         negative, positive = values[stages.output].chunk(2)
         outputs.append(negative + case.guidance * (positive - negative))
-        latents = combine(step, latents, outputs)
+        latents = updated(step, latents, outputs)
     apply_residual_cache(pipeline, artifact, 3)
     assert distance(case(pipeline), latents) < 3e-6
     assert distance(tape.final[0], latents) > 1e-4
@@ -304,7 +304,7 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(RequestError, match="budget full of tiny has payload 'output': expected 'residual' here"):
         apply_residual_cache(pipeline, GOLDEN, "full")
     with pytest.raises(
-        RequestError, match="budget 2 of tiny has payload 'residual': expected 'output' or 'adaptive' here"
+        RequestError, match="budget 2 of tiny has payload 'residual': expected 'output' or 'adaptive' or 'banded' here"
     ):
         OTCacheScheduler.from_artifact(GOLDEN, "2")
     with pytest.raises(

@@ -55,6 +55,7 @@ class Means(Frozen):
     output_coefs: tuple[Coefficient, ...] = Field(min_length=1, max_length=64)
     """As many as the step has."""
     latent_slope: Coefficient = 0.0
+    """0 where the step has no slopes."""
     output_slopes: tuple[Coefficient, ...] = Field(default=(), max_length=64)
     """As many as the step has where that has slopes, else none."""
 
@@ -138,6 +139,8 @@ class Program(Frozen):
                         f"steps[{position}] has means of {found[0]} output_coefs and {found[1]} output_slopes: expected "
                         f"{len(step.output_coefs)}, as many as it weighs, and {slopes}"
                     )
+                if step.means.latent_slope and step.slopes is None:
+                    raise ValueError(f"steps[{position}] has means with a latent_slope, and no slopes: expected 0")
         if not self.steps[0].compute:
             raise ValueError("steps[0] must be computed")
         return self

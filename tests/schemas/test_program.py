@@ -68,6 +68,7 @@ def test_a_program_knows_its_schedule_and_memory():
             "and 1 output_slopes: expected 1, as many as it weighs, and 0",
         ),
         ("banded", [step(0, means={**MEANS, "latent_coef": float("inf")})], "finite number"),
+        ("banded", [step(0, means={**MEANS, "latent_slope": 0.1})], "a latent_slope, and no slopes: expected 0"),
         ("banded", [step(0, compute=False, residual_coefs=[1.0])], "computed steps only"),
     ],
 )

@@ -77,15 +77,8 @@ def combinations(manifest: Manifest) -> tuple[Combination, ...]:
         named = tuple(term.model_copy(update={"name": f"term_{index}"}) for index, term in enumerate(terms))
         keep_norm = kind == "guide" and manifest.guidance.kind == "cfg_norm"
         return Combination(
-            name,
-            kind,
-            coefs,
-            named,
-            total.model_copy(update={"name": TOTAL}),
-            branches,
-            keep_norm=keep_norm,
-            means=means,
-        )
+            name, kind, coefs, named, total.model_copy(update={"name": TOTAL}), branches, keep_norm=keep_norm, means=means
+        )  # fmt: skip
 
     x = in_float32(output)
     found = [make("spread", "spread", 1, [x], tensors[manifest.latents_input])]
@@ -101,11 +94,8 @@ def combinations(manifest: Manifest) -> tuple[Combination, ...]:
     for followed, means, count in updates:
         kind: Kind = "follow" if followed else "update"
         coefs = (1 + count) * (2 if means else 1)
-        found.append(
-            make(
-                update_name(kind, means, count), kind, 2 * coefs + 2 if followed else coefs, [x] * (1 + count), x, means
-            )
-        )
+        coefs = 2 * coefs + 2 if followed else coefs
+        found.append(make(update_name(kind, means, count), kind, coefs, [x] * (1 + count), x, means))
     return tuple(found)
 
 

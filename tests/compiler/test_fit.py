@@ -90,18 +90,23 @@ def test_slopes_are_found_where_coefficients_follow_a_place():
     assert found.crossed.shape == (9, 2, 3) and np.allclose(found.crossed, found.coefs, atol=5e-3)
 
 
+def full_runs(start, rate, total=12):
+    """Of x' = rate(x) from `start` (n, …), in Euler's steps of 1 / `total`."""
+    latents, outputs = [start], []
+    for _ in range(total):
+        outputs.append(rate(latents[-1]))
+        latents.append(latents[-1] + outputs[-1] / total)
+    return Trajectory(
+        latents=torch.stack(latents), outputs=torch.stack(outputs), conditioning={}, guidance=torch.ones(len(start)),
+        timesteps=tuple(range(total)),
+    )  # fmt: skip
+
+
 def two_kinds(samples):
     """x' = −k·x with k of every sample its own: what an output weighs depends on k, which its change gives away."""
     rates = torch.linspace(0.5, 2.5, samples)[:, None]
     start = torch.randn(samples, 3, generator=torch.Generator().manual_seed(1))
-    latents, outputs = [start], []
-    for _ in range(12):
-        outputs.append(-rates * latents[-1])
-        latents.append(latents[-1] + outputs[-1] / 12)
-    trajectory = Trajectory(
-        latents=torch.stack(latents), outputs=torch.stack(outputs), conditioning={}, guidance=torch.ones(samples),
-        timesteps=tuple(range(12)),
-    )  # fmt: skip
+    trajectory = full_runs(start, lambda x: -rates * x)
     program, final = fit_output_program(
         lambda x, step: -rates * x, trajectory, (0, 3, 6, 9), lambda computed, end: (1.0, np.full(len(computed), 0.25)),
         timesteps=np.arange(12), input_scales=np.ones(12), memory=2,
@@ -152,14 +157,7 @@ def two_bands(samples):
         means = x.mean(1, keepdim=True)
         return -torch.tensor([2.0, 4.0]) * (x - means) - means
 
-    latents, outputs = [torch.randn(samples, 5, 2, generator=torch.Generator().manual_seed(1))], []
-    for _ in range(12):
-        outputs.append(rate(latents[-1]))
-        latents.append(latents[-1] + outputs[-1] / 12)
-    trajectory = Trajectory(
-        latents=torch.stack(latents), outputs=torch.stack(outputs), conditioning={}, guidance=torch.ones(samples),
-        timesteps=tuple(range(12)),
-    )  # fmt: skip
+    trajectory = full_runs(torch.randn(samples, 5, 2, generator=torch.Generator().manual_seed(1)), rate)
     program, final = fit_output_program(
         lambda x, step: rate(x), trajectory, (0,), lambda computed, end: (1.0, np.full(len(computed), 0.5)),
         timesteps=np.arange(12), input_scales=np.ones(12),
@@ -177,15 +175,7 @@ def test_means_are_weighed_apart_from_what_is_around_them():
 
 def linear_trajectory(total=12, samples=6):
     """x' = −x along one direction and a constant along the other: two numbers say all, so two coefficients are enough."""
-    start = torch.randn(samples, 2, generator=torch.Generator().manual_seed(0))
-    latents, outputs = [start], []
-    for _ in range(total):
-        outputs.append(-latents[-1])
-        latents.append(latents[-1] + outputs[-1] / total)
-    return Trajectory(
-        latents=torch.stack(latents), outputs=torch.stack(outputs), conditioning={}, guidance=torch.ones(samples),
-        timesteps=tuple(range(total)),
-    )  # fmt: skip
+    return full_runs(torch.randn(samples, 2, generator=torch.Generator().manual_seed(0)), lambda x: -x, total)
 
 
 @pytest.mark.parametrize("schedule", [(0,), (0, 5), (0, 1, 2, 8)])

@@ -21,6 +21,8 @@ from .launches import Listing, Value, list_launches
 
 ALIGNMENT = 256
 """Bytes; TensorRT reads and writes at such addresses."""
+MOVES = 8
+"""Orders that are tried after each greedy one."""
 WORTH_STABILITY = 1.05
 """How much more than the lower bound a plan may take whose steps are alike."""
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
@@ -59,7 +61,7 @@ def plan_addresses(manifest: Manifest, program: Program, samples: int) -> Addres
     lives = _lifetimes(listing)
     sizes = {value: size_of(manifest, listing, value, samples) for value in listing.tensors}
     steps = [launch.step for launch in listing.launches]
-    carried = [v for v, (first, last) in lives.items() if v in listing.brought or steps[first] != _step(steps, last)]
+    carried = [v for v, (first, last) in lives.items() if steps[first] != _step(steps, last)]
     slots = _carried_slots(carried, lives, sizes)
     held = {value: Place(slots[value], sizes[value], *lives[value]) for value in carried}
     bound = _lower_bound([Place(0, sizes[value], *lives[value]) for value in lives], len(steps))
@@ -159,7 +161,11 @@ def _carried_slots(
 
 
 def _pack(wanted: Sequence[tuple[int, int, int]], around: Sequence[Place]) -> list[int]:
-    """Offsets of (size, first, last) around places that are taken: of four greedy orders the one that ends lowest."""
+    """Offsets of (size, first, last) around places that are taken: the lowest end that was found.
+
+    Four greedy orders, and of each some more, where what ends highest is placed first the next time ("squeaky wheel", Joslin and
+    Clements 1999), until nothing could end lower.
+    """
     keys: tuple[Callable[[tuple[int, int, int]], tuple[int, ...]], ...] = (
         lambda want: (-want[0], want[1]),
         lambda want: (-want[0], -want[2]),
@@ -167,8 +173,25 @@ def _pack(wanted: Sequence[tuple[int, int, int]], around: Sequence[Place]) -> li
         lambda want: (-want[2], -want[0]),
     )
     orders = [sorted(range(len(wanted)), key=[key(want) for want in wanted].__getitem__) for key in keys]
-    packings = [_pack_in_order(wanted, around, order) for order in orders]
-    return min(packings, key=lambda offsets: max(o + w[0] for o, w in zip(offsets, wanted, strict=True)))
+    places = [*around, *(Place(0, *want) for want in wanted)]
+    bound = _lower_bound(places, max(place.last for place in places))
+    best: list[int] = []
+    lowest = -1
+    for order in orders:
+        for _ in range(MOVES + 1):
+            offsets = _pack_in_order(wanted, around, order)
+            ends = [offset + size for offset, (size, _, _) in zip(offsets, wanted, strict=True)]
+            if lowest < 0 or max(ends) < lowest:
+                best, lowest = offsets, max(ends)
+            if lowest <= bound:
+                return best
+            order = _with_first(order, ends.index(max(ends)))
+    return best
+
+
+def _with_first(order: Sequence[int], index: int) -> list[int]:
+    """The order with one moved to its front."""
+    return [index, *(other for other in order if other != index)]
 
 
 def _pack_in_order(wanted: Sequence[tuple[int, int, int]], around: Sequence[Place], order: Sequence[int]) -> list[int]:

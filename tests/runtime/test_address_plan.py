@@ -136,6 +136,14 @@ def test_random_programs(artifact_folder, data, samples, request):
     assert plan.places[value].size_bytes == aligned(rows * width * ITEM_BYTES[stream.dtype])
 
 
+def test_what_a_request_brings_for_one_step_leaves_no_hole_behind(artifact_folder):
+    """Text that only the first block reads lies where a later stream goes."""
+    manifest = chain(artifact_folder, small.output_program((0,)),
+                     dtype="float16", width=256, tokens=32, blocks=1, joined=False, guided=False)  # fmt: skip
+    plan = check(manifest, manifest.programs[0].program, 1)
+    assert plan.size_bytes <= 1.02 * plan.lower_bound_bytes
+
+
 def test_stages_keep_their_addresses_from_step_to_step(artifact_folder):
     manifest = chain(artifact_folder, small.output_program(tuple(range(6))),
                      dtype="float16", width=256, tokens=16, blocks=8, joined=True, guided=True)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 from pathlib import Path
@@ -40,10 +41,17 @@ def draw(pipeline, prompt="a red ring", seed=0, **changed):
     return pipeline(num_inference_steps=STEPS, generator=generator, **arguments)[0]
 
 
+def components(pipeline, scheduler):
+    """Those of a pipeline with another scheduler, and tokenizers of its own: transformers' set their padding at every call, so that
+    threads that share one pad each other's prompts."""
+    own = {name: copy.deepcopy(pipeline.components[name]) for name in ("tokenizer", "tokenizer_2")}
+    return {**pipeline.components, **own, "scheduler": scheduler}
+
+
 def sharing(pipeline):
     """Another pipeline with the same components and a scheduler of its own."""
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    other = FluxPipeline(**{**pipeline.components, "scheduler": scheduler})
+    other = FluxPipeline(**components(pipeline, scheduler))
     other.set_progress_bar_config(disable=True)
     return other
 
@@ -118,7 +126,7 @@ def test_a_call_after_one_that_failed(pipelines, expected):
 
 def flux_of(pipeline):
     """The pipeline as it was before `apply_residual_cache`, with the same transformer."""
-    other = FluxPipeline(**{**pipeline.components, "scheduler": pipeline.scheduler.replaced})
+    other = FluxPipeline(**components(pipeline, pipeline.scheduler.replaced))
     other.set_progress_bar_config(disable=True)
     return other
 

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from otcache.compiler.lower import lower, program_from_table
 from otcache.compiler.peers import programs
+from otcache.compiler.residual import residual_program
+from otcache.compiler.rollout import roll_out
 from otcache.compiler.statistics import statistics_from_trajectory
+from otcache.schemas.program import Program
 
 T = 12
 
@@ -170,3 +173,26 @@ def test_annealing_finds_the_best_schedule_of_a_small_problem(budget):
 def test_spectrum_program_with_every_step_is_the_full_run(table):
     program = programs.spectrum_program(table, tuple(range(T)))
     assert program == program_from_table(table, payload="residual")
+
+
+# --- LeMiCa --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("span", [25, 3])
+def test_jump_errors_are_those_of_one_replay_for_each_edge(bench, monkeypatch, span):
+    monkeypatch.setattr(programs, "LEMICA_SPAN", span)
+    calibration, total = programs.few(bench.calibration, 2), bench.table.num_inference_steps
+    latents = calibration.trajectory.latents
+    for start in range(total):
+        found = programs.jump_errors(bench.table, calibration, start)
+        assert found.shape == (max(0, total - start - 1),)
+        for end in range(start + 2, total + 1):
+            if end - start > span:
+                assert found[end - start - 2] == np.inf
+                continue
+            schedule = [index for index in range(total) if not start < index < end]
+            steps = residual_program(bench.table, schedule, "reuse", np.zeros((total, total))).steps[start:]
+            program = Program(payload="residual", steps=steps)
+            final = roll_out(program, calibration.denoiser, latents[start], calibration.stages)
+            expected = float((final - latents[-1]).square().mean())
+            assert found[end - start - 2] == pytest.approx(expected, rel=1e-3, abs=1e-9), (start, end)

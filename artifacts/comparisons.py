@@ -1,17 +1,19 @@
 """Write what `otc compare` measured into the README: `python -m otcache.artifacts.comparisons artifacts/compare/shapes README.md`.
 
-Keeps the comparison (`artifacts/results/NAME.json`) and its picture, and writes the section from all that are kept.
+Keeps the comparison under its folder's name (`artifacts/results/NAME.json`) and writes the section from all that are kept. A model
+has one picture, of the comparison with the most budgets; others of the same model, at budgets of their own, are tables below it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from otcache.compiler.compare_report import markdown
+from otcache.compiler.compare_report import fidelity_table, markdown, verdict_table
 from otcache.compiler.comparison import Comparison
 
 from .readme import PICTURES, rewrite
@@ -25,20 +27,35 @@ LEAD = (
 
 
 def kept() -> list[Comparison]:
-    """Every comparison in `RESULTS`, by the model's name."""
-    return [
-        Comparison.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("*.json"))
-    ]
+    """Every comparison in `RESULTS`, by the model's name, and of one model the one with the most budgets first."""
+    found = [Comparison.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in RESULTS.glob("*.json")]
+    return sorted(found, key=lambda comparison: (name_of(comparison), -len(comparison.budgets), comparison.budgets))
+
+
+def name_of(comparison: Comparison) -> str:
+    """The model's, without its folder."""
+    return Path(comparison.model).name
 
 
 def section(comparisons: Sequence[Comparison]) -> str:
-    """The comparisons in Markdown, each with its picture; empty while there is none."""
+    """The comparisons in Markdown, in the order of `kept`, with a picture of each model; empty while there is none."""
     parts = [LEAD] if comparisons else []
-    for comparison in comparisons:
-        name = Path(comparison.model).name
-        picture = f"![{name}: fidelity against model evaluations](artifacts/pictures/{name}-comparison.png)"
-        parts.append(f"### {name}\n\n{picture}\n\n{markdown(comparison).strip()}")
+    for name, group in itertools.groupby(comparisons, key=name_of):
+        first, *others = group
+        parts.append(
+            f"### {name}\n\n![{name}: fidelity against model evaluations]({picture_of(first)})\n\n{markdown(first).strip()}"
+        )
+        for other in others:
+            budgets = " and ".join(map(str, other.budgets))
+            parts.append(
+                f"Compiled apart for {budgets} evaluations, for information:\n\n{fidelity_table(other)}\n\n{verdict_table(other)}"
+            )
     return "\n\n".join(parts)
+
+
+def picture_of(comparison: Comparison) -> Path:
+    """From the README's folder."""
+    return Path("artifacts/pictures") / f"{name_of(comparison)}-comparison.png"
 
 
 def main() -> None:
@@ -46,11 +63,12 @@ def main() -> None:
         raise SystemExit("usage: python -m otcache.artifacts.comparisons COMPARISON README")
     folder, readme = Path(sys.argv[1]), Path(sys.argv[2])
     comparison = Comparison.from_json(json.loads((folder / "comparison.json").read_text(encoding="utf-8")))
-    name = Path(comparison.model).name
     RESULTS.mkdir(exist_ok=True)
-    shutil.copyfile(folder / "comparison.json", RESULTS / f"{name}.json")
-    shutil.copyfile(folder / "comparison.png", PICTURES / f"{name}-comparison.png")
-    readme.write_text(rewrite(readme.read_text(encoding="utf-8"), section(kept()), MARKS), encoding="utf-8")
+    shutil.copyfile(folder / "comparison.json", RESULTS / f"{folder.name}.json")
+    comparisons = kept()
+    if comparison == next(each for each in comparisons if name_of(each) == name_of(comparison)):
+        shutil.copyfile(folder / "comparison.png", PICTURES / picture_of(comparison).name)
+    readme.write_text(rewrite(readme.read_text(encoding="utf-8"), section(comparisons), MARKS), encoding="utf-8")
 
 
 if __name__ == "__main__":

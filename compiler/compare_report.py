@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from .comparison import DEFAULT, FURTHER, WORST_DB, Comparison, Robustness
+from .comparison import AHEAD_DB, DEFAULT, FURTHER, WORST_DB, AtScale, Claim, Comparison, Robustness
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
@@ -37,6 +38,7 @@ def markdown(comparison: Comparison) -> str:
         parts += [
             "Schedules of several ways, each with the same closed-loop fit, on the held-out prompts:",
             claim_table(comparison),
+            claim_words(comparison.claims),
         ]
     if comparison.robustness:
         parts += robustness_tables(comparison.robustness)
@@ -102,13 +104,15 @@ def robustness_tables(found: Robustness) -> list[str]:
             f"One program of {found.budget} evaluations, calibrated across guidance {low:g} to {high:g}, against the best peers "
             "calibrated at the scale itself:"
         )
-        rows = ["| guidance | " + DEFAULT + " | best other | ahead by |", "|---:|---:|---|---:|"]
+        rows = ["| guidance | " + DEFAULT + " | best other | ahead by | worst prompt |", "|---:|---:|---|---:|---:|"]
         rows += [
             f"| {row.guidance_scale:g} | {row.psnr_db.mean:.1f} ({row.ssim.mean:.3f}) | {row.best_peer} "
-            f"{row.best_peer_psnr_db.mean:.1f} ({row.best_peer_ssim.mean:.3f}) | {row.ahead_db:+.1f} dB |"
+            f"{row.best_peer_psnr_db.mean:.1f} ({row.best_peer_ssim.mean:.3f}) | {row.ahead_db:+.1f} dB | "
+            f"{row.psnr_db.worst - row.best_peer_psnr_db.worst:+.1f} dB |"
             for row in found.at_scales
         ]
         parts.append("\n".join(rows))
+        parts.append(scale_words(found.at_scales))
     parts.append(f"The same held-out prompts at {found.budget} evaluations, by the number of calibration prompts:")
     rows = ["| calibration prompts | PSNR | SSIM | worst prompt |", "|---:|---:|---:|---:|"]
     rows += [
@@ -130,6 +134,38 @@ def claim_table(comparison: Comparison) -> str:
         ]
         lines.append(f"| {budget} | " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def claim_words(claims: Sequence[Claim]) -> str:
+    """What came out of the paper's claim: how far each search is ahead of each schedule that needs none of its own."""
+    found = {(claim.way, claim.budget): claim for claim in claims}
+    ways = list(dict.fromkeys(claim.way for claim in claims))
+    searches = [way for way in ways if way.startswith("search")]
+    lines = []
+    for way in (way for way in ways if way not in searches):
+        parts = []
+        for search in searches:
+            gaps = {
+                budget: found[way, budget].psnr_db - found[search, budget].psnr_db
+                for budget in dict.fromkeys(claim.budget for claim in claims)
+                if (way, budget) in found and (search, budget) in found
+            }
+            matched = [str(budget) for budget, gap in gaps.items() if gap >= -AHEAD_DB]
+            parts.append(
+                f"{sum(gaps.values()) / len(gaps):+.1f} dB to the {search} on average, and "
+                + (f"no more than {AHEAD_DB:g} dB behind at {' and '.join(matched)}" if matched else f"more than {AHEAD_DB:g} dB behind at every budget")
+            )  # fmt: skip
+        lines.append(f"* {way}: {'; '.join(parts)}.")
+    return "\n".join(lines)
+
+
+def scale_words(rows: Sequence[AtScale]) -> str:
+    """Whether the advantage holds at every guidance scale."""
+    missed = [f"{row.guidance_scale:g}" for row in rows if not row.ahead]
+    if missed:
+        return f"The advantage does not hold at guidance {' and '.join(missed)}."
+    least = min(row.ahead_db for row in rows)
+    return f"The advantage holds at every one of them: {least:+.1f} dB at least, with an SSIM that is not lower."
 
 
 def draw(comparison: Comparison, path: Path) -> None:

@@ -111,6 +111,11 @@ class AtScale:
     def ahead_db(self) -> float:
         return self.psnr_db.mean - self.best_peer_psnr_db.mean
 
+    @property
+    def ahead(self) -> bool:
+        """By as much as the default must be, with an SSIM that is not lower."""
+        return self.ahead_db >= AHEAD_DB and self.ssim.mean >= self.best_peer_ssim.mean
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:

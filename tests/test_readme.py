@@ -57,7 +57,7 @@ def test_comparisons_are_those_that_are_kept():
     assert written == section(kept())
 
 
-@pytest.mark.parametrize("comparison", kept(), ids=lambda comparison: comparison.model)
+@pytest.mark.parametrize("comparison", kept(), ids=lambda comparison: f"{comparison.model}-{len(comparison.budgets)}")
 def test_a_comparison_is_consistent(comparison):
     assert comparison.prompts >= 32 and comparison.num_inference_steps == 50
     assert [verdict.budget for verdict in comparison.verdicts] == list(comparison.budgets)
@@ -67,6 +67,11 @@ def test_a_comparison_is_consistent(comparison):
     for verdict in comparison.verdicts:
         assert verdict == verdict_at(comparison.cells, verdict.budget)
     assert sum(comparison.costs.values()) <= 10
+    assert {claim.budget for claim in comparison.claims} in (set(), set(comparison.budgets))
+    assert all(len(claim.schedule) == claim.budget and claim.psnr_db > 0 for claim in comparison.claims)
+    if comparison.robustness:
+        assert {row.guidance_scale for row in comparison.robustness.at_scales} == {2, 4, 6}
+        assert [row.calibration_prompts for row in comparison.robustness.calibrated] == [4, 8, 16, 64]
 
 
 def test_pictures_are_made_of_the_report(compiled, tmp_path):

@@ -84,16 +84,24 @@ class HookMethod:
     def _within(self, bench: Bench, budget: int, setting: Setting, bounds: tuple[float, float]) -> Setting:
         """The setting at the least threshold that keeps the mean within the budget on a few held-out prompts.
 
-        On the prompts that are measured, which favours the method.
+        On the prompts that are measured, which favours the method. What a threshold came to is kept: bisections of several
+        budgets begin alike.
         """
         low, high = np.log(bounds[0]), np.log(bounds[1])
         few = list(range(min(TUNING_PROMPTS, bench.count)))
-        if self._run(bench, _at(setting, bounds[0]), few, held_out=True)[1].mean() <= budget:
+
+        def keeps(threshold: float) -> bool:
+            def mean() -> float:
+                return float(self._run(bench, _at(setting, threshold), few, held_out=True)[1].mean())
+
+            key = [bench.key, self.name, setting.values, threshold, len(few)]
+            return float(bench.workspace.json("threshold", key, mean)) <= budget
+
+        if keeps(bounds[0]):
             return _at(setting, bounds[0])
         for _ in range(BISECTIONS):
             middle = 0.5 * (low + high)
-            nfe = self._run(bench, _at(setting, float(np.exp(middle))), few, held_out=True)[1]
-            low, high = (low, middle) if nfe.mean() <= budget else (middle, high)
+            low, high = (low, middle) if keeps(float(np.exp(middle))) else (middle, high)
         return _at(setting, float(np.exp(high)))
 
     def _run(

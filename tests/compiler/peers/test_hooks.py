@@ -156,3 +156,11 @@ def test_a_refused_cache_is_not_applicable(bench):
 def test_a_threshold_replaces_the_one_before():
     setting = hooks._at(hooks._at(Setting(text="warm-up 2", values={}), 0.5), 0.25)
     assert setting.text == "warm-up 2 at threshold 0.25" and setting.threshold == 0.25
+
+
+def test_what_a_threshold_came_to_is_kept(bench, monkeypatch):
+    method = next(each for each in hooks.hook_methods() if each.name == "first block")
+    (setting,) = method.settings(bench, 4)
+    found = method._within(bench, 4, setting, method.thresholds)
+    monkeypatch.setattr(hooks.HookMethod, "_run", lambda *_, **__: pytest.fail("a run that was made before"))
+    assert method._within(bench, 4, setting, method.thresholds) == found

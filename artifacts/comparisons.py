@@ -46,9 +46,10 @@ def section(comparisons: Sequence[Comparison]) -> str:
             f"### {name}\n\n![{name}: fidelity against model evaluations]({picture_of(first)})\n\n{markdown(first).strip()}"
         )
         for other in others:
-            budgets = " and ".join(map(str, other.budgets))
+            budgets = ",".join(map(str, other.budgets))
             parts.append(
-                f"Compiled apart for {budgets} evaluations, for information:\n\n{fidelity_table(other)}\n\n{verdict_table(other)}"
+                f"Compiled and compared apart, for information (`otc compare {name} --budgets {budgets} -o FOLDER`):\n\n"
+                f"{fidelity_table(other)}\n\n{verdict_table(other)}"
             )
     return "\n\n".join(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -55,6 +56,15 @@ def test_results_are_replaced_between_the_marks():
 def test_comparisons_are_those_that_are_kept():
     written = README.partition(MARKS[0])[2].partition(MARKS[1])[0].strip()
     assert written == section(kept())
+
+
+def test_further_comparisons_of_a_model_are_tables_below_its_picture():
+    first = kept()[0]
+    apart = dataclasses.replace(first, budgets=first.budgets[:1], verdicts=first.verdicts[:1])
+    text = section([first, apart])
+    assert text.count("### ") == text.count("![") == 1
+    below = text.partition("apart, for information")[2]
+    assert f"--budgets {apart.budgets[0]} " in below and f"B = {apart.budgets[0]} |" in below
 
 
 @pytest.mark.parametrize("comparison", kept(), ids=lambda comparison: f"{comparison.model}-{len(comparison.budgets)}")

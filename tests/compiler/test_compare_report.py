@@ -32,7 +32,7 @@ def test_a_way_is_held_against_every_search():
         ]
     )  # fmt: skip
     assert words == (
-        "* interpolated: +0.8 dB to the search, 8 trials on average, and no more than 0.5 dB behind at 4 and 8; "
+        "* interpolated: +0.8 dB to the search, 8 trials on average, and no more than 0.5 dB behind at 4, 8; "
         "-2.0 dB to the search, 80 trials on average, and more than 0.5 dB behind at every budget."
     )
 

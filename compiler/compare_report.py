@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .comparison import AHEAD_DB, DEFAULT, FURTHER, WORST_DB, AtScale, Claim, Comparison, Robustness
@@ -137,26 +137,33 @@ def claim_table(comparison: Comparison) -> str:
 
 
 def claim_words(claims: Sequence[Claim]) -> str:
-    """What came out of the paper's claim: how far each search is ahead of each schedule that needs none of its own."""
-    found = {(claim.way, claim.budget): claim for claim in claims}
+    """What came out of the paper's claim: how every schedule without a search of its own does against every search."""
     ways = list(dict.fromkeys(claim.way for claim in claims))
     searches = [way for way in ways if way.startswith("search")]
     lines = []
     for way in (way for way in ways if way not in searches):
-        parts = []
-        for search in searches:
-            gaps = {
-                budget: found[way, budget].psnr_db - found[search, budget].psnr_db
-                for budget in dict.fromkeys(claim.budget for claim in claims)
-                if (way, budget) in found and (search, budget) in found
-            }
-            matched = [str(budget) for budget, gap in gaps.items() if gap >= -AHEAD_DB]
-            parts.append(
-                f"{sum(gaps.values()) / len(gaps):+.1f} dB to the {search} on average, and "
-                + (f"no more than {AHEAD_DB:g} dB behind at {' and '.join(matched)}" if matched else f"more than {AHEAD_DB:g} dB behind at every budget")
-            )  # fmt: skip
-        lines.append(f"* {way}: {'; '.join(parts)}.")
-    return "\n".join(lines)
+        gaps = {search: psnr_gaps(claims, way, search) for search in searches}
+        kept = [search for search, found in gaps.items() if _average(found) >= -AHEAD_DB]
+        matched = "every search" if kept == searches else f"the {' and the '.join(kept)} only" if kept else "no search"
+        against = [f"{_average(found):+.1f} dB to the {search} ({_listed(found)})" for search, found in gaps.items()]
+        lines.append(f"* {way}: matches {matched}. {'; '.join(against)}.")
+    rule = f"What is on average no more than {AHEAD_DB:g} dB behind a search matches it:"
+    return "\n".join([rule, "", *lines])
+
+
+def psnr_gaps(claims: Sequence[Claim], way: str, search: str) -> dict[int, float]:
+    """PSNR of one way less that of another, in dB, at every budget that has both."""
+    found = {(claim.way, claim.budget): claim.psnr_db for claim in claims}
+    budgets = dict.fromkeys(claim.budget for claim in claims)
+    return {b: found[way, b] - found[search, b] for b in budgets if (way, b) in found and (search, b) in found}
+
+
+def _average(gaps: Mapping[int, float]) -> float:
+    return sum(gaps.values()) / len(gaps)
+
+
+def _listed(gaps: Mapping[int, float]) -> str:
+    return ", ".join(f"{gap:+.1f} at {budget}" for budget, gap in gaps.items())
 
 
 def scale_words(rows: Sequence[AtScale]) -> str:

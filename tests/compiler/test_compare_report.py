@@ -31,9 +31,9 @@ def test_a_way_is_held_against_every_search():
             claim(8, "interpolated", 30.0), claim(8, "search, 8 trials", 28.0), claim(8, "search, 80 trials", 31.0),
         ]
     )  # fmt: skip
-    assert words == (
-        "* interpolated: +0.8 dB to the search, 8 trials on average, and no more than 0.5 dB behind at 4, 8; "
-        "-2.0 dB to the search, 80 trials on average, and more than 0.5 dB behind at every budget."
+    assert words.splitlines()[-1] == (
+        "* interpolated: matches the search, 8 trials only. "
+        "+0.8 dB to the search, 8 trials (-0.4 at 4, +2.0 at 8); -2.0 dB to the search, 80 trials (-3.0 at 4, -1.0 at 8)."
     )
 
 
@@ -41,7 +41,11 @@ def test_a_way_that_is_missing_at_a_budget_is_left_out_of_its_mean():
     words = claim_words(
         [claim(4, "best weight", 20.0), claim(4, "search", 19.0), claim(8, "search", 90.0)]
     )  # fmt: skip
-    assert words.startswith("* best weight: +1.0 dB")
+    assert words.endswith("* best weight: matches every search. +1.0 dB to the search (+1.0 at 4).")
+
+
+def test_a_way_may_match_no_search():
+    assert "law: matches no search." in claim_words([claim(4, "law", 18.0), claim(4, "search", 19.0)])
 
 
 def test_the_advantage_holds_only_where_it_does_at_every_scale():

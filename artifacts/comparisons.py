@@ -46,7 +46,7 @@ def section(comparisons: Sequence[Comparison]) -> str:
             f"### {name}\n\n![{name}: fidelity against model evaluations]({picture_of(first)})\n\n{markdown(first).strip()}"
         )
         for other in others:
-            budgets = ",".join(map(str, other.budgets))
+            budgets = ",".join(map(str, other.budgets)) + ("" if other.claims else " --no-claim")
             parts.append(
                 f"Compiled and compared apart, for information (`otc compare {name} --budgets {budgets} -o FOLDER`):\n\n"
                 f"{fidelity_table(other)}\n\n{verdict_table(other)}"

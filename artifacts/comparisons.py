@@ -63,6 +63,8 @@ def main() -> None:
     if len(sys.argv) != 3:
         raise SystemExit("usage: python -m otcache.artifacts.comparisons COMPARISON README")
     folder, readme = Path(sys.argv[1]), Path(sys.argv[2])
+    if not (folder / "comparison.json").is_file():
+        raise SystemExit(f"{folder} has no comparison.json: expected a folder that `otc compare` wrote")
     comparison = Comparison.from_json(json.loads((folder / "comparison.json").read_text(encoding="utf-8")))
     RESULTS.mkdir(exist_ok=True)
     shutil.copyfile(folder / "comparison.json", RESULTS / f"{folder.name}.json")

@@ -11,6 +11,7 @@ import click
 import pytest
 
 from otcache.artifacts.comparisons import MARKS, kept, section
+from otcache.artifacts.comparisons import main as write_comparisons
 from otcache.artifacts.readme import BEGIN, END, copy_pictures, rewrite
 from otcache.compiler.comparison import verdict_at
 from otcache.runtime.cli import main
@@ -65,6 +66,12 @@ def test_further_comparisons_of_a_model_are_tables_below_its_picture():
     assert text.count("### ") == text.count("![") == 1
     below = text.partition("apart, for information")[2]
     assert f"--budgets {apart.budgets[0]} " in below and f"B = {apart.budgets[0]} |" in below
+
+
+def test_a_folder_without_a_comparison_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["comparisons", str(tmp_path), "README.md"])
+    with pytest.raises(SystemExit, match="has no comparison.json: expected a folder that"):
+        write_comparisons()
 
 
 @pytest.mark.parametrize("comparison", kept(), ids=lambda comparison: f"{comparison.model}-{len(comparison.budgets)}")

@@ -70,7 +70,7 @@ def test_further_comparisons_of_a_model_are_tables_below_its_picture():
 
 def test_a_folder_without_a_comparison_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["comparisons", str(tmp_path), "README.md"])
-    with pytest.raises(SystemExit, match="has no comparison.json: expected a folder that"):
+    with pytest.raises(SystemExit, match=r"has no comparison\.json: expected a folder that"):
         write_comparisons()
 
 

@@ -1,7 +1,9 @@
-"""Write what `otc compare` measured into the README: `python -m otcache.artifacts.comparisons artifacts/compare/shapes README.md`.
+"""Write what `otc compare` measured into the README: `python -m otcache.artifacts.comparisons artifacts/compare/shapes
+README.md`.
 
-Keeps the comparison under its folder's name (`artifacts/results/NAME.json`) and writes the section from all that are kept. A model
-has one picture, of the comparison with the most budgets; others of the same model, at budgets of their own, are tables below it.
+Keeps the comparison under its folder's name (`artifacts/results/NAME.json`) and writes the section from all that are
+kept. A model has one picture, of the comparison with the most budgets; others of the same model, at budgets of their
+own, are tables below it.
 """
 
 from __future__ import annotations
@@ -13,10 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from otcache.compiler.compare_report import fidelity_table, markdown, verdict_table
-from otcache.compiler.comparison import Comparison
-
-from .readme import PICTURES, rewrite
+from otcache.artifacts.readme import PICTURES, rewrite
+from otcache.compiler.compare.cells import Comparison
+from otcache.compiler.compare.table import fidelity_table, markdown, verdict_table
 
 MARKS = ("<!-- comparisons: written by otcache.artifacts.comparisons -->", "<!-- end of comparisons -->")
 RESULTS = Path(__file__).parent / "results"

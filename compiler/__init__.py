@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .live import compile
+    from .passes.live import compile
 
 __all__ = ["compile"]
 
@@ -22,6 +22,6 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime's own builds
 def __getattr__(name: str) -> Any:
     if name != "compile":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .live import compile
+    from .passes.live import compile
 
     return compile

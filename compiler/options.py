@@ -55,7 +55,9 @@ class CompileOptions:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the transformer's stages; everything that is searched and measured is so in float32."""
     threads: int | None = None
-    """Of torch, by default as many as it chooses: with another number kernels share their work otherwise, and round otherwise."""
+    """Of torch, by default as many as it chooses: with another number kernels share their work otherwise, and round
+    otherwise.
+    """
     workspace: Path | None = None
     force: bool = False
 

@@ -15,20 +15,40 @@ from typing import TYPE_CHECKING, Any
 from otcache.schemas.errors import ArtifactError, HostError, ModelError, OTCacheError, RequestError, UsageError
 
 if TYPE_CHECKING:
-    from .artifact import Artifact
-    from .degrade import Governor
-    from .sampler import Sampler
-    from .service import BusyError, ClosedError, DeadlineError, Service, http_status
-    from .timing import Timer
+    from .artifact.reader import Artifact
+    from .loop.timing import Timer
+    from .serving.governor import Governor
+    from .serving.sampler import Sampler
+    from .serving.service import BusyError, ClosedError, DeadlineError, Service, http_status
 
 __all__ = [
-    "Artifact", "ArtifactError", "BusyError", "ClosedError", "DeadlineError", "Governor", "HostError", "ModelError",
-    "OTCacheError", "RequestError", "Sampler", "Service", "Timer", "UsageError", "http_status",
-]  # fmt: skip
+    "Artifact",
+    "ArtifactError",
+    "BusyError",
+    "ClosedError",
+    "DeadlineError",
+    "Governor",
+    "HostError",
+    "ModelError",
+    "OTCacheError",
+    "RequestError",
+    "Sampler",
+    "Service",
+    "Timer",
+    "UsageError",
+    "http_status",
+]
 _MODULES = {
-    "Artifact": "artifact", "BusyError": "service", "ClosedError": "service", "DeadlineError": "service",
-    "Governor": "degrade", "Sampler": "sampler", "Service": "service", "Timer": "timing", "http_status": "service",
-}  # fmt: skip
+    "Artifact": "artifact.reader",
+    "BusyError": "serving.service",
+    "ClosedError": "serving.service",
+    "DeadlineError": "serving.service",
+    "Governor": "serving.governor",
+    "Sampler": "serving.sampler",
+    "Service": "serving.service",
+    "Timer": "loop.timing",
+    "http_status": "serving.service",
+}
 
 
 def __getattr__(name: str) -> Any:

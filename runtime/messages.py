@@ -1,30 +1,16 @@
-"""One-line messages: text from outside (file names, values, other libraries' errors) made fit for them, and commands they name."""
+"""One-line messages: text from outside (file names, values, other libraries' errors) made fit for them, and commands
+they name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from otcache.schemas.errors import ArtifactError
+from otcache.schemas.messages import one_line
 
 if TYPE_CHECKING:
     from otcache.schemas.manifest import Engine
-
-AGAIN = "restore it from where the artifact came from, or compile it again"
-
-
-def one_line(value: object, limit: int = 240) -> str:
-    """`value` as one printable line of at most `limit` characters: no line breaks, no escape sequences."""
-    text = str(value)[: 4 * limit]
-    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def damaged(name: str, found: object, expected: object, fix: str = AGAIN) -> ArtifactError:
-    """The error of a part of an artifact that is not what it has to be. name, found: may come from outside."""
-    return ArtifactError(
-        f"artifact is damaged: {one_line(name)}: found {one_line(found)}: expected {one_line(expected)}: {fix}"
-    )
 
 
 def build_command(artifact: object, plans: Engine, profile: Mapping[str, Sequence[int]] | None = None) -> str:
@@ -45,3 +31,15 @@ def readable_size(size_bytes: int) -> str:
         if size_bytes >= scale:
             return f"{size_bytes / scale:.1f} {unit}"
     return f"{size_bytes} B"
+
+
+OPTIONS = {
+    "height": "--sizes",
+    "width": "--sizes",
+    "num_frames": "--frame-counts",
+    "max_sequence_length": "--text-lengths",
+}
+"""What `otc compile` takes to serve more of an axis."""
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Import name by backend."""

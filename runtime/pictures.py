@@ -60,7 +60,8 @@ def contact_sheet(pictures: NDArray[np.float32], gap: int = 2) -> NDArray[np.uin
 def comparison(columns: Mapping[str, NDArray[np.float32]], cell: int = 128, gap: int = 4) -> NDArray[np.uint8]:
     """A labelled column per budget, a row per picture, on white; small pictures are enlarged to `cell` pixels.
 
-    columns: of each budget float32 (n, height, width, 3) in [0, 1], the same prompts and seeds. Returns uint8 (…, …, 3).
+    columns: of each budget float32 (n, height, width, 3) in [0, 1], the same prompts and seeds. Returns uint8 (…, …,
+    3).
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -82,7 +83,8 @@ def comparison(columns: Mapping[str, NDArray[np.float32]], cell: int = 128, gap:
 def save_all(drawn: Mapping[str, NDArray[np.float32]], targets: Sequence[Path], *, separate: bool, fps: int) -> None:
     """Write what was drawn at each budget, float32 (n, [frames,] height, width, 3), to the targets.
 
-    One picture a target, or one sheet; of videos a moving one, or a file for each frame of each. Raises UsageError, HostError.
+    One picture a target, or one sheet; of videos a moving one, or a file for each frame of each. Raises UsageError,
+    HostError.
     """
     some = next(iter(drawn.values()))
     if some.ndim == 4:

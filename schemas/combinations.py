@@ -1,4 +1,5 @@
-"""The linear combinations between the stages of a step, as small engines of their own. `schemas/README.md`, "Combinations".
+"""The linear combinations between the stages of a step, as small engines of their own. `schemas/README.md`,
+"Combinations".
 
 A backend that keeps latents, residuals and outputs on its device needs an engine for each, because no host is there to
 add arrays up. They follow from the manifest alone: which ones there are, and what each reads and writes.
@@ -8,22 +9,22 @@ add arrays up. They follow from the manifest alone: which ones there are, and wh
     forecast_F_M    result of feature F ← source + Σ coefs_m · r_m over M residuals
     guide           v ← Σ coefs_b · output of branch b; with `cfg_norm`, as long as the last branch's
     update_M        x ← coefs₀ · x + Σ coefs_{m+1} · v_m over M outputs
-    follow_M        the same with coefs_i + s · coefs_{i+M+1} instead of coefs_i, where s, of each sample, is how far it is from the
+    follow_M        the same with coefs_i + s · coefs_{i+M+1} instead of coefs_i, where s, of each sample, is how far it
+    is from the
                     others in what its last two outputs differ (`Slopes`); centre and spread are the last two coefs
     update_means_M  as update_M, plus the mean over positions of a second such sum, with the next M+1 coefs (`Means`)
     follow_means_M  the same of follow_M: 2 · (M+1) coefs, as many slopes in the same order, centre and spread
 
-Coefficients are an input, `coefs`, so that all steps and budgets share one engine. Terms are called `term_0`, `term_1`, … from
-the oldest to the newest after the tensor that the sum is added to; what is written is called `total`.
+Coefficients are an input, `coefs`, so that all steps and budgets share one engine. Terms are called `term_0`, `term_1`,
+… from the oldest to the newest after the tensor that the sum is added to; what is written is called `total`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from .manifest import Manifest, TensorInfo
+from .structure import Structure, TensorInfo
 
 Kind = Literal["spread", "residual", "forecast", "guide", "update", "follow"]
 COEFS, TOTAL = "coefs", "total"
@@ -63,7 +64,7 @@ class Combination:
         return self.kind in ("spread", "update", "follow")
 
 
-def combinations(manifest: Manifest) -> tuple[Combination, ...]:
+def combinations(manifest: Structure) -> tuple[Combination, ...]:
     """Those that the artifact's programs need, at all its sizes, in the order of a step."""
     tensors = {tensor.name: tensor for stage in manifest.trunk for tensor in (*stage.inputs, *stage.outputs)}
     output, branches = tensors[manifest.output], manifest.guidance.branches
@@ -77,8 +78,15 @@ def combinations(manifest: Manifest) -> tuple[Combination, ...]:
         named = tuple(term.model_copy(update={"name": f"term_{index}"}) for index, term in enumerate(terms))
         keep_norm = kind == "guide" and manifest.guidance.kind == "cfg_norm"
         return Combination(
-            name, kind, coefs, named, total.model_copy(update={"name": TOTAL}), branches, keep_norm=keep_norm, means=means
-        )  # fmt: skip
+            name,
+            kind,
+            coefs,
+            named,
+            total.model_copy(update={"name": TOTAL}),
+            branches,
+            keep_norm=keep_norm,
+            means=means,
+        )
 
     x = in_float32(output)
     found = [make("spread", "spread", 1, [x], tensors[manifest.latents_input])]

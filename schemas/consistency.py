@@ -8,17 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING
 
 from .program import position_axes
+from .structure import FULL, MANIFEST_NAME, SIGNATURE_NAME, BudgetProgram, Engine, Stage, Structure, TensorInfo
 
-if TYPE_CHECKING:
-    from .manifest import BudgetProgram, Engine, Manifest, Stage, TensorInfo
-
-FULL = "full"
-"""Name of the budget that takes every step."""
-MANIFEST_NAME = "manifest.json"
-SIGNATURE_NAME = "manifest.sig"
 RESERVED = frozenset({MANIFEST_NAME, SIGNATURE_NAME})
 """Paths that the format itself uses, so that no file may be listed under them."""
 FLOATS = frozenset({"float32", "float16", "bfloat16"})
@@ -27,7 +20,7 @@ MAX_ELEMENTS = 1 << 40
 """Of one tensor and one sample: larger than any device, small enough that sizes in bytes fit in 64 bits."""
 
 
-def check(manifest: Manifest) -> None:
+def check(manifest: Structure) -> None:
     """Everything below. Raises ValueError."""
     check_files(manifest)
     check_programs(manifest)
@@ -35,7 +28,7 @@ def check(manifest: Manifest) -> None:
     check_golden(manifest)
 
 
-def check_files(manifest: Manifest) -> None:
+def check_files(manifest: Structure) -> None:
     """No two paths collide on any file system, and everything that is used is listed."""
     paths = [entry.path for entry in (*manifest.files, *manifest.attachments)]
     folded = {path.casefold() for path in paths}
@@ -63,7 +56,7 @@ def check_files(manifest: Manifest) -> None:
     _check_engines(manifest)
 
 
-def _check_engines(manifest: Manifest) -> None:
+def _check_engines(manifest: Structure) -> None:
     """Every stage has an engine, made from the ONNX file that the artifact holds; only consecutive blocks share one."""
     digests = {entry.path: entry.digest for entry in manifest.files}
     expected = {
@@ -84,7 +77,7 @@ def _check_engines(manifest: Manifest) -> None:
                 )
 
 
-def _check_shared(manifest: Manifest, engine: Engine) -> None:
+def _check_shared(manifest: Structure, engine: Engine) -> None:
     seen: set[str] = set()
     for path, run in itertools.groupby(manifest.stages, key=lambda stage: engine.stages[stage.name]):
         kinds = [stage.kind for stage in run]
@@ -95,7 +88,7 @@ def _check_shared(manifest: Manifest, engine: Engine) -> None:
         seen.add(path)
 
 
-def check_programs(manifest: Manifest) -> None:
+def check_programs(manifest: Structure) -> None:
     """One program for each budget, within the steps of the sampler, with as many computed steps as the budget says."""
     for programs in (
         manifest.programs,
@@ -112,7 +105,7 @@ def check_programs(manifest: Manifest) -> None:
             raise ValueError(f"{name}.num_inference_steps is {policy.num_inference_steps}: expected {total}")
 
 
-def _check_program(manifest: Manifest, entry: BudgetProgram) -> None:
+def _check_program(manifest: Structure, entry: BudgetProgram) -> None:
     total = manifest.sampler.num_inference_steps
     expected = total if entry.budget == FULL else int(entry.budget)
     if entry.program.nfe != expected:
@@ -128,7 +121,7 @@ def _check_program(manifest: Manifest, entry: BudgetProgram) -> None:
         )
 
 
-def check_wiring(manifest: Manifest) -> None:
+def check_wiring(manifest: Structure) -> None:
     """Every tensor that a stage reads is there before it, with its type and shape, on every path through the loop."""
     names = [stage.name for stage in manifest.stages]
     if len(set(names)) != len(names):
@@ -190,7 +183,7 @@ def _connect(trunk: tuple[Stage, ...]) -> tuple[dict[str, TensorInfo], dict[str,
     return known, request
 
 
-def _check_features(manifest: Manifest, known: dict[str, TensorInfo], request: dict[str, TensorInfo]) -> None:
+def _check_features(manifest: Structure, known: dict[str, TensorInfo], request: dict[str, TensorInfo]) -> None:
     made = {tensor.name for stage in manifest.trunk if stage.kind == "block" for tensor in stage.outputs}
     for feature in manifest.features:
         source, result = known.get(feature.source) or request.get(feature.source), known.get(feature.result)
@@ -214,7 +207,7 @@ def _check_features(manifest: Manifest, known: dict[str, TensorInfo], request: d
         )
 
 
-def check_encoder(manifest: Manifest) -> None:
+def check_encoder(manifest: Structure) -> None:
     """Tokens in, and out everything that the trunk needs besides latents and timestep."""
     encoder = _only(manifest, "text_encoder")
     lengths = {tokenizer.input_name: tokenizer.length for tokenizer in manifest.tokenizers}
@@ -235,7 +228,7 @@ def check_encoder(manifest: Manifest) -> None:
         _expect(made[tensor.name], None, tensor.shape)
 
 
-def check_decoder(manifest: Manifest) -> None:
+def check_decoder(manifest: Structure) -> None:
     """Latents in, pictures of the artifact's size out."""
     decoder = _only(manifest, "decoder")
     if decoder is None:
@@ -254,7 +247,7 @@ def check_decoder(manifest: Manifest) -> None:
     _expect(decoder.outputs[0], FLOATS, *(pictures if frames is None else [("batch", frames, height, width, 3)]))
 
 
-def _only(manifest: Manifest, kind: str) -> Stage | None:
+def _only(manifest: Structure, kind: str) -> Stage | None:
     found = [stage for stage in manifest.stages if stage.kind == kind]
     if len(found) > 1:
         raise ValueError("stages: at most one text encoder and one decoder")
@@ -269,7 +262,7 @@ def _expect(tensor: TensorInfo, dtypes: frozenset[str] | None, *shapes: tuple[in
         raise ValueError(f"{tensor.name} is {tensor.dtype}: expected one of {', '.join(sorted(dtypes))}")
 
 
-def check_golden(manifest: Manifest) -> None:
+def check_golden(manifest: Structure) -> None:
     """The golden request is one that the artifact serves, and its latents are a listed file of the right size."""
     golden, guidance = manifest.golden, manifest.guidance
     if golden is None:

@@ -1,7 +1,7 @@
 """Manifests of older minor versions as of the newest: one function for each version, applied one after the other.
 
-A migration takes the JSON value of a manifest whose digest has been checked and returns that of the next minor version. The
-value has not been compared with any schema yet, so a migration touches what has the form that it expects and leaves
+A migration takes the JSON value of a manifest whose digest has been checked and returns that of the next minor version.
+The value has not been compared with any schema yet, so a migration touches what has the form that it expects and leaves
 everything else for the schema to refuse; it never raises. A released migration is never changed.
 """
 
@@ -59,10 +59,13 @@ def _from_1_3(value: Value) -> Value:
     if not isinstance(engines, list):
         return value
     new = ("combinations", "platform", "profile", "workspace_bytes", "sources", "layers")
-    return {**value, "engines": [
-        {key: item for key, item in entry.items() if key not in new} if isinstance(entry, dict) else entry
-        for entry in engines
-    ]}  # fmt: skip
+    return {
+        **value,
+        "engines": [
+            {key: item for key, item in entry.items() if key not in new} if isinstance(entry, dict) else entry
+            for entry in engines
+        ],
+    }
 
 
 def _from_1_4(value: Value) -> Value:
@@ -122,8 +125,14 @@ def _steps_without(entry: Any, name: str) -> Any:
 
 
 MIGRATIONS: dict[int, Callable[[Value], Value]] = {
-    0: _from_1_0, 1: _from_1_1, 2: _from_1_2, 3: _from_1_3, 4: _from_1_4, 5: _from_1_5, 6: _from_1_6,
-}  # fmt: skip
+    0: _from_1_0,
+    1: _from_1_1,
+    2: _from_1_2,
+    3: _from_1_3,
+    4: _from_1_4,
+    5: _from_1_5,
+    6: _from_1_6,
+}
 """Of major version 1: minor version → function to the next one."""
 
 

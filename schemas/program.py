@@ -26,8 +26,8 @@ class Slopes(Frozen):
 
         s = clip((ln(‖v_new − v_old‖ / ‖v_new‖) − centre) / spread, ±FARTHEST)
 
-    says how much the guided output v changed since the step before (norms over all elements of one sample), compared with
-    calibration's samples. Coefficients are those of the step plus s times these.
+    says how much the guided output v changed since the step before (norms over all elements of one sample), compared
+    with calibration's samples. Coefficients are those of the step plus s times these.
     """
 
     centre: Coefficient
@@ -38,8 +38,9 @@ class Slopes(Frozen):
 
 
 def position_axes(rank: int) -> tuple[int, ...]:
-    """Axes of latents (n, …) of a rank along which positions lie: 1 of packed tokens (n, tokens, channels), the last two of
-    (n, …, height, width); none of a lower rank."""
+    """Axes of latents (n, …) of a rank along which positions lie: 1 of packed tokens (n, tokens, channels), the last
+    two of (n, …, height, width); none of a lower rank.
+    """
     return () if rank < 3 else (1,) if rank == 3 else (rank - 2, rank - 1)
 
 
@@ -91,9 +92,9 @@ class Step(Frozen):
 class Program(Frozen):
     """A sampler as data: what the runtime executes, and nothing else decides.
 
-    `residual` programs walk every step of the full sampler and skip the blocks at some; the others have computed steps only, with
-    everything in between folded into the coefficients. In `adaptive` programs these follow each sample where a step has `slopes`;
-    in `banded` ones a step may also weigh `means` apart.
+    `residual` programs walk every step of the full sampler and skip the blocks at some; the others have computed steps
+    only, with everything in between folded into the coefficients. In `adaptive` programs these follow each sample where
+    a step has `slopes`; in `banded` ones a step may also weigh `means` apart.
     """
 
     payload: Payload

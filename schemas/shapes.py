@@ -1,8 +1,9 @@
 """Sizes that a request may choose, and how dimensions follow from them. `schemas/README.md`, "Sizes".
 
-A request chooses a value on each *axis* (`height`, `width`, `num_frames`, `max_sequence_length`). Every dimension that varies
-with it follows a *symbol*: a sum of products of axes over a divisor, such as `height*width/256`, in which no axis is squared.
-Such a function is largest and smallest at corners of the ranges, so that checking the corners bounds it everywhere.
+A request chooses a value on each *axis* (`height`, `width`, `num_frames`, `max_sequence_length`). Every dimension that
+varies with it follows a *symbol*: a sum of products of axes over a divisor, such as `height*width/256`, in which no
+axis is squared. Such a function is largest and smallest at corners of the ranges, so that checking the corners bounds
+it everywhere.
 """
 
 from __future__ import annotations

@@ -1,42 +1,44 @@
 """An artifact's manifest for another size than its own: `sized`. With it, readers know fixed shapes only.
 
-What a request's size changes: dimensions that follow symbols, the layout of the noise, lengths of tokens, `conditions`, and where
-a listed size has programs of its own, those. A decoder or text encoder that is fixed to the artifact's own size is left out.
+What a request's size changes: dimensions that follow symbols, the layout of the noise, lengths of tokens, `conditions`,
+and where a listed size has programs of its own, those. A decoder or text encoder that is fixed to the artifact's own
+size is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, TypeVar, get_args
 
 from . import consistency
 from .shapes import AxisName, Request, Symbols, corners, described
+from .structure import Latents, ServedSize, Shapes, Stage, Structure, TensorInfo
 
-if TYPE_CHECKING:
-    from .manifest import Latents, Manifest, ServedSize, Shapes, Stage, TensorInfo
+M = TypeVar("M", bound=Structure)
+"""The kind of manifest that goes in comes out."""
 
 Shape = tuple[Any, ...]
 
 
-def own_size(manifest: Manifest) -> dict[AxisName, int]:
+def own_size(manifest: Structure) -> dict[AxisName, int]:
     """The size that the artifact was compiled at, on the axes that it has."""
     axes = manifest.shapes.axes if manifest.shapes else ()
     return {axis.name: getattr(manifest.conditions, axis.name) for axis in axes}
 
 
-def whole_size(manifest: Manifest) -> dict[AxisName, int]:
+def whole_size(manifest: Structure) -> dict[AxisName, int]:
     """The size in a manifest's conditions, axes that stay among them."""
     names: tuple[AxisName, ...] = get_args(AxisName)
     return {name: size for name in names if (size := getattr(manifest.conditions, name)) is not None}
 
 
-def served_size(manifest: Manifest, request: Request) -> ServedSize | None:
+def served_size(manifest: Structure, request: Request) -> ServedSize | None:
     """The entry of the listed sizes that a request is for."""
     listed = manifest.shapes.sizes if manifest.shapes else ()
     return next((entry for entry in listed if all(request[name] == value for name, value in entry.size.items())), None)
 
 
-def sized(manifest: Manifest, request: Request) -> Manifest:
+def sized(manifest: M, request: Request) -> M:
     """The manifest as it would be had the artifact been compiled for `request`, a value for each axis.
 
     Raises ValueError where shapes do not fit together at that size.
@@ -64,7 +66,7 @@ def sized(manifest: Manifest, request: Request) -> Manifest:
     return found
 
 
-def _without_fixed(manifest: Manifest) -> Manifest:
+def _without_fixed(manifest: M) -> M:
     """Without the decoder and text encoder where they do not follow to this size."""
     dropped, tokenizers = set(), manifest.tokenizers
     try:
@@ -111,7 +113,7 @@ def _shape(shape: Shape, symbols: Symbols, sizes: Mapping[str, int]) -> Shape:
     return tuple(size if name is None else sizes[name] for size, name in zip(shape, symbols, strict=True))
 
 
-def check_shapes(manifest: Manifest) -> None:
+def check_shapes(manifest: Structure) -> None:
     """Dimensions follow from every size that is served, and fit together there; the artifact's own size is one of them."""
     shapes, own = manifest.shapes, own_size(manifest)
     if shapes is None:
@@ -139,8 +141,10 @@ def check_shapes(manifest: Manifest) -> None:
         _check_sizes(manifest, shapes, own)
 
 
-def _check_sizes(manifest: Manifest, shapes: Shapes, own: Request) -> None:
-    """Of sizes that are listed one by one: each within the ranges, with its constants' files; each is checked again when it is served."""
+def _check_sizes(manifest: Structure, shapes: Shapes, own: Request) -> None:
+    """Of sizes that are listed one by one: each within the ranges, with its constants' files; each is checked again
+    when it is served.
+    """
     axes = {axis.name: axis for axis in shapes.axes}
     held = {tensor.name: tensor for tensor in manifest.held}
     if odd := sorted(set(shapes.constants) - set(held)):

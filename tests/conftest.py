@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from command import COMPILE, otc
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("busy host", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -26,18 +27,41 @@ def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clip, t5 = text.make_tokenizers()
     clip_encoder, t5_encoder = text.make_encoders(clip, t5)
     vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=16, use_quant_conv=False,
-        use_post_quant_conv=False, mid_block_add_attention=False, scaling_factor=0.7, shift_factor=0.1, force_upcast=False,
-    )  # fmt: skip
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        scaling_factor=0.7,
+        shift_factor=0.1,
+        force_upcast=False,
+    )
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=False, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        guidance_embeds=False,
+        axes_dims_rope=(4, 6, 6),
+    )
     pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clip_encoder, tokenizer=clip,
-        text_encoder_2=t5_encoder, tokenizer_2=t5, transformer=transformer,
-    )  # fmt: skip
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=clip_encoder,
+        tokenizer=clip,
+        text_encoder_2=t5_encoder,
+        tokenizer_2=t5,
+        transformer=transformer,
+    )
     folder = tmp_path_factory.mktemp("models") / "tiny-flux"
     pipeline.save_pretrained(folder)
     (folder / "prompts.txt").write_text(
@@ -61,10 +85,6 @@ def tiny_flux_lora(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-COMPILE = ("--budgets", "2,4", "--num-inference-steps", "8", "--calibration-prompts", "8", "--evaluation-prompts", "3", "--trials", "4", "--threads", "1")  # fmt: skip
-"""Options of a compile that is small enough for the tests."""
-
-
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One workspace for all compiles of a session, so that they share what does not differ."""
@@ -78,12 +98,3 @@ def compiled(tiny_flux_folder: Path, workspace: Path, tmp_path_factory: pytest.T
     result = otc("compile", str(tiny_flux_folder), *COMPILE, "-o", str(artifact), workspace=workspace)
     assert result.exit_code == 0, result.output
     return artifact
-
-
-def otc(*arguments: str, workspace: Path | None = None):
-    """Run the command line in this process; `exit_code`, `stdout` and `stderr` are those of the command."""
-    from click.testing import CliRunner
-
-    from otcache.runtime.cli import main
-
-    return CliRunner(env={"OTC_CACHE": str(workspace)} if workspace else {}).invoke(main, list(arguments))

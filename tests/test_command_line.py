@@ -18,8 +18,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from otcache.runtime import cli
-from otcache.runtime.completion import folders_with
+from otcache.runtime.cli import main as cli
+from otcache.runtime.cli.completion import folders_with
 
 SNAPSHOT = Path(__file__).parent / "snapshots" / "command_line.json"
 CONTEXT = click.Context(cli.main)
@@ -36,8 +36,11 @@ def command(name):
 
 def examples(found):
     text = (found.help or "") + "\n" + (found.epilog or "")
-    return [line.strip().split("  #")[0].split(" | ")[0].split(" > ")[0] for line in text.splitlines() if line.startswith("  ")
-            and line.strip().startswith("otc ")]  # fmt: skip
+    return [
+        line.strip().split("  #")[0].split(" | ")[0].split(" > ")[0]
+        for line in text.splitlines()
+        if line.startswith("  ") and line.strip().startswith("otc ")
+    ]
 
 
 def surface():
@@ -94,7 +97,12 @@ def test_examples_of_the_group_parse():
 
 def otc(*arguments, **environment):
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    line = [sys.executable, "-c", "from otcache.runtime.cli import main; main(prog_name='otc')", *map(str, arguments)]
+    line = [
+        sys.executable,
+        "-c",
+        "from otcache.runtime.cli.main import main; main(prog_name='otc')",
+        *map(str, arguments),
+    ]
     return subprocess.run(line, capture_output=True, text=True, env=env, timeout=120)
 
 
@@ -178,7 +186,7 @@ def test_completion_scripts(shell, call):
 def test_bash_completes(tmp_path):
     """In a real bash: the script is read, its function is called as readline calls it."""
     (tmp_path / "otc").write_text(
-        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c \'from otcache.runtime.cli import main; main(prog_name="otc")\' "$@"\n'
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c \'from otcache.runtime.cli.main import main; main(prog_name="otc")\' "$@"\n'
     )
     (tmp_path / "otc").chmod(0o755)
     code = '. <(otc completion bash); COMP_WORDS=(otc ver); COMP_CWORD=1; _otc_completion otc ver otc; echo "${COMPREPLY[*]}"'

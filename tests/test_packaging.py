@@ -96,8 +96,13 @@ def test_wheel_holds_what_it_should_and_nothing_else(wheels):
     names = set(contents[0])
     for part in ("compiler", "runtime", "schemas"):
         assert f"otcache/{part}/py.typed" in names
-    data = subprocess.run(["git", "ls-files", "-z", "compiler", "runtime", "schemas", "artifacts/models"],
-                          capture_output=True, text=True, cwd=ROOT, check=True).stdout.split("\0")  # fmt: skip
+    data = subprocess.run(
+        ["git", "ls-files", "-z", "compiler", "runtime", "schemas", "artifacts/models"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    ).stdout.split("\0")
     expected = {f"otcache/{name}" for name in data if name and not name.endswith(".md") and (ROOT / name).is_file()}
     assert expected <= names, f"not packaged: {sorted(expected - names)}"
     assert not [name for name in names if not re.match(r"otcache/|otcache-[\d.]+\.dist-info/", name)]

@@ -13,8 +13,8 @@ import pytest
 from otcache.artifacts.comparisons import MARKS, kept, section
 from otcache.artifacts.comparisons import main as write_comparisons
 from otcache.artifacts.readme import BEGIN, END, copy_pictures, rewrite
-from otcache.compiler.comparison import verdict_at
-from otcache.runtime.cli import main
+from otcache.compiler.compare.cells import verdict_at
+from otcache.runtime.cli.main import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.strip().split("  ")[0] for line in README.splitlines() if line.startswith("    otc ")]

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import scenes
+from otcache.artifacts.training import scenes
 
 CAPTION_DROPOUT = 0.1
 CHECKPOINT_STEPS = 250
@@ -179,10 +179,15 @@ def train_transformer(
         if (step + 1) % CHECKPOINT_STEPS == 0:
             part = checkpoint.with_suffix(".part")
             torch.save(
-                {"model": model.state_dict(), "average": average.state_dict(), "step": step + 1,
-                 "random": torch.get_rng_state(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]},
+                {
+                    "model": model.state_dict(),
+                    "average": average.state_dict(),
+                    "step": step + 1,
+                    "random": torch.get_rng_state(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                },
                 part,
-            )  # fmt: skip
+            )
             part.replace(checkpoint)
     return average.eval()
 
@@ -215,5 +220,7 @@ def weights_bytes(folder: Path) -> int:
 
 
 def write_call(folder: Path, **arguments: int | str) -> None:
-    """How the model is called, for whom its pipeline's defaults mean another size (`otcache.compiler.models.CallDefaults`)."""
+    """How the model is called, for whom its pipeline's defaults mean another size
+    (`otcache.compiler.models.model.CallDefaults`).
+    """
     (folder / "call.json").write_text(json.dumps(arguments, indent=1) + "\n")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from . import flow, scenes, tokens
+from otcache.artifacts.training import flow, scenes, tokens
 
 SIDE = 32
 LATENT_CHANNELS = 4
@@ -72,18 +72,34 @@ def make_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGene
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
             text_config={
-                "hidden_size": TEXT_WIDTH, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-                "num_key_value_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 2048,
-                "rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
-                "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+                "hidden_size": TEXT_WIDTH,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "vocab_size": len(tokenizer),
+                "max_position_embeddings": 2048,
+                "rope_theta": 10000.0,
+                "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+                "bos_token_id": None,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
             },
             vision_config={
-                "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT_WIDTH,
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": TEXT_WIDTH,
             },
-            vision_start_token_id=0, vision_end_token_id=0, vision_token_id=0, image_token_id=len(tokenizer),
-            video_token_id=len(tokenizer), tie_word_embeddings=True,
+            vision_start_token_id=0,
+            vision_end_token_id=0,
+            vision_token_id=0,
+            image_token_id=len(tokenizer),
+            video_token_id=len(tokenizer),
+            tie_word_embeddings=True,
         )
-    )  # fmt: skip
+    )
 
 
 def train_text_encoder(pipeline: QwenImagePipeline, *, steps: int, seed: int) -> None:
@@ -109,9 +125,14 @@ def train_text_encoder(pipeline: QwenImagePipeline, *, steps: int, seed: int) ->
 def make_autoencoder() -> AutoencoderKLQwenImage:
     """4× smaller on each side, one frame. Residual branches start at zero."""
     vae = AutoencoderKLQwenImage(
-        base_dim=12, z_dim=LATENT_CHANNELS, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[False, False],
-        latents_mean=[0.0] * LATENT_CHANNELS, latents_std=[1.0] * LATENT_CHANNELS,
-    )  # fmt: skip
+        base_dim=12,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, False],
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+    )
     flow.variance_preserving(vae)
     with torch.no_grad():
         for module in vae.modules():
@@ -125,8 +146,8 @@ def make_autoencoder() -> AutoencoderKLQwenImage:
 def single_frame() -> Iterator[None]:
     """While it lasts, the autoencoder's causal convolutions see one frame as what it is: the kernel's last slice.
 
-    The slices before it multiply the zeros that stand for earlier frames; leaving them out changes no value and is several
-    times faster on a CPU.
+    The slices before it multiply the zeros that stand for earlier frames; leaving them out changes no value and is
+    several times faster on a CPU.
     """
 
     def forward(self: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
@@ -143,9 +164,15 @@ def single_frame() -> Iterator[None]:
 def make_transformer() -> QwenImageTransformer2DModel:
     """Six blocks, width 96; gates and output start at zero (adaLN-zero)."""
     model = QwenImageTransformer2DModel(
-        patch_size=2, in_channels=4 * LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=6,
-        attention_head_dim=32, num_attention_heads=3, joint_attention_dim=TEXT_WIDTH, axes_dims_rope=(8, 12, 12),
-    )  # fmt: skip
+        patch_size=2,
+        in_channels=4 * LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=3,
+        joint_attention_dim=TEXT_WIDTH,
+        axes_dims_rope=(8, 12, 12),
+    )
     flow.zero_initialised(model, lambda name: name.endswith(("_mod.1", "norm_out.linear")) or name == "proj_out")
     return model
 
@@ -157,9 +184,12 @@ def make_pipeline(
     transformer: QwenImageTransformer2DModel,
 ) -> QwenImagePipeline:
     return QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT), vae=vae, text_encoder=text_encoder,
-        tokenizer=tokenizer, transformer=transformer,
-    )  # fmt: skip
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
 
 
 def check(pipeline: QwenImagePipeline, *, count: int = 64, seed: int = 10_000) -> tuple[dict[str, float], np.ndarray]:
@@ -173,11 +203,16 @@ def check(pipeline: QwenImagePipeline, *, count: int = 64, seed: int = 10_000) -
         part = chosen[start : start + 16]
         pictures.append(
             pipeline(
-                [scene.caption for scene in part], negative_prompt=[NEGATIVE] * len(part), true_cfg_scale=GUIDANCE,
-                num_inference_steps=50, height=SIDE, width=SIDE, output_type="np",
+                [scene.caption for scene in part],
+                negative_prompt=[NEGATIVE] * len(part),
+                true_cfg_scale=GUIDANCE,
+                num_inference_steps=50,
+                height=SIDE,
+                width=SIDE,
+                output_type="np",
                 generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
             ).images
-        )  # fmt: skip
+        )
     drawn = (np.concatenate(pictures) * 255).round().astype(np.uint8)
     return flow.followed(list(drawn), chosen), drawn
 
@@ -242,15 +277,25 @@ def main() -> None:
 
     def predict(model: nn.Module, noisy: Tensor, sigma: Tensor, caption: Tensor) -> Tensor:
         return model(
-            hidden_states=noisy, timestep=sigma, encoder_hidden_states=embeds[caption],
-            encoder_hidden_states_mask=mask[caption], img_shapes=[[(1, side // 2, side // 2)]] * len(noisy),
+            hidden_states=noisy,
+            timestep=sigma,
+            encoder_hidden_states=embeds[caption],
+            encoder_hidden_states_mask=mask[caption],
+            img_shapes=[[(1, side // 2, side // 2)]] * len(noisy),
             return_dict=False,
-        )[0]  # fmt: skip
+        )[0]
 
     transformer = flow.train_transformer(
-        make_transformer, predict, latents, captions, len(wordings), steps=options.steps,
-        rate=2e-3, checkpoint=options.work / "transformer.pt", seed=options.seed,
-    )  # fmt: skip
+        make_transformer,
+        predict,
+        latents,
+        captions,
+        len(wordings),
+        steps=options.steps,
+        rate=2e-3,
+        checkpoint=options.work / "transformer.pt",
+        seed=options.seed,
+    )
 
     pipeline = make_pipeline(vae, tokenizer, pipeline.text_encoder, transformer)
     pipeline.to(torch.float16).save_pretrained(options.output)

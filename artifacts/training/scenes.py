@@ -78,9 +78,16 @@ def place(scene: Scene, random: np.random.Generator) -> Scene:
     room = 0.6 * (0.92 - SIZES[scene.size])
     x, y = random.uniform(-room, room, size=2)
     return Scene(
-        shape=scene.shape, colour=scene.colour, size=scene.size, texture=scene.texture, background=scene.background,
-        x=float(x), y=float(y), angle=float(random.uniform(-TILT, TILT)), shading=float(random.uniform(-0.12, 0.12)),
-    )  # fmt: skip
+        shape=scene.shape,
+        colour=scene.colour,
+        size=scene.size,
+        texture=scene.texture,
+        background=scene.background,
+        x=float(x),
+        y=float(y),
+        angle=float(random.uniform(-TILT, TILT)),
+        shading=float(random.uniform(-0.12, 0.12)),
+    )
 
 
 def _polygon_distance(px: np.ndarray, py: np.ndarray, sides: int) -> np.ndarray:

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import nn
 
-from . import flow, scenes, text
+from otcache.artifacts.training import flow, scenes, text
 
 SIDE = 48
 LATENT_CHANNELS = 4
@@ -38,11 +38,20 @@ def make_dataset(count: int, seed: int) -> tuple[torch.Tensor, list[scenes.Scene
 def make_autoencoder() -> AutoencoderKL:
     """4× smaller on each side. One norm group: more would wash flat colours out. Residual branches start at zero."""
     vae = AutoencoderKL(
-        block_out_channels=(8, 16, 48), down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=LATENT_CHANNELS,
-        norm_num_groups=1, sample_size=SIDE, use_quant_conv=False, use_post_quant_conv=False,
-        mid_block_add_attention=False, scaling_factor=1.0, shift_factor=0.0, force_upcast=False,
-    )  # fmt: skip
+        block_out_channels=(8, 16, 48),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=1,
+        sample_size=SIDE,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        force_upcast=False,
+    )
     for name, module in vae.named_modules():
         if name.endswith("conv2"):
             nn.init.zeros_(module.weight)
@@ -64,10 +73,17 @@ def train_autoencoder(pictures: torch.Tensor, *, steps: int, seed: int = 0) -> A
 def make_transformer() -> FluxTransformer2DModel:
     """Two double and six single blocks, width 96; gates and output start at zero (adaLN-zero)."""
     model = FluxTransformer2DModel(
-        patch_size=1, in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=6, attention_head_dim=32,
-        num_attention_heads=3, joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=False,
+        patch_size=1,
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=2,
+        num_single_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=3,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        guidance_embeds=False,
         axes_dims_rope=(8, 12, 12),
-    )  # fmt: skip
+    )
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ((name.endswith(".linear") and "norm" in name) or name == "proj_out"):
             nn.init.zeros_(module.weight)
@@ -96,9 +112,14 @@ def train_transformer(
 
     def predict(model: nn.Module, noisy: torch.Tensor, sigma: torch.Tensor, caption: torch.Tensor) -> torch.Tensor:
         return model(
-            hidden_states=noisy, timestep=sigma, pooled_projections=embeddings[0][caption],
-            encoder_hidden_states=embeddings[1][caption], img_ids=image_ids, txt_ids=text_ids, return_dict=False,
-        )[0]  # fmt: skip
+            hidden_states=noisy,
+            timestep=sigma,
+            pooled_projections=embeddings[0][caption],
+            encoder_hidden_states=embeddings[1][caption],
+            img_ids=image_ids,
+            txt_ids=text_ids,
+            return_dict=False,
+        )[0]
 
     return flow.train_transformer(
         make_transformer,
@@ -121,9 +142,14 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
 def make_pipeline(vae, clip, clip_encoder, t5, t5_encoder, transformer) -> FluxPipeline:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     return FluxPipeline(
-        scheduler=scheduler, vae=vae, text_encoder=clip_encoder, tokenizer=clip, text_encoder_2=t5_encoder,
-        tokenizer_2=t5, transformer=transformer,
-    )  # fmt: skip
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=clip_encoder,
+        tokenizer=clip,
+        text_encoder_2=t5_encoder,
+        tokenizer_2=t5,
+        transformer=transformer,
+    )
 
 
 def check(pipeline: FluxPipeline, *, count: int = 64, seed: int = 10_000) -> tuple[dict[str, float], np.ndarray]:
@@ -137,11 +163,17 @@ def check(pipeline: FluxPipeline, *, count: int = 64, seed: int = 10_000) -> tup
         part = chosen[start : start + 16]
         pictures.append(
             pipeline(
-                [scene.caption for scene in part], negative_prompt=[""] * len(part), true_cfg_scale=GUIDANCE,
-                num_inference_steps=50, height=SIDE, width=SIDE, max_sequence_length=text.TEXT_LENGTH, output_type="np",
+                [scene.caption for scene in part],
+                negative_prompt=[""] * len(part),
+                true_cfg_scale=GUIDANCE,
+                num_inference_steps=50,
+                height=SIDE,
+                width=SIDE,
+                max_sequence_length=text.TEXT_LENGTH,
+                output_type="np",
                 generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
             ).images
-        )  # fmt: skip
+        )
     drawn = (np.concatenate(pictures) * 255).round().astype(np.uint8)
     return flow.followed(list(drawn), chosen), drawn
 
@@ -183,9 +215,13 @@ def main() -> None:
         pooled = clip_encoder(text.tokenize(clip, [*wordings, ""])).pooler_output
         tokens = t5_encoder(text.tokenize(t5, [*wordings, ""]))[0]
     transformer = train_transformer(
-        latents, (pooled, tokens), captions, steps=options.steps, checkpoint=options.work / "transformer.pt",
+        latents,
+        (pooled, tokens),
+        captions,
+        steps=options.steps,
+        checkpoint=options.work / "transformer.pt",
         seed=options.seed,
-    )  # fmt: skip
+    )
 
     pipeline = make_pipeline(vae, clip, clip_encoder, t5, t5_encoder, transformer)
     pipeline.to(torch.float16).save_pretrained(options.output)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from . import scenes
+from otcache.artifacts.training import scenes
 
 TEXT_LENGTH = 12
 """Tokens of T5, which knows every word: nine words and an end."""
@@ -24,7 +24,9 @@ ATTRIBUTES = {
 
 
 def make_tokenizers(captions: Sequence[str] | None = None) -> tuple[CLIPTokenizer, T5Tokenizer]:
-    """A CLIP (byte-pair) and a T5 (unigram) tokenizer that know every word of the captions (the scenes') and all letters."""
+    """A CLIP (byte-pair) and a T5 (unigram) tokenizer that know every word of the captions (the scenes') and all
+    letters.
+    """
     captions = captions or [scene.long_caption for scene in scenes.all_scenes()]
     words = sorted({word for caption in captions for word in caption.split()})
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -56,17 +58,31 @@ def make_encoders(clip: CLIPTokenizer, t5: T5Tokenizer) -> tuple[CLIPTextModel, 
     """Untrained text encoders: pooled CLIP output (n, 64), T5 output (n, TEXT_LENGTH, 64)."""
     clip_encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(clip), hidden_size=64, intermediate_size=128, projection_dim=64, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=POOLED_LENGTH, bos_token_id=clip.bos_token_id,
-            eos_token_id=clip.eos_token_id, pad_token_id=clip.pad_token_id,
+            vocab_size=len(clip),
+            hidden_size=64,
+            intermediate_size=128,
+            projection_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=POOLED_LENGTH,
+            bos_token_id=clip.bos_token_id,
+            eos_token_id=clip.eos_token_id,
+            pad_token_id=clip.pad_token_id,
         )
-    )  # fmt: skip
+    )
     t5_encoder = T5EncoderModel(
         T5Config(
-            vocab_size=len(t5), d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2,
-            decoder_start_token_id=0, is_encoder_decoder=False, use_cache=False,
+            vocab_size=len(t5),
+            d_model=64,
+            d_kv=32,
+            d_ff=128,
+            num_layers=2,
+            num_heads=2,
+            decoder_start_token_id=0,
+            is_encoder_decoder=False,
+            use_cache=False,
         )
-    )  # fmt: skip
+    )
     return clip_encoder, t5_encoder
 
 

@@ -25,9 +25,12 @@ def _trained(corpus: Iterable[str], regex: str, specials: Sequence[str]) -> Toke
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=100_000, min_frequency=1, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), special_tokens=[],
-    )  # fmt: skip
+        vocab_size=100_000,
+        min_frequency=1,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[],
+    )
     for special in specials:
         corpus = [text.replace(special, "\x00") for text in corpus]
     tokenizer.train_from_iterator([part for text in corpus for part in text.split("\x00") if part], trainer)
@@ -57,9 +60,13 @@ def llama_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", begin)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<pad>",
-        padding_side="right", model_max_length=512,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        pad_token="<pad>",
+        padding_side="right",
+        model_max_length=512,
+    )
 
 
 def train_features(

@@ -3,8 +3,8 @@
     python -m otcache.artifacts.training.video [--steps 6000] [-o artifacts/models/shapes-video]
 
 The same passes as in `shapes`, on clips of 13 frames (4 latent ones) whose captions name the motion. Guidance is
-classifier-free (`true_cfg_scale`): embedded guidance is what a *distilled* HunyuanVideo has, and distilling would need a
-second training that teaches nothing about captions. An interrupted run goes on where it stopped.
+classifier-free (`true_cfg_scale`): embedded guidance is what a *distilled* HunyuanVideo has, and distilling would need
+a second training that teaches nothing about captions. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from . import flow, scenes, text, tokens
+from otcache.artifacts.training import flow, scenes, text, tokens
 
 SIDE, FRAMES = 32, 13
 LATENT_CHANNELS = 4
@@ -89,10 +89,12 @@ def all_clips() -> list[Clip]:
 def render(clip: Clip, frames: int = FRAMES, side: int = SIDE) -> np.ndarray:
     """Draw a clip. Returns uint8 (frames, side, side, 3); the motion is even and passes through the scene's place."""
     dx, dy = MOTIONS[clip.motion]
-    return np.stack([
-        scenes.render(dataclasses.replace(clip.scene, x=clip.scene.x + dx * at, y=clip.scene.y + dy * at), side)
-        for at in np.linspace(-TRAVEL, TRAVEL, frames)
-    ])  # fmt: skip
+    return np.stack(
+        [
+            scenes.render(dataclasses.replace(clip.scene, x=clip.scene.x + dx * at, y=clip.scene.y + dy * at), side)
+            for at in np.linspace(-TRAVEL, TRAVEL, frames)
+        ]
+    )
 
 
 def make_dataset(count: int, seed: int) -> tuple[Tensor, list[Clip]]:
@@ -140,18 +142,32 @@ def make_text_encoders(llama: PreTrainedTokenizerFast, clip: CLIPTokenizer) -> t
     """Llama with four layers, of which the pipeline skips the last two; CLIP with two. Both of width 64."""
     encoder = LlamaModel(
         LlamaConfig(
-            vocab_size=len(llama), hidden_size=TEXT_WIDTH, intermediate_size=128, num_hidden_layers=4,
-            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=llama.bos_token_id,
-            eos_token_id=llama.eos_token_id, pad_token_id=llama.pad_token_id,
+            vocab_size=len(llama),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            bos_token_id=llama.bos_token_id,
+            eos_token_id=llama.eos_token_id,
+            pad_token_id=llama.pad_token_id,
         )
-    )  # fmt: skip
+    )
     pooled = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(clip), hidden_size=TEXT_WIDTH, intermediate_size=128, projection_dim=TEXT_WIDTH,
-            num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77, bos_token_id=clip.bos_token_id,
-            eos_token_id=clip.eos_token_id, pad_token_id=clip.pad_token_id,
+            vocab_size=len(clip),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=128,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=clip.bos_token_id,
+            eos_token_id=clip.eos_token_id,
+            pad_token_id=clip.pad_token_id,
         )
-    )  # fmt: skip
+    )
     return encoder, pooled
 
 
@@ -182,14 +198,21 @@ def train_text_encoders(pipeline: HunyuanVideoPipeline, *, steps: int, seed: int
 def make_autoencoder() -> AutoencoderKLHunyuanVideo:
     """4× smaller in time, height and width. One norm group: more would wash flat colours out.
 
-    Convolutions begin with the newest frame alone, so that frames are drawn one by one before motion is learnt (`single_frame`).
+    Convolutions begin with the newest frame alone, so that frames are drawn one by one before motion is learnt
+    (`single_frame`).
     """
     vae = AutoencoderKLHunyuanVideo(
-        latent_channels=LATENT_CHANNELS, down_block_types=("HunyuanVideoDownBlock3D",) * 3,
-        up_block_types=("HunyuanVideoUpBlock3D",) * 3, block_out_channels=(8, 16, 32), layers_per_block=1,
-        norm_num_groups=1, scaling_factor=1.0, spatial_compression_ratio=4, temporal_compression_ratio=4,
+        latent_channels=LATENT_CHANNELS,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+        block_out_channels=(8, 16, 32),
+        layers_per_block=1,
+        norm_num_groups=1,
+        scaling_factor=1.0,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
         mid_block_add_attention=False,
-    )  # fmt: skip
+    )
     flow.variance_preserving(vae)
     with torch.no_grad():
         for module in vae.modules():
@@ -242,10 +265,21 @@ def train_autoencoder(clips: Tensor, *, frame_steps: int, window_steps: int, see
 def make_transformer() -> HunyuanVideoTransformer3DModel:
     """Two double and four single blocks, width 96, 4×4×4 tokens; gates and output start at zero (adaLN-zero)."""
     model = HunyuanVideoTransformer3DModel(
-        in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_attention_heads=3, attention_head_dim=32,
-        num_layers=2, num_single_layers=4, num_refiner_layers=1, mlp_ratio=4.0, patch_size=2, patch_size_t=1,
-        guidance_embeds=False, text_embed_dim=TEXT_WIDTH, pooled_projection_dim=TEXT_WIDTH, rope_axes_dim=(8, 12, 12),
-    )  # fmt: skip
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_attention_heads=3,
+        attention_head_dim=32,
+        num_layers=2,
+        num_single_layers=4,
+        num_refiner_layers=1,
+        mlp_ratio=4.0,
+        patch_size=2,
+        patch_size_t=1,
+        guidance_embeds=False,
+        text_embed_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        rope_axes_dim=(8, 12, 12),
+    )
     flow.zero_initialised(
         model,
         lambda name: name == "proj_out" or (name.endswith(".linear") and "norm" in name and "refiner" not in name),
@@ -260,9 +294,14 @@ def make_pipeline(
     transformer: HunyuanVideoTransformer3DModel,
 ) -> HunyuanVideoPipeline:
     return HunyuanVideoPipeline(
-        text_encoder=encoders[0], tokenizer=tokenizers[0], transformer=transformer, vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT), text_encoder_2=encoders[1], tokenizer_2=tokenizers[1],
-    )  # fmt: skip
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0],
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizers[1],
+    )
 
 
 def check(
@@ -278,11 +317,18 @@ def check(
         part = chosen[start : start + 16]
         clips.append(
             pipeline(
-                [clip.caption for clip in part], negative_prompt=[""] * len(part), true_cfg_scale=GUIDANCE,
-                num_inference_steps=50, height=SIDE, width=SIDE, num_frames=FRAMES, max_sequence_length=TEXT_LENGTH,
-                generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))], output_type="np",
+                [clip.caption for clip in part],
+                negative_prompt=[""] * len(part),
+                true_cfg_scale=GUIDANCE,
+                num_inference_steps=50,
+                height=SIDE,
+                width=SIDE,
+                num_frames=FRAMES,
+                max_sequence_length=TEXT_LENGTH,
+                generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
+                output_type="np",
             ).frames
-        )  # fmt: skip
+        )
     drawn = (np.concatenate(clips) * 255).round().astype(np.uint8)
     shares = flow.followed([frames[FRAMES // 2] for frames in drawn], [clip.scene for clip in chosen])
     moved = [read_motion(frames) == clip.motion for frames, clip in zip(drawn, chosen, strict=True)]
@@ -348,14 +394,26 @@ def main() -> None:
 
     def predict(model: nn.Module, noisy: Tensor, sigma: Tensor, caption: Tensor) -> Tensor:
         return model(
-            hidden_states=noisy, timestep=1000 * sigma, encoder_hidden_states=embeds[caption],
-            encoder_attention_mask=mask[caption], pooled_projections=pooled[caption], return_dict=False,
-        )[0]  # fmt: skip
+            hidden_states=noisy,
+            timestep=1000 * sigma,
+            encoder_hidden_states=embeds[caption],
+            encoder_attention_mask=mask[caption],
+            pooled_projections=pooled[caption],
+            return_dict=False,
+        )[0]
 
     transformer = flow.train_transformer(
-        make_transformer, predict, latents, captions, len(wordings), steps=options.steps, batch=32,
-        rate=2e-3, checkpoint=options.work / "transformer.pt", seed=options.seed,
-    )  # fmt: skip
+        make_transformer,
+        predict,
+        latents,
+        captions,
+        len(wordings),
+        steps=options.steps,
+        batch=32,
+        rate=2e-3,
+        checkpoint=options.work / "transformer.pt",
+        seed=options.seed,
+    )
 
     pipeline = make_pipeline(vae, tokenizers, (pipeline.text_encoder, pipeline.text_encoder_2), transformer)
     pipeline.to(torch.float16).save_pretrained(options.output)

@@ -4,8 +4,8 @@
     pipe.scheduler = OTCacheScheduler.from_artifact("artifacts/shapes", budget=8)
     pipe(prompt, num_inference_steps=8)
 
-Needs torch and diffusers, but nothing else of `otcache[compiler]`. Importing this package loads neither: what it offers is
-loaded when it is first used. The serving runtime does not import it.
+Needs torch and diffusers, but nothing else of `otcache[compiler]`. Importing this package loads neither: what it offers
+is loaded when it is first used. The serving runtime does not import it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ if TYPE_CHECKING:
     from .scheduler import OTCacheScheduler
 
 _MODULES = {
-    "CalibrationWarning": "refusal", "OTCacheScheduler": "scheduler", "ResidualScheduler": "residual",
-    "apply_residual_cache": "residual", "remove_residual_cache": "residual",
-}  # fmt: skip
+    "CalibrationWarning": "refusal",
+    "OTCacheScheduler": "scheduler",
+    "ResidualScheduler": "residual",
+    "apply_residual_cache": "residual",
+    "remove_residual_cache": "residual",
+}
 __all__ = [
-    "CalibrationWarning", "OTCacheScheduler", "ResidualScheduler", "apply_residual_cache", "remove_residual_cache",
-]  # fmt: skip
+    "CalibrationWarning",
+    "OTCacheScheduler",
+    "ResidualScheduler",
+    "apply_residual_cache",
+    "remove_residual_cache",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,16 +15,19 @@ from otcache.schemas.errors import ModelError
 def block_lists(transformer: nn.Module) -> list[nn.ModuleList]:
     """The transformer's lists of blocks in order. Raises ModelError where there are no two blocks."""
     found = [
-        child for name, child in transformer.named_children()
+        child
+        for name, child in transformer.named_children()
         if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS and isinstance(child, nn.ModuleList)
-    ]  # fmt: skip
+    ]
     if sum(len(blocks) for blocks in found) < 2:
         raise ModelError(f"{type(transformer).__name__} has no list of blocks that diffusers' caches know")
     return found
 
 
 class Passage:
-    """How hidden states pass through one class of blocks, from diffusers' table. Raises ModelError for what is not in it."""
+    """How hidden states pass through one class of blocks, from diffusers' table. Raises ModelError for what is not in
+    it.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         kind = unwrap_module(block).__class__

@@ -1,7 +1,7 @@
 """Which guidance a pipeline runs with, measured on its first step: pipelines do not tell their scheduler.
 
-The transformer's outputs are kept from the start of a request to its first `step`, whose model output is then written as a
-combination of them. Shapes: n samples, outputs (n, …) of one branch or (2n, …) of two.
+The transformer's outputs are kept from the start of a request to its first `step`, whose model output is then written
+as a combination of them. Shapes: n samples, outputs (n, …) of one branch or (2n, …) of two.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from otcache.schemas.errors import RequestError
 
-from ..calling import scale_offset
-from ..models import transformer_of
-from ..wiring import PLAIN
+from ..models.model import transformer_of
+from ..pipelines.arguments import PLAIN
+from ..pipelines.call import scale_offset
 from .recipe import Recipe
 
 TOLERANCE = 0.02
@@ -102,11 +102,12 @@ def guidance_fault(seen: Seen, guided: Tensor, recipe: Recipe) -> RequestError |
 
 
 def measured_scale(outputs: list[Tensor], guided: Tensor) -> float | None:
-    """The scale s with which guided ∝ (1 − s) · negative + s · positive; None for a single branch, NaN for two equal ones.
+    """The scale s with which guided ∝ (1 − s) · negative + s · positive; None for a single branch, NaN for two equal
+    ones.
 
     The larger of the two weights is the positive branch's, and only their ratio counts, so that a norm that is kept or
-    rescaled afterwards (Qwen-Image, `guidance_rescale`) does not matter. Least squares along the last axis, then the median
-    over the half of the vectors where the branches are furthest apart.
+    rescaled afterwards (Qwen-Image, `guidance_rescale`) does not matter. Least squares along the last axis, then the
+    median over the half of the vectors where the branches are furthest apart.
     """
     guided, count = _one_of_equal_halves(guided), len(outputs)
     if count == 1 and outputs[0].shape[0] == 2 * guided.shape[0]:

@@ -9,13 +9,14 @@ from diffusers.utils.torch_utils import unwrap_module
 
 from otcache.schemas.errors import ModelError
 
-from ..identity import denoiser_digest, own_options
-from ..models import transformer_of
+from ..models.digests import active_adapters, denoiser_digest, own_options
+from ..models.model import transformer_of
 from .recipe import Recipe
 
 
 def model_fault(pipeline: Any, recipe: Recipe, source: Any) -> Iterator[ModelError]:
-    """Every way in which the pipeline differs from the compiled model. The same transformer in another pipeline is no fault.
+    """Every way in which the pipeline differs from the compiled model. The same transformer in another pipeline is no
+    fault.
 
     source: the scheduler that was compiled.
     """
@@ -47,11 +48,6 @@ def model_fault(pipeline: Any, recipe: Recipe, source: Any) -> Iterator[ModelErr
             f"the pipeline's {recipe.model.transformer} has digest {found}: expected {recipe.model.denoiser_digest}, weights "
             f"and options which {recipe} was calibrated on: take its artifact, or compile this model"
         )
-
-
-def active_adapters(transformer: Any) -> list[str]:
-    """Names of LoRA adapters that are loaded and not fused."""
-    return sorted(getattr(transformer, "peft_config", None) or {})
 
 
 def _named(scheduler: Any) -> str:

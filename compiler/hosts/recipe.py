@@ -6,9 +6,8 @@ from pathlib import Path
 
 from otcache.schemas.errors import RequestError
 from otcache.schemas.manifest import Guidance, Manifest, Model, Sampler
+from otcache.schemas.manifest_file import read_manifest
 from otcache.schemas.program import Coefficient, Frozen, Program
-
-from ..manifest_file import read_manifest
 
 
 class Recipe(Frozen):
@@ -46,7 +45,14 @@ def recipe_from_manifest(manifest: Manifest, budget: int | str) -> Recipe:
             "artifact for it"
         )
     return Recipe(
-        artifact=manifest.digest, budget=entry.budget, program=entry.program, sampler=manifest.sampler, model=manifest.model,
-        guidance=manifest.guidance, latents_shape=manifest.latents.shape, initial_scale=manifest.latents.initial_scale,
-        blocks=sum(stage.kind == "block" for stage in manifest.stages), features=len(manifest.features),
-    )  # fmt: skip
+        artifact=manifest.digest,
+        budget=entry.budget,
+        program=entry.program,
+        sampler=manifest.sampler,
+        model=manifest.model,
+        guidance=manifest.guidance,
+        latents_shape=manifest.latents.shape,
+        initial_scale=manifest.latents.initial_scale,
+        blocks=sum(stage.kind == "block" for stage in manifest.stages),
+        features=len(manifest.features),
+    )

@@ -1,4 +1,6 @@
-"""What happens when a pipeline is not what a program was calibrated for: an error, or a warning where the user prefers it."""
+"""What happens when a pipeline is not what a program was calibrated for: an error, or a warning where the user prefers
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The request that a call of a transformer belongs to, and what its blocks keep from step to step.
 
-Pipelines may share a transformer, in several threads or one inside the other (from a callback), and diffusers does not tell a
-transformer who calls it. So nothing is kept on the transformer: a request belongs to the scheduler of its pipeline, and the
-pipeline is found on the call stack.
+Pipelines may share a transformer, in several threads or one inside the other (from a callback), and diffusers does not
+tell a transformer who calls it. So nothing is kept on the transformer: a request belongs to the scheduler of its
+pipeline, and the pipeline is found on the call stack.
 """
 
 from __future__ import annotations

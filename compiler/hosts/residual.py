@@ -3,8 +3,8 @@
     computed step   r = hidden states after the last block − before the first, float32, kept with the request
     cached step     hidden states after the last block ← before the first + Σ c_m r_m
 
-The forecast is put in at the last block, so that what a ControlNet adds between blocks, which r contains, is not added twice.
-Every branch of guidance has its own residuals. See `requests` for how a request is kept apart from all others.
+The forecast is put in at the last block, so that what a ControlNet adds between blocks, which r contains, is not added
+twice. Every branch of guidance has its own residuals. See `requests` for how a request is kept apart from all others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from otcache.schemas.errors import ModelError, UsageError
 
-from ..models import transformer_of
+from ..models.model import transformer_of
 from .blocks import Passage, block_lists
 from .requests import Branch, Request, call_of, calling_pipeline, running_call
 from .scheduler import OTCacheScheduler
@@ -49,7 +49,9 @@ def apply_residual_cache(
 
 
 def remove_residual_cache(pipeline: Any) -> None:
-    """Undo `apply_residual_cache`: the scheduler is the one from before, and hooks that no other pipeline uses are gone."""
+    """Undo `apply_residual_cache`: the scheduler is the one from before, and hooks that no other pipeline uses are
+    gone.
+    """
     scheduler = pipeline.scheduler
     if not isinstance(scheduler, ResidualScheduler):
         raise UsageError(

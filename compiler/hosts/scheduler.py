@@ -1,8 +1,8 @@
 """`OTCacheScheduler`: a program of outputs as a diffusers scheduler.
 
-Consumes an artifact's manifest; no engine is read. Set on a pipeline, it gives out the B times of a budget instead of all T, and
-its `step` applies the program's coefficients to the outputs so far: the loop of `otcache.runtime.loop`, with the pipeline as the
-model.
+Consumes an artifact's manifest; no engine is read. Set on a pipeline, it gives out the B times of a budget instead of
+all T, and its `step` applies the program's coefficients to the outputs so far: the loop of `otcache.runtime.loop.loop`,
+with the pipeline as the model.
 
     x ← latent_coef · x + Σ_m output_coefs_m · v_m         v the guided outputs of this request, newest last
 
@@ -35,7 +35,7 @@ from typing_extensions import Self
 from otcache.schemas.errors import ArtifactError, OTCacheError, RequestError
 from otcache.schemas.program import Payload, Step
 
-from ..coefficients import updated
+from ..programs.update import updated
 from .guidance import GuidanceProbe, guidance_fault
 from .identify import model_fault
 from .recipe import Recipe, recipe_from_artifact
@@ -88,7 +88,8 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return scheduler
 
     def check(self, pipeline: Any) -> None:
-        """Compare a pipeline's transformer with the one that was compiled, and from now on its guidance in every request.
+        """Compare a pipeline's transformer with the one that was compiled, and from now on its guidance in every
+        request.
 
         Reads all weights once: seconds per gigabyte. Raises ModelError.
         """
@@ -130,8 +131,8 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         """Begin a request.
 
-        Pipelines may pass times, noise levels and shift as they do to the scheduler that was compiled: the program has its own,
-        so that only their number counts. Raises RequestError.
+        Pipelines may pass times, noise levels and shift as they do to the scheduler that was compiled: the program has
+        its own, so that only their number counts. Raises RequestError.
         """
         given = next((len(each) for each in (timesteps, sigmas) if each is not None), num_inference_steps)
         if given != len(self._steps):

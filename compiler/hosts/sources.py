@@ -1,4 +1,6 @@
-"""The diffusers scheduler that a program was lowered from, on the host: its options, its noise levels, its ways to add noise."""
+"""The diffusers scheduler that a program was lowered from, on the host: its options, its noise levels, its ways to add
+noise.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import torch
 from otcache.schemas.errors import ArtifactError
 from otcache.schemas.manifest import Sampler
 
-from ..lower import is_flow
+from ..programs.lower import is_flow
 
 
 def source_scheduler(sampler: Sampler) -> Any:

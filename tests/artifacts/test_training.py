@@ -21,8 +21,10 @@ def test_readers_name_what_was_drawn():
     pictures, chosen = qwen.make_dataset(64, seed=3)
     shares = flow.followed(list(pictures[:, :, 0].permute(0, 2, 3, 1).numpy()), chosen)
     assert shares["both"] == 1.0 and shares["shape"] >= 0.9
-    wrong = [scenes.Scene(shape=s.shape, colour=s.background, size=s.size, texture=s.texture, background=s.colour)
-             for s in chosen]  # fmt: skip
+    wrong = [
+        scenes.Scene(shape=s.shape, colour=s.background, size=s.size, texture=s.texture, background=s.colour)
+        for s in chosen
+    ]
     assert flow.followed(list(pictures[:, :, 0].permute(0, 2, 3, 1).numpy()), wrong)["both"] == 0.0
 
 
@@ -76,7 +78,11 @@ def test_folder_loads_and_runs(name: str):
     if (folder / "call.json").exists():
         call |= json.loads((folder / "call.json").read_text())
     output = pipeline(
-        prompts[:1], **call, true_cfg_scale=4.0, num_inference_steps=4, output_type="np",
+        prompts[:1],
+        **call,
+        true_cfg_scale=4.0,
+        num_inference_steps=4,
+        output_type="np",
         generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    )
     assert np.isfinite(output[0]).all() and output[0].std() > 0.02

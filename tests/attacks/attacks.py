@@ -1,8 +1,9 @@
-"""Artifacts made to harm whoever opens them: each attack changes a whole, sealed artifact, and has the message it ends in.
+"""Artifacts made to harm whoever opens them: each attack changes a whole, sealed artifact, and has the message it ends
+in.
 
-An attack is `change(folder, value)`: it may edit the folder's files and the manifest's JSON value, which is sealed again
-afterwards, with the right digest, as an attacker would. Files that it edits state their size and digest anew as well, unless
-the attack is about those. The message is a part of what `otc verify` then says.
+An attack is `change(folder, value)`: it may edit the folder's files and the manifest's JSON value, which is sealed
+again afterwards, with the right digest, as an attacker would. Files that it edits state their size and digest anew as
+well, unless the attack is about those. The message is a part of what `otc verify` then says.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def fields(name: str, message: str, change: Callable[[Value], object]) -> None:
     ATTACKS[name] = (lambda folder, value: change(value) and None, message)
 
 
-# --- paths and files -----------------------------------------------------------------------------------------------------
+# --- paths and files
+# -----------------------------------------------------------------------------------------------------
 
 
 def _rename(path: str) -> Callable[[Value], object]:
@@ -45,19 +47,40 @@ def _rename(path: str) -> Callable[[Value], object]:
 
 
 for _name, _path in {
-    "parent": "../x", "absolute": "/etc/passwd", "inner_parent": "a/../../b", "empty_part": "a//b", "hidden": ".ssh/id",
-    "backslash": "..\\x", "drive": "c:/x", "here": "a/./b", "newline": "x\n", "nul": "a\0b", "escape": "a\x1b[2J",
-    "trailing_dot": "a./b", "device": "engines/CON.onnx", "printer": "lpt1", "right_to_left": "a\u202eb", "fullwidth": "a．．/b",
-    "deep": "/".join("abcdefghi"), "long": "a" * 256, "none": "", "space": "a b", "tilde": "~/x", "url": "file://x",
-}.items():  # fmt: skip
+    "parent": "../x",
+    "absolute": "/etc/passwd",
+    "inner_parent": "a/../../b",
+    "empty_part": "a//b",
+    "hidden": ".ssh/id",
+    "backslash": "..\\x",
+    "drive": "c:/x",
+    "here": "a/./b",
+    "newline": "x\n",
+    "nul": "a\0b",
+    "escape": "a\x1b[2J",
+    "trailing_dot": "a./b",
+    "device": "engines/CON.onnx",
+    "printer": "lpt1",
+    "right_to_left": "a\u202eb",
+    "fullwidth": "a．．/b",
+    "deep": "/".join("abcdefghi"),
+    "long": "a" * 256,
+    "none": "",
+    "space": "a b",
+    "tilde": "~/x",
+    "url": "file://x",
+}.items():
     fields(f"path_{_name}", "no plain relative path", _rename(_path))
 fields("path_of_the_manifest", "is reserved", _rename("Manifest.json"))
 fields("path_of_the_signature", "is reserved", _rename("manifest.sig"))
 fields("path_below_the_manifest", "is reserved", _rename("manifest.json/x"))
 fields("path_below_a_file", "lies in another file", lambda v: v["files"][0].update(path=BLOCK + "/x"))
 fields("path_twice", "same path", lambda v: v["files"].append(dict(v["files"][0])))
-fields("path_twice_by_case", "same path",
-       lambda v: v["files"].append({**v["files"][0], "path": v["files"][0]["path"].upper()}))  # fmt: skip
+fields(
+    "path_twice_by_case",
+    "same path",
+    lambda v: v["files"].append({**v["files"][0], "path": v["files"][0]["path"].upper()}),
+)
 fields("path_also_an_attachment", "same path", lambda v: v["attachments"].append(v["files"][0]))
 fields("engine_not_listed", "used but not listed", lambda v: v["files"].pop(0))
 fields("engine_is_a_tokenizer", "no ONNX file", lambda v: v["stages"][0].update(onnx="tokenizers/words.json"))
@@ -94,7 +117,8 @@ def folder_in_place_of_a_file(folder: Path, value: Value) -> None:
     (folder / BLOCK).mkdir()
 
 
-# --- ONNX files that refer to others -------------------------------------------------------------------------------------
+# --- ONNX files that refer to others
+# -------------------------------------------------------------------------------------
 
 
 def _external(location: str, **more: str) -> Any:
@@ -202,7 +226,8 @@ def onnx_longer_than_its_file(folder: Path, value: Value) -> None:
     (folder / BLOCK).write_bytes(b"\x3a\xff\xff\xff\xff\x0f")
 
 
-# --- programs ------------------------------------------------------------------------------------------------------------
+# --- programs
+# ------------------------------------------------------------------------------------------------------------
 
 
 def step(name: str, message: str, budget: int = 0, place: int = 1, **change: Any) -> None:
@@ -234,7 +259,8 @@ fields("policy_of_other_steps", "expected 6", lambda v: v["anchor"].update(num_i
 fields("guidance_outside_its_range", "expected 2.0 to 6.0", lambda v: v["guidance"].update(scale=9.0))
 fields("scale_too_large", "less than or equal to 1000000", lambda v: v.update(timestep_scale=1e9))
 
-# --- stages --------------------------------------------------------------------------------------------------------------
+# --- stages
+# --------------------------------------------------------------------------------------------------------------
 
 
 def stage(name: str, message: str, index: int, change: Callable[[Value], object]) -> None:
@@ -271,13 +297,19 @@ stage(
 )
 stage("decoder_of_integers", "pictures is int64", 5, lambda s: s["outputs"][0].update(dtype="int64"))
 stage("decoder_of_two_inputs", "one input and one output", 5, lambda s: s["inputs"].append(_tensor("x", "batch")))
-fields("stage_two_decoders", "at most one text encoder and one decoder",
-       lambda v: v["stages"].append({**v["stages"][5], "name": "again"}))  # fmt: skip
+fields(
+    "stage_two_decoders",
+    "at most one text encoder and one decoder",
+    lambda v: v["stages"].append({**v["stages"][5], "name": "again"}),
+)
 
 
 def declared(name: str, message: str, path: str) -> None:
-    fields(f"external_{name}", message,
-           lambda v: v.update(schema_version="1.1") or v["stages"][0].update(external_data=[path]))  # fmt: skip
+    fields(
+        f"external_{name}",
+        message,
+        lambda v: v.update(schema_version="1.1") or v["stages"][0].update(external_data=[path]),
+    )
 
 
 declared("declared_elsewhere", "expected it beside", "tokenizers/words.json")
@@ -296,18 +328,34 @@ fields("latents_nowhere", "is no input of the model", lambda v: v.update(latents
 fields("latents_as_time", "latents and timestep at once", lambda v: v.update(timestep_input="latents"))
 fields("latents_of_another_shape", "latents has shape", lambda v: v["latents"].update(shape=[12, 4]))
 fields("latents_of_other_sizes", "expected the same", lambda v: v["latents"].update(shape=[4, 13]))
-fields("latents_without_end", "at most 2**32",
-       lambda v: v["latents"].update(noise_shape=[1 << 31, 4], split=[1 << 31, 4], permutation=[0, 1], shape=[1 << 31, 4]))  # fmt: skip
+fields(
+    "latents_without_end",
+    "at most 2**32",
+    lambda v: v["latents"].update(noise_shape=[1 << 31, 4], split=[1 << 31, 4], permutation=[0, 1], shape=[1 << 31, 4]),
+)
 fields("latents_permuted_twice", "an order of 5 axes", lambda v: v["latents"].update(permutation=[0, 0, 1, 2, 3]))
-fields("engines_for_some_stages", "but not both", lambda v: v.update(
-    engines=[{"backend": "tensorrt", "version": "10", "target": "sm_89", "stages": {"embed": BLOCK}}]))  # fmt: skip
+fields(
+    "engines_for_some_stages",
+    "but not both",
+    lambda v: v.update(
+        engines=[{"backend": "tensorrt", "version": "10", "target": "sm_89", "stages": {"embed": BLOCK}}]
+    ),
+)
 
-# --- golden --------------------------------------------------------------------------------------------------------------
+# --- golden
+# --------------------------------------------------------------------------------------------------------------
 
 
 def golden(name: str, message: str, **change: Any) -> None:
-    record = {"prompt": "a red ring", "budget": "2", "seed": 3, "guidance_scale": 4.0, "latents": "tokenizers/words.json",
-              "max_relative_error": 1e-3, **change}  # fmt: skip
+    record = {
+        "prompt": "a red ring",
+        "budget": "2",
+        "seed": 3,
+        "guidance_scale": 4.0,
+        "latents": "tokenizers/words.json",
+        "max_relative_error": 1e-3,
+        **change,
+    }
     fields(f"golden_{name}", message, lambda v: v.update(schema_version="1.1", golden=record))
 
 
@@ -320,7 +368,8 @@ golden("of_a_huge_seed", "out of range", seed=1 << 64)
 golden("that_allows_everything", "less than or equal to 1", max_relative_error=1e9)
 golden("outside", "no plain relative path", latents="../x")
 
-# --- the value as a whole ------------------------------------------------------------------------------------------------
+# --- the value as a whole
+# ------------------------------------------------------------------------------------------------
 
 fields("version_of_tomorrow", "expected 1.x", lambda v: v.update(schema_version="2.0"))
 fields("version_in_other_digits", "expected a version such as", lambda v: v.update(schema_version="１.0"))

@@ -1,10 +1,11 @@
-"""What it costs that every block has an engine of its own: a computed step in per-block, segment and whole-trunk sessions.
+"""What it costs that every block has an engine of its own: a computed step in per-block, segment and whole-trunk
+sessions.
 
     python tests/benchmarks/granularity.py artifacts/shapes [--images 1,4] [--rounds 30] [--threads 1] [-o FILE]
 
-ONNX Runtime on the CPU, as served: buffers in place, idle threads asleep. All granularities take turns within a round and are
-compared within it, so that a noisy machine moves them together. Prints JSON. It says nothing about GPUs, where launches cost
-more and graphs take them away: `tests/benchmarks/resident.py` measures those.
+ONNX Runtime on the CPU, as served: buffers in place, idle threads asleep. All granularities take turns within a round
+and are compared within it, so that a noisy machine moves them together. Prints JSON. It says nothing about GPUs, where
+launches cost more and graphs take them away: `tests/benchmarks/resident.py` measures those.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import numpy as np
 import onnx
 from output import host, output_option, write
 
-from otcache.runtime.artifact import Artifact
-from otcache.runtime.bench import versions
-from otcache.runtime.engine import Engine
-from otcache.runtime.onnx_engine import OnnxBackend, OnnxEngine
-from otcache.runtime.onnx_segments import OnnxSegment, joined_model
-from otcache.runtime.sizes import Sizes
-from otcache.runtime.trunk import Trunk, shape_of
+from otcache.runtime.artifact.reader import Artifact
+from otcache.runtime.build.segments import OnnxSegment, joined_model
+from otcache.runtime.engines.onnx import OnnxBackend, OnnxEngine
+from otcache.runtime.loop.backend import Engine, shape_of
+from otcache.runtime.loop.host_loop import Trunk
+from otcache.runtime.serving.bench import versions
+from otcache.runtime.serving.request_size import Sizes
 from otcache.schemas.segments import Granularity, coarsened, name_of, segments
 
 
@@ -103,11 +104,16 @@ def main() -> None:
             for images in options.images.split(",")
         }
     found = {
-        "what": "a computed step of the bundled model through ONNX Runtime; no figures of a GPU", "device": backend.device,
-        "host": host(), "versions": versions(),
-        "model": artifact.manifest.model.name, "blocks": len(artifact.manifest.trunk) - 2, "threads": options.threads,
-        "rounds": options.rounds, "images": steps,
-    }  # fmt: skip
+        "what": "a computed step of the bundled model through ONNX Runtime; no figures of a GPU",
+        "device": backend.device,
+        "host": host(),
+        "versions": versions(),
+        "model": artifact.manifest.model.name,
+        "blocks": len(artifact.manifest.trunk) - 2,
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "images": steps,
+    }
     write(found, options.output)
 
 

@@ -1,13 +1,15 @@
-"""Peak memory of cut and export: `otc compile` of a FLUX-shaped model with random weights, against its size and its largest block.
+"""Peak memory of cut and export: `otc compile` of a FLUX-shaped model with random weights, against its size and its
+largest block.
 
-    python tests/benchmarks/memory.py                                   # FLUX.1's widths, 4 billion parameters in bfloat16
-    python tests/benchmarks/memory.py --heads 8 --double 2 --single 2   # small
+    python tests/benchmarks/memory.py                                   # FLUX.1's widths, 4 billion parameters in
+    bfloat16 python tests/benchmarks/memory.py --heads 8 --double 2 --single 2   # small
 
-Makes a pipeline's folder in `--folder` and compiles it with everything else as small as can be, up to the transformer's export:
-loading, calibration and searches in float32 are those of every compile. Prints one JSON object. Peaks are those of the process
-during each of the two passes, less what it held before the model was loaded, as Linux counts it (VmHWM and VmRSS of
-/proc/self/status: memory of its own and what is mapped). Exit code 1: more than the size of the model as it is served and twice its
-largest block. The disk needs room for the stored model, and with `--dtype` for 4 bytes a parameter and twice the served model.
+Makes a pipeline's folder in `--folder` and compiles it with everything else as small as can be, up to the transformer's
+export: loading, calibration and searches in float32 are those of every compile. Prints one JSON object. Peaks are those
+of the process during each of the two passes, less what it held before the model was loaded, as Linux counts it (VmHWM
+and VmRSS of /proc/self/status: memory of its own and what is mapped). Exit code 1: more than the size of the model as
+it is served and twice its largest block. The disk needs room for the stored model, and with `--dtype` for 4 bytes a
+parameter and twice the served model.
 """
 
 from __future__ import annotations
@@ -30,13 +32,13 @@ from diffusers import FluxTransformer2DModel
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 from make import save_model
 
-from otcache.compiler.cut import cut
-from otcache.compiler.export import export_stages
-from otcache.compiler.models import load_model
+from otcache.compiler.export.onnx_stages import export_stages
+from otcache.compiler.export.precision import in_dtype, inputs_in
+from otcache.compiler.graph.cut import cut
+from otcache.compiler.models.load import load_model
 from otcache.compiler.options import CompileOptions
-from otcache.compiler.pipeline import compile_model
-from otcache.compiler.precision import in_dtype, inputs_in
-from otcache.compiler.progress import LineReporter, Pass
+from otcache.compiler.passes.compile import compile_model
+from otcache.compiler.workspace.progress import LineReporter, Pass
 
 HEAD_DIM = 128
 CHUNK = 1 << 20
@@ -82,9 +84,16 @@ def transformer(heads: int, double: int, single: int, dtype: torch.dtype) -> Flu
     """As wide as its heads say, made on the meta device and filled without a second copy."""
     with torch.device("meta"):
         model = FluxTransformer2DModel(
-            patch_size=1, in_channels=16, num_layers=double, num_single_layers=single, num_attention_heads=heads,
-            attention_head_dim=HEAD_DIM, joint_attention_dim=16, pooled_projection_dim=16, guidance_embeds=False,
-        )  # fmt: skip
+            patch_size=1,
+            in_channels=16,
+            num_layers=double,
+            num_single_layers=single,
+            num_attention_heads=heads,
+            attention_head_dim=HEAD_DIM,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            guidance_embeds=False,
+        )
     model = model.to(dtype).to_empty(device="cpu").requires_grad_(False)
     noise = torch.randn(CHUNK, generator=torch.Generator().manual_seed(0)).to(dtype)
     for parameter in model.parameters():
@@ -106,16 +115,28 @@ def save(
     count = sum(parameter.numel() for parameter in model.parameters())
     largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
     return {
-        "parameters": count, "model_bytes": count * served.itemsize, "largest_block_bytes": largest * served.itemsize
-    }  # fmt: skip
+        "parameters": count,
+        "model_bytes": count * served.itemsize,
+        "largest_block_bytes": largest * served.itemsize,
+    }
 
 
 def peaks(folder: Path, dtype: str, workspace: Path) -> dict[str, int]:
     """Bytes at most in each pass of a compile."""
     options = CompileOptions(
-        model=str(folder), output=workspace / "artifact", workspace=workspace, dtype=dtype, budgets=(1,), num_inference_steps=3,
-        reference_budget=2, anchor_budget=1, trials=1, calibration_prompts=1, evaluation_prompts=1, payload="output",
-    )  # fmt: skip
+        model=str(folder),
+        output=workspace / "artifact",
+        workspace=workspace,
+        dtype=dtype,
+        budgets=(1,),
+        num_inference_steps=3,
+        reference_budget=2,
+        anchor_budget=1,
+        trials=1,
+        calibration_prompts=1,
+        evaluation_prompts=1,
+        payload="output",
+    )
     reporter = Peaks()
     with contextlib.suppress(ExportedError):
         compile_model(options, reporter)
@@ -128,8 +149,11 @@ def directly(folder: Path, dtype: torch.dtype, workspace: Path) -> dict[str, int
     with reporter.on("load", str(folder)):
         model = load_model(str(folder), scratch=workspace)
     config, tokens = model.transformer.config, 4
-    shapes = {"hidden_states": (tokens, config.in_channels), "encoder_hidden_states": (tokens, config.joint_attention_dim),
-              "pooled_projections": (config.pooled_projection_dim,)}  # fmt: skip
+    shapes = {
+        "hidden_states": (tokens, config.in_channels),
+        "encoder_hidden_states": (tokens, config.joint_attention_dim),
+        "pooled_projections": (config.pooled_projection_dim,),
+    }
     example = {name: torch.randn(2, *shape, generator=random) for name, shape in shapes.items()}
     example["timestep"] = torch.tensor([0.3, 0.8])
     ids = {"img_ids": torch.rand(tokens, 3, generator=random), "txt_ids": torch.zeros(tokens, 3), "return_dict": False}
@@ -176,9 +200,13 @@ def main() -> int:
         found = measured(folder / "model", workspace=folder / "workspace")
     allowed = sizes["model_bytes"] + 2 * sizes["largest_block_bytes"]
     result = {
-        **sizes, "allowed_bytes": allowed, "peak_bytes": {name: found[name] for name in PASSES},
-        "seconds": round(time.monotonic() - start), "stored": options.stored, "dtype": options.dtype,
-    }  # fmt: skip
+        **sizes,
+        "allowed_bytes": allowed,
+        "peak_bytes": {name: found[name] for name in PASSES},
+        "seconds": round(time.monotonic() - start),
+        "stored": options.stored,
+        "dtype": options.dtype,
+    }
     print(json.dumps(result))
     return int(max(result["peak_bytes"].values()) > allowed)
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from otcache.runtime.bench import host_facts
+from otcache.runtime.serving.bench import host_facts
 
 
 def output_option(parser: argparse.ArgumentParser) -> None:

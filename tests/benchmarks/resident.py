@@ -1,12 +1,14 @@
-"""The resident loop on this host's GPU: its latents against the CPU's, captured against uncaptured, per block against whole trunk.
+"""The resident loop on this host's GPU: its latents against the CPU's, captured against uncaptured, per block against
+whole trunk.
 
     python tests/benchmarks/resident.py [--artifact DIR] [--rounds 5] [-o FILE]
 
-The engines are the first that this host can execute: plans of TensorRT or TensorRT for RTX, built here from the artifact's ONNX files,
-else stages that `compiler.cut` makes of a FLUX transformer, run by torch behind the same protocol (a copy per output more than
-plans need). With a GPU, torch's figures are of FLUX.1's sizes at 1024² in bfloat16 with random weights; agreement is always that of a
-reduced size in float32, because a CPU cannot run the other. Without a GPU everything is of reduced size, graphs are replayed call by
-call, and the output says so: then it shows that the script runs, and what the loop itself costs the host. Prints JSON.
+The engines are the first that this host can execute: plans of TensorRT or TensorRT for RTX, built here from the
+artifact's ONNX files, else stages that `compiler.cut` makes of a FLUX transformer, run by torch behind the same
+protocol (a copy per output more than plans need). With a GPU, torch's figures are of FLUX.1's sizes at 1024² in
+bfloat16 with random weights; agreement is always that of a reduced size in float32, because a CPU cannot run the other.
+Without a GPU everything is of reduced size, graphs are replayed call by call, and the output says so: then it shows
+that the script runs, and what the loop itself costs the host. Prints JSON.
 """
 
 from __future__ import annotations
@@ -26,19 +28,21 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from output import host, output_option, write
 
-from otcache.compiler import cut as cutting
-from otcache.compiler.baselines import extrapolated_program, uniform_schedule
-from otcache.compiler.lower import lower, program_from_table
-from otcache.compiler.residual import residual_program
+from otcache.compiler.graph import cut as cutting
+from otcache.compiler.programs.baselines import extrapolated_program
+from otcache.compiler.programs.lower import lower
+from otcache.compiler.programs.residual import residual_program
+from otcache.compiler.programs.schedule import uniform_schedule
+from otcache.compiler.programs.solver_table import program_from_table
 from otcache.runtime import Sampler
-from otcache.runtime.bench import versions
-from otcache.runtime.build_engines import build_engines
-from otcache.runtime.engine import Request
-from otcache.runtime.gpu import why_no_gpu
-from otcache.runtime.launches import list_launches
-from otcache.runtime.loop import sample
-from otcache.runtime.resident import ResidentLoop
-from otcache.runtime.timing import Timer
+from otcache.runtime.build.build_engines import build_engines
+from otcache.runtime.engines.gpu import why_no_gpu
+from otcache.runtime.loop.backend import Request
+from otcache.runtime.loop.device_loop import ResidentLoop
+from otcache.runtime.loop.launches import list_launches
+from otcache.runtime.loop.loop import sample
+from otcache.runtime.loop.timing import Timer
+from otcache.runtime.serving.bench import versions
 from otcache.schemas.combinations import COEFS, Combination, combinations
 from otcache.schemas.digest import canonical_json, digest_of_value
 from otcache.schemas.errors import OTCacheError
@@ -49,9 +53,16 @@ from otcache.schemas.segments import coarsened, name_of, segments
 NEWEST = max((Path(__file__).parents[1] / "golden").glob("1.*"), key=lambda path: int(path.name[2:])) / "artifact"
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
 REDUCED = {
-    "num_layers": 2, "num_single_layers": 2, "in_channels": 16, "attention_head_dim": 16, "num_attention_heads": 2,
-    "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6), "guidance_embeds": False,
-}  # fmt: skip
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "in_channels": 16,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "axes_dims_rope": (4, 6, 6),
+    "guidance_embeds": False,
+}
 REAL = {"guidance_embeds": False}
 """diffusers' defaults, which are FLUX.1's sizes."""
 FLUX_BLOCKS = 57
@@ -59,7 +70,8 @@ GRANULARITIES = ("block", "segment", "trunk")
 SHARE = 0.02
 """Of a step's time, that the host may take on a GPU at FLUX.1's sizes."""
 
-# --- a transformer as stages and manifest ---------------------------------------------------------------------------------
+# --- a transformer as stages and manifest
+# ---------------------------------------------------------------------------------
 
 
 class Subject:
@@ -78,8 +90,13 @@ class Subject:
                 "encoder_hidden_states": torch.randn(2, text, model.config.joint_attention_dim, dtype=TORCH[dtype]),
                 "pooled_projections": torch.randn(2, model.config.pooled_projection_dim, dtype=TORCH[dtype]),
             }
-            constants = {"img_ids": torch.rand(image, 3), "txt_ids": torch.zeros(text, 3), "guidance": None,
-                         "joint_attention_kwargs": {}, "return_dict": False}  # fmt: skip
+            constants = {
+                "img_ids": torch.rand(image, 3),
+                "txt_ids": torch.zeros(text, 3),
+                "guidance": None,
+                "joint_attention_kwargs": {},
+                "return_dict": False,
+            }
         self.stages = cutting.cut(model, example, constants=constants)
         self.manifest = _manifest(self.stages, example, dtype, steps)
         random = np.random.default_rng(0)
@@ -93,9 +110,16 @@ class Subject:
         entry = self.manifest.program(budget)
         assert entry is not None
         return Request(
-            manifest=self.manifest, budget=budget, program=entry.program, latents=self.latents, held=self.conditioning,
-            guidance_weights=(1.0,), timer=Timer(), step_done=lambda done, total: None, watched=False,
-        )  # fmt: skip
+            manifest=self.manifest,
+            budget=budget,
+            program=entry.program,
+            latents=self.latents,
+            held=self.conditioning,
+            guidance_weights=(1.0,),
+            timer=Timer(),
+            step_done=lambda done, total: None,
+            watched=False,
+        )
 
 
 def _manifest(stages: cutting.Stages, example: Mapping[str, torch.Tensor], dtype: str, steps: int) -> Manifest:
@@ -121,26 +145,58 @@ def _manifest(stages: cutting.Stages, example: Mapping[str, torch.Tensor], dtype
     shape = list(example["hidden_states"].shape[1:])
     policy = {"schedule": list(half), "num_inference_steps": steps, "source": "uniform"}
     value: dict[str, Any] = {
-        "producer": {}, "digest": zeros, "tokenizers": [], "reference": policy, "anchor": policy,
-        "model": {"name": "random", "pipeline": "FluxPipeline", "transformer": "FluxTransformer2DModel",
-                  "config_digest": zeros, "weights_digest": zeros},
+        "producer": {},
+        "digest": zeros,
+        "tokenizers": [],
+        "reference": policy,
+        "anchor": policy,
+        "model": {
+            "name": "random",
+            "pipeline": "FluxPipeline",
+            "transformer": "FluxTransformer2DModel",
+            "config_digest": zeros,
+            "weights_digest": zeros,
+        },
         "sampler": {"scheduler": type(scheduler).__name__, "config": {}, "num_inference_steps": steps},
-        "conditions": {"height": 1, "width": 1, "max_sequence_length": 1, "dtype": dtype, "objective": "none", "prompts_digest": zeros,
-                       "calibration_prompts": 0, "evaluation_prompts": 0, "seed": 0},
+        "conditions": {
+            "height": 1,
+            "width": 1,
+            "max_sequence_length": 1,
+            "dtype": dtype,
+            "objective": "none",
+            "prompts_digest": zeros,
+            "calibration_prompts": 0,
+            "evaluation_prompts": 0,
+            "seed": 0,
+        },
         "latents": {"noise_shape": shape, "split": shape, "permutation": [0, 1], "shape": shape, "initial_scale": 1.0},
-        "timestep_scale": 0.001, "latents_input": "hidden_states", "timestep_input": "timestep", "output": stages.output,
+        "timestep_scale": 0.001,
+        "latents_input": "hidden_states",
+        "timestep_input": "timestep",
+        "output": stages.output,
         "guidance": {"kind": "none", "scale": 1.0, "minimum": 1.0, "maximum": 1.0},
         "features": [{"source": source, "result": result} for source, result in stages.features],
-        "programs": [{"budget": name, "program": program.model_dump(mode="json")} for name, program in programs.items()],
-        "stages": [{"name": stage.name, "kind": stage.kind, "inputs": [info(name) for name in stage.inputs], "onnx": path,
-                    "outputs": [info(name) for name in stage.outputs], "max_relative_error": 0.0}
-                   for stage, path in zip(stages.stages, paths, strict=True)],
+        "programs": [
+            {"budget": name, "program": program.model_dump(mode="json")} for name, program in programs.items()
+        ],
+        "stages": [
+            {
+                "name": stage.name,
+                "kind": stage.kind,
+                "inputs": [info(name) for name in stage.inputs],
+                "onnx": path,
+                "outputs": [info(name) for name in stage.outputs],
+                "max_relative_error": 0.0,
+            }
+            for stage, path in zip(stages.stages, paths, strict=True)
+        ],
         "files": [{"path": path, "size_bytes": 0, "digest": zeros} for path in paths],
-    }  # fmt: skip
+    }
     return Manifest.model_validate_json(canonical_json(value))
 
 
-# --- a device and engines by torch ----------------------------------------------------------------------------------------
+# --- a device and engines by torch
+# ----------------------------------------------------------------------------------------
 
 
 class TorchDevice:
@@ -231,8 +287,10 @@ class TorchContext:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._tensors: dict[str, torch.Tensor] = {}
         self._types = {t.name: TORCH[t.dtype] for t in (*engine.contract.inputs, *engine.contract.outputs)}
-        self._fixed = {t.name: tuple(1 if isinstance(size, str) else size for size in t.shape)
-                       for t in (*engine.contract.inputs, *engine.contract.outputs)}  # fmt: skip
+        self._fixed = {
+            t.name: tuple(1 if isinstance(size, str) else size for size in t.shape)
+            for t in (*engine.contract.inputs, *engine.contract.outputs)
+        }
 
     def use_workspace(self, address: int, size_bytes: int) -> None:
         """Torch has its own."""
@@ -255,10 +313,16 @@ def torch_loop(subject: Subject, kind: str, granularity: str, *, cuda_graph: boo
     stages = {stage.name: stage for stage in subject.stages.stages}
     members = {name_of(segment): segment for segment in held}
     engines = {
-        stage.name: TorchEngine(stage, _stages_run([stages[name] for name in members.get(stage.name, (stage.name,))],
-                                                   [tensor.name for tensor in stage.outputs]), device)
+        stage.name: TorchEngine(
+            stage,
+            _stages_run(
+                [stages[name] for name in members.get(stage.name, (stage.name,))],
+                [tensor.name for tensor in stage.outputs],
+            ),
+            device,
+        )
         for stage in coarsened(subject.manifest, held).trunk
-    }  # fmt: skip
+    }
     engines |= {"@" + one.name: TorchEngine(one, _sum_run(one), device) for one in combinations(subject.manifest)}
     return ResidentLoop(subject.manifest, engines, device, segments=held, cuda_graph=cuda_graph)
 
@@ -320,7 +384,8 @@ class HostModel:
             self.tensors.update(stage.run(self.tensors))
 
 
-# --- what is measured -----------------------------------------------------------------------------------------------------
+# --- what is measured
+# -----------------------------------------------------------------------------------------------------
 
 
 def agreement(kind: str) -> dict[str, float]:
@@ -328,10 +393,15 @@ def agreement(kind: str) -> dict[str, float]:
     steps = 8
     subject = Subject(REDUCED, tokens=(16, 8), steps=steps, dtype="float32", device="cpu")
     expected = {
-        budget: sample(HostModel(subject), subject.request(budget).program, subject.latents, guidance_weights=(1.0,),
-                       timestep_scale=subject.manifest.timestep_scale)
+        budget: sample(
+            HostModel(subject),
+            subject.request(budget).program,
+            subject.latents,
+            guidance_weights=(1.0,),
+            timestep_scale=subject.manifest.timestep_scale,
+        )
         for budget in subject.manifest.budgets
-    }  # fmt: skip
+    }
     for stage in subject.stages.stages:
         stage.module.to(kind)
     found: dict[str, float] = {}
@@ -449,7 +519,9 @@ def timed(run: Callable[[], object], rounds: int, *, clock: Callable[[], float] 
 
 
 def plans(artifact: Path, backend: str, rounds: int) -> dict[str, Any]:
-    """The same of an artifact's plans, built here; latents against ONNX Runtime's. Raises OTCacheError if they cannot run."""
+    """The same of an artifact's plans, built here; latents against ONNX Runtime's. Raises OTCacheError if they cannot
+    run.
+    """
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, Sampler.load(artifact, "onnxruntime") as onnx:
         copy = Path(shutil.copytree(artifact, Path(folder) / "artifact"))
@@ -464,9 +536,10 @@ def plans(artifact: Path, backend: str, rounds: int) -> dict[str, Any]:
                         first, steps = run(), len(sampler.manifest.program(budget).program.steps)
                         step_ms = round(1e3 * timed(run, rounds) / steps, 4)
                         found[f"{budget}, {granularity}, {'captured' if cuda_graph else 'uncaptured'}"] = {
-                            "step_ms": step_ms, "error": float(np.abs(first - latents).max() / np.abs(latents).max()),
+                            "step_ms": step_ms,
+                            "error": float(np.abs(first - latents).max() / np.abs(latents).max()),
                             "same_bits_again": bool((run() == first).all()),
-                        }  # fmt: skip
+                        }
     return found
 
 
@@ -495,14 +568,20 @@ def main() -> None:
     small = Subject(REDUCED, tokens=(16, 8), steps=8, dtype="float32", device="cpu")
     measured = Subject(REAL, tokens=(4096, 512), steps=28, dtype="bfloat16", device="cuda") if gpu else small
     found = {
-        "what": "FLUX.1's sizes at 1024², bfloat16, random weights" if gpu else "reduced size in this host's memory: nothing here was executed on a GPU, and no graph was captured",
-        "device": torch.cuda.get_device_name() if gpu else "none", "engines": built["backend"] if built else "torch",
-        "plans_passed_over": reasons, "plans": built and built["results"],
+        "what": "FLUX.1's sizes at 1024², bfloat16, random weights"
+        if gpu
+        else "reduced size in this host's memory: nothing here was executed on a GPU, and no graph was captured",
+        "device": torch.cuda.get_device_name() if gpu else "none",
+        "engines": built["backend"] if built else "torch",
+        "plans_passed_over": reasons,
+        "plans": built and built["results"],
         "host": host(),
         "versions": {**versions(), "torch": torch.__version__},
-        "agreement_with_the_cpu": agreement(kind), "torch": timing(measured, kind, options.rounds),
-        "host_cost_at_flux_blocks": host_cost(small, options.rounds), "target_share": SHARE,
-    }  # fmt: skip
+        "agreement_with_the_cpu": agreement(kind),
+        "torch": timing(measured, kind, options.rounds),
+        "host_cost_at_flux_blocks": host_cost(small, options.rounds),
+        "target_share": SHARE,
+    }
     write(found, options.output)
 
 

@@ -20,8 +20,8 @@ import onnx
 import onnxruntime
 
 from otcache.runtime import Sampler
-from otcache.runtime.onnx_segments import OnnxSegment, joined_model
-from otcache.runtime.trunk import Trunk
+from otcache.runtime.build.segments import OnnxSegment, joined_model
+from otcache.runtime.loop.host_loop import Trunk
 from otcache.schemas.manifest import FULL
 
 

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/sessions.py artifacts/shapes [--images 4] [--rounds 9] [--threads 2]
 
-Each variant runs in a process of its own; rounds of all variants take turns. Prints JSON: median milliseconds of sampling at
-the lowest budget, and by how much resident memory grew from before the first request to the last.
+Each variant runs in a process of its own; rounds of all variants take turns. Prints JSON: median milliseconds of
+sampling at the lowest budget, and by how much resident memory grew from before the first request to the last.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-from otcache.runtime.artifact import Artifact
-from otcache.runtime.engine import Selection
-from otcache.runtime.onnx_engine import OnnxBackend
-from otcache.runtime.sampler import Sampler
+from otcache.runtime.artifact.reader import Artifact
+from otcache.runtime.engines.choose import Selection
+from otcache.runtime.engines.onnx import OnnxBackend
+from otcache.runtime.serving.sampler import Sampler
 
 VARIANTS = {
     "as_served": {},
@@ -57,7 +57,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.variant:
         return serve(options.artifact, options.variant, options.images, options.threads)
-    command = [sys.executable, __file__, str(options.artifact), "--images", str(options.images), "--threads", str(options.threads)]  # fmt: skip
+    command = [
+        sys.executable,
+        __file__,
+        str(options.artifact),
+        "--images",
+        str(options.images),
+        "--threads",
+        str(options.threads),
+    ]
     processes = {
         name: subprocess.Popen([*command, "--variant", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for name in VARIANTS
@@ -73,11 +81,24 @@ def main() -> None:
                 found[name].append(answer)
     for process in processes.values():
         process.communicate()
-    print(json.dumps({
-        "artifact": str(options.artifact), "images": options.images, "threads": options.threads, "rounds": options.rounds,
-        **{name: {"ms": round(1e3 * statistics.median(seconds for seconds, _ in runs), 2),
-                  "grown_mb": round(runs[-1][1] / 1e6, 2)} for name, runs in found.items()},
-    }, indent=1))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "artifact": str(options.artifact),
+                "images": options.images,
+                "threads": options.threads,
+                "rounds": options.rounds,
+                **{
+                    name: {
+                        "ms": round(1e3 * statistics.median(seconds for seconds, _ in runs), 2),
+                        "grown_mb": round(runs[-1][1] / 1e6, 2),
+                    }
+                    for name, runs in found.items()
+                },
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

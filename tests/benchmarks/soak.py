@@ -118,14 +118,28 @@ def main() -> None:
             print(f"{index + 1}/{SAMPLES}: {memory[-1] / 1e6:.1f} MB, {files[-1]} handles", file=sys.stderr)
         threads = threading.active_count()
     gc.collect()
-    print(json.dumps({
-        "artifact": str(options.artifact), "requests": options.requests, "warmup": warmup, "batches": batches,
-        "clients": options.clients, "served": clients.served, "cancelled": clients.cancelled, "refused": clients.busy,
-        "resident_bytes": memory, "growth": round(max(memory) / memory[0] - 1, 5),
-        "growth_at_the_end": round(memory[-1] / memory[0] - 1, 5),
-        "handles": files, "handles_before_load": at_start, "handles_after_close": handles(),
-        "threads": [threads, threading.active_count()], "seconds": round(time.perf_counter() - start, 1),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "artifact": str(options.artifact),
+                "requests": options.requests,
+                "warmup": warmup,
+                "batches": batches,
+                "clients": options.clients,
+                "served": clients.served,
+                "cancelled": clients.cancelled,
+                "refused": clients.busy,
+                "resident_bytes": memory,
+                "growth": round(max(memory) / memory[0] - 1, 5),
+                "growth_at_the_end": round(memory[-1] / memory[0] - 1, 5),
+                "handles": files,
+                "handles_before_load": at_start,
+                "handles_after_close": handles(),
+                "threads": [threads, threading.active_count()],
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

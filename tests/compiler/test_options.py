@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from otcache.compiler.options import CompileOptions, parse_budgets, parse_guidance, split_prompts
-from otcache.compiler.pipeline import compile_model
-from otcache.compiler.prepare import versions
-from otcache.compiler.progress import Reporter
+from otcache.compiler.passes.compile import compile_model
+from otcache.compiler.passes.session import versions
+from otcache.compiler.workspace.progress import Reporter
 from otcache.schemas.errors import ModelError, UsageError
 
 

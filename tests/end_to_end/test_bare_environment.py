@@ -51,9 +51,18 @@ def test_bare_environment_serves(bare, compiled, tmp_path):
         )
     target = tmp_path / "out.png"
     result = run(
-        str(bare / "otc"), "run", str(compiled), "--budget", "4,full", "--prompt", "a red ring", "-o", str(target), "--json",
+        str(bare / "otc"),
+        "run",
+        str(compiled),
+        "--budget",
+        "4,full",
+        "--prompt",
+        "a red ring",
+        "-o",
+        str(target),
+        "--json",
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     assert json.loads(result.stdout)["images"] == 2 and target.stat().st_size > 500
     assert "ok" in run(str(bare / "otc"), "verify", str(compiled), cwd=tmp_path).stdout
 

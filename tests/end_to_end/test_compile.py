@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command import COMPILE, otc
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import COMPILE, otc
-
-from otcache.compiler.calling import call_options
-from otcache.compiler.capture import capture
-from otcache.compiler.cut import cut
-from otcache.compiler.denoiser import denoiser_of
-from otcache.compiler.figures import FIGURES
-from otcache.compiler.interface import probe
-from otcache.compiler.models import load_model
-from otcache.compiler.rollout import roll_out
+from otcache.compiler.calibration.rollout import roll_out
+from otcache.compiler.graph.cut import cut
+from otcache.compiler.models.load import load_model
+from otcache.compiler.pipelines.call import call_options
+from otcache.compiler.pipelines.denoiser import denoiser_of
+from otcache.compiler.pipelines.full_run import capture
+from otcache.compiler.pipelines.probe import probe
+from otcache.compiler.report.figures import FIGURES
 from otcache.runtime import Sampler
-from otcache.runtime.artifact import Artifact
+from otcache.runtime.artifact.reader import Artifact
 
 
 @pytest.fixture(scope="module")

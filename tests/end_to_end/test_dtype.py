@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,23 +10,21 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from command import COMPILE, otc
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import COMPILE, otc
-
-from otcache.compiler.calling import call_options
-from otcache.compiler.denoiser import denoiser_of
-from otcache.compiler.evaluators import array_of, evaluator
-from otcache.compiler.golden import rounding_of
-from otcache.compiler.held_out import held_out_trajectory
-from otcache.compiler.models import load_model
+from otcache.compiler.export.evaluators import array_of, evaluator
+from otcache.compiler.export.precision import Served
+from otcache.compiler.graph.stages import Stage
+from otcache.compiler.models.load import load_model
 from otcache.compiler.options import CompileOptions
-from otcache.compiler.precision import Served
-from otcache.compiler.prepare import prepare
-from otcache.compiler.progress import Reporter
-from otcache.compiler.stages import Stage
+from otcache.compiler.passes.evaluate import held_out_trajectory
+from otcache.compiler.passes.golden import rounding_of
+from otcache.compiler.passes.prepare import prepare
+from otcache.compiler.pipelines.call import call_options
+from otcache.compiler.pipelines.denoiser import denoiser_of
+from otcache.compiler.workspace.progress import Reporter
 from otcache.runtime import Sampler
-from otcache.runtime.artifact import Artifact
+from otcache.runtime.artifact.reader import Artifact
 from otcache.schemas.errors import HostError
 
 PROMPT = "a red ring on black"
@@ -41,7 +38,9 @@ SAME = {
 }
 """`COMPILE`, as options."""
 OF_ONE_EVALUATION = {"float16": 2e-3, "bfloat16": 2e-2}
-"""Largest error of the exported transformer, relative to the largest output of the float32 model. Measured: 6e-4 and 7e-3."""
+"""Largest error of the exported transformer, relative to the largest output of the float32 model. Measured: 6e-4 and
+7e-3.
+"""
 OF_GOLDEN = {"float16": 1e-2, "bfloat16": 1e-1}
 """Largest distance from the golden latents that is let pass."""
 OF_LATENTS = 5e-3
@@ -121,9 +120,11 @@ class File(torch.nn.Module):
         names, wanted = self.names
         found = self.evaluate(wanted, dict(zip(names, map(array_of, inputs), strict=True)))
         return [
-            torch.from_numpy(a.view(np.int16)).view(torch.bfloat16) if a.dtype.name == "bfloat16" else torch.from_numpy(a)
+            torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+            if a.dtype.name == "bfloat16"
+            else torch.from_numpy(a)
             for a in found
-        ]  # fmt: skip
+        ]
 
 
 def turned(path, target):
@@ -150,15 +151,21 @@ def test_the_golden_request_is_tight_and_catches_one_wrong_matrix(dtype, halves,
     def error(folder):
         stages = [
             Stage(
-                name=stage.name, kind=stage.kind, module=File(folder / stage.onnx, stage),
-                inputs=tuple(tensor.name for tensor in stage.inputs), outputs=tuple(tensor.name for tensor in stage.outputs),
+                name=stage.name,
+                kind=stage.kind,
+                module=File(folder / stage.onnx, stage),
+                inputs=tuple(tensor.name for tensor in stage.inputs),
+                outputs=tuple(tensor.name for tensor in stage.outputs),
             )
             for stage in artifact.manifest.trunk
-        ]  # fmt: skip
+        ]
         served = Served(
-            stages=replace(prepared.stages, stages=tuple(stages)), example={}, elsewhere=(), dtype=getattr(torch, dtype),
+            stages=replace(prepared.stages, stages=tuple(stages)),
+            example={},
+            elsewhere=(),
+            dtype=getattr(torch, dtype),
             kept=(session.interface.timestep_input,),
-        )  # fmt: skip
+        )
         return rounding_of(served, program, denoiser, first, expected)
 
     assert 1e-5 < error(artifact.folder) < golden.max_relative_error < OF_GOLDEN[dtype]

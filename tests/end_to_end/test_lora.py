@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command import otc
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import otc
+from otcache.compiler.models.load import load_model
+from otcache.compiler.pipelines.call import call_options
+from otcache.runtime.artifact.reader import Artifact
 
-from otcache.compiler.calling import call_options
-from otcache.compiler.models import load_model
-from otcache.runtime.artifact import Artifact
-
-SMALL = ("--budgets", "2", "--num-inference-steps", "4", "--calibration-prompts", "2", "--evaluation-prompts", "1", "--trials", "2")  # fmt: skip
+SMALL = (
+    "--budgets",
+    "2",
+    "--num-inference-steps",
+    "4",
+    "--calibration-prompts",
+    "2",
+    "--evaluation-prompts",
+    "1",
+    "--trials",
+    "2",
+)
 PROMPT = "a red ring on black"
 SERVE = f"""
 import sys
@@ -34,9 +42,15 @@ with Sampler.load(sys.argv[1]) as sampler:
 def with_lora(tiny_flux_folder, tiny_flux_lora, tmp_path_factory):
     folder = tmp_path_factory.mktemp("with-lora")
     result = otc(
-        "compile", str(tiny_flux_folder), *SMALL, "--lora", str(tiny_flux_lora), "-o", str(folder / "artifact"),
+        "compile",
+        str(tiny_flux_folder),
+        *SMALL,
+        "--lora",
+        str(tiny_flux_lora),
+        "-o",
+        str(folder / "artifact"),
         workspace=folder / "work",
-    )  # fmt: skip
+    )
     assert result.exit_code == 0, result.output
     return folder / "artifact"
 

@@ -15,13 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import COMPILE, otc
+from command import COMPILE, otc
 from forks import Forks
 
-from otcache.runtime.artifact import Artifact
+from otcache.runtime.artifact.reader import Artifact
 
 MOMENTS = int(os.environ.get("OTC_TEST_KILLS", "20"))
 pytestmark = pytest.mark.skipif(
@@ -47,8 +44,15 @@ class Undisturbed:
         )
         start = time.monotonic()
         status = forks.run(
-            "compile", str(model), *COMPILE, "-o", str(folder / "a"), "--json", workspace=self.workspace, log=folder / "log"
-        )  # fmt: skip
+            "compile",
+            str(model),
+            *COMPILE,
+            "-o",
+            str(folder / "a"),
+            "--json",
+            workspace=self.workspace,
+            log=folder / "log",
+        )
         self.seconds = time.monotonic() - start
         assert status == 0, forks.stderr
         self.digest, self.events = forks.result["digest"], forks.events
@@ -182,8 +186,14 @@ def test_a_second_compile_waits_for_the_first(forks, undisturbed, tmp_path):
     )
     assert first.stdout and first.stdout.readline() == b"held\n"
     forks.start(
-        "compile", str(undisturbed.model), *COMPILE, "-o", str(tmp_path / "a"), workspace=workspace, log=tmp_path / "log"
-    )  # fmt: skip
+        "compile",
+        str(undisturbed.model),
+        *COMPILE,
+        "-o",
+        str(tmp_path / "a"),
+        workspace=workspace,
+        log=tmp_path / "log",
+    )
     forks.until("waiting until it ends")
     assert "another compile of this model is at work" in forks.stderr and not (tmp_path / "a").exists()
     first.communicate()

@@ -1,10 +1,11 @@
 """How the folders beside this file were made: `python tests/golden/make.py VERSION`, with the compiler of that version.
 
-Each holds `artifact/`, compiled by `otc compile` from a tiny random FLUX (its reports removed: attachments may be), and what
-the runtime of its time drew from it: `request.json`, and of each budget `latents-<budget>.npy` (float32) and
-`pictures-<budget>.npy` (uint8); from 1.5 on `sized-<budget>.npy` as well, latents at another size than the artifact's own; from 1.6
-on of outputs, with enough prompts for slopes (and from 1.7 on for means). `tests/runtime/test_golden.py` holds every later runtime to them. A folder is made
-once, when its version is released, and never again: a runtime that cannot reproduce it is wrong, not the folder.
+Each holds `artifact/`, compiled by `otc compile` from a tiny random FLUX (its reports removed: attachments may be), and
+what the runtime of its time drew from it: `request.json`, and of each budget `latents-<budget>.npy` (float32) and
+`pictures-<budget>.npy` (uint8); from 1.5 on `sized-<budget>.npy` as well, latents at another size than the artifact's
+own; from 1.6 on of outputs, with enough prompts for slopes (and from 1.7 on for means). `tests/runtime/test_golden.py`
+holds every later runtime to them. A folder is made once, when its version is released, and never again: a runtime that
+cannot reproduce it is wrong, not the folder.
 """
 
 from __future__ import annotations
@@ -22,9 +23,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REQUEST = {"prompt": ["a red ring", "a blue star"], "seed": 11}
 SIZE = {"height": 24, "width": 16, "max_sequence_length": 4}
 OPTIONS = (
-    "--budgets", "2,3", "--num-inference-steps", "6", "--payload", "output", "--calibration-prompts", "8", "--evaluation-prompts", "2", "--trials", "4",
-    "--sizes", "16x16,24x16", "--text-lengths", "6,4",
-)  # fmt: skip
+    "--budgets",
+    "2,3",
+    "--num-inference-steps",
+    "6",
+    "--payload",
+    "output",
+    "--calibration-prompts",
+    "8",
+    "--evaluation-prompts",
+    "2",
+    "--trials",
+    "4",
+    "--sizes",
+    "16x16,24x16",
+    "--text-lengths",
+    "6,4",
+)
 COLOURS, SHAPES = ("red", "blue", "green", "white"), ("ring", "star", "cross")
 
 
@@ -51,30 +66,67 @@ def save_model(folder: Path) -> None:
     width = 16
     clip_encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(clip), hidden_size=width, intermediate_size=width, projection_dim=width, num_hidden_layers=1,
-            num_attention_heads=1, max_position_embeddings=12, bos_token_id=clip.bos_token_id,
-            eos_token_id=clip.eos_token_id, pad_token_id=clip.pad_token_id,
+            vocab_size=len(clip),
+            hidden_size=width,
+            intermediate_size=width,
+            projection_dim=width,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            max_position_embeddings=12,
+            bos_token_id=clip.bos_token_id,
+            eos_token_id=clip.eos_token_id,
+            pad_token_id=clip.pad_token_id,
         )
-    )  # fmt: skip
+    )
     t5_encoder = T5EncoderModel(
         T5Config(
-            vocab_size=len(t5), d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=1, decoder_start_token_id=0,
-            is_encoder_decoder=False, use_cache=False,
+            vocab_size=len(t5),
+            d_model=width,
+            d_kv=8,
+            d_ff=width,
+            num_layers=1,
+            num_heads=1,
+            decoder_start_token_id=0,
+            is_encoder_decoder=False,
+            use_cache=False,
         )
-    )  # fmt: skip
+    )
     vae = AutoencoderKL(
-        block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=16, use_quant_conv=False,
-        use_post_quant_conv=False, mid_block_add_attention=False, scaling_factor=0.7, shift_factor=0.1, force_upcast=False,
-    )  # fmt: skip
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        scaling_factor=0.7,
+        shift_factor=0.1,
+        force_upcast=False,
+    )
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=width, pooled_projection_dim=width, guidance_embeds=False, axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=width,
+        pooled_projection_dim=width,
+        guidance_embeds=False,
+        axes_dims_rope=(2, 2, 4),
+    )
     pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clip_encoder, tokenizer=clip,
-        text_encoder_2=t5_encoder, tokenizer_2=t5, transformer=transformer,
-    )  # fmt: skip
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=clip_encoder,
+        tokenizer=clip,
+        text_encoder_2=t5_encoder,
+        tokenizer_2=t5,
+        transformer=transformer,
+    )
     pipeline.save_pretrained(folder)
     (folder / "prompts.txt").write_text("".join(f"a {colour} {shape}\n" for colour in COLOURS for shape in SHAPES))
 

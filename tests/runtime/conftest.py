@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,20 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-
-def _helper(name: str, file: str):
-    """A module beside this file, importable by its name from every test."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(file))
-    assert spec is not None and spec.loader is not None
-    module = sys.modules.setdefault(name, importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(module)
-    return module
-
-
-small = _helper("small_artifact", "small.py")
-_helper("host_device", "host_device.py")
-_helper("sized_artifact", "sized_small.py")
+import small_artifact as small
 
 
 @pytest.fixture(scope="session")
@@ -40,14 +26,16 @@ def damaged(artifact_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def built(artifact_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small artifact with plans for sm_89, built where no package of the compiler can be imported. Not to be changed."""
+    """The small artifact with plans for sm_89, built where no package of the compiler can be imported. Not to be
+    changed.
+    """
     pytest.importorskip("tensorrt_rtx")
     folder = Path(shutil.copytree(artifact_folder, tmp_path_factory.mktemp("artifacts") / "small"))
     absent = tmp_path_factory.mktemp("absent")
     for name in ("torch", "diffusers", "transformers", "onnx", "optuna", "ot", "scipy"):
         (absent / f"{name}.py").write_text(f"raise ImportError('{name} is not here')\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(absent), os.environ.get("PYTHONPATH", "")])}
-    line = [sys.executable, "-m", "otcache.runtime.cli", "build-engines", str(folder)]
+    line = [sys.executable, "-m", "otcache.runtime.cli.main", "build-engines", str(folder)]
     line += ["--backend", "tensorrt-rtx", "--target", "sm_89"]
     subprocess.run(line, check=True, env=environment)
     return folder

@@ -12,10 +12,12 @@ from otcache.schemas.manifest import SCHEMA_MINOR
 from otcache.schemas.migrations import MIGRATIONS, migrate
 
 OLD = {
-    "schema_version": "1.0", "golden": {"prompt": "of no meaning in 1.0"}, "new": 1,
+    "schema_version": "1.0",
+    "golden": {"prompt": "of no meaning in 1.0"},
+    "new": 1,
     "files": [{"path": "a/x.onnx"}, {"path": "a/x.onnx.data"}, {"path": "a/y.onnx"}],
     "stages": [{"name": "x", "onnx": "a/x.onnx"}, {"name": "y", "onnx": "a/y.onnx", "external_data": ["a/x.onnx"]}],
-}  # fmt: skip
+}
 
 
 def test_every_older_version_has_one():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from otcache.runtime.artifact import Artifact
+from otcache.runtime.artifact.reader import Artifact
 from otcache.schemas.consistency import check_wiring
 from otcache.schemas.segments import coarsened, name_of, segments, segments_of
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from otcache.runtime import onnx_files, strict_json
-from otcache.schemas import consistency, manifest, program, signature
+from otcache.runtime.artifact import onnx_references as onnx_files
+from otcache.schemas import consistency, manifest, program, signature, strict_json, structure
 from otcache.schemas.digest import canonical_json, digest_of_value
 from otcache.schemas.migrations import MIGRATIONS
 
@@ -54,7 +54,7 @@ def test_limits_that_the_text_names_as_powers():
 
 def test_path_pattern_is_that_of_the_code():
     (pattern,) = re.findall(r"`(\[A-Za-z0-9_\]\(.*?\)\?)`", TEXT)
-    assert manifest._PART.pattern == pattern.replace("(", "(?:") + r"\Z"
+    assert structure._PART.pattern == pattern.replace("(", "(?:") + r"\Z"
 
 
 def test_vector():
@@ -64,7 +64,8 @@ def test_vector():
     assert canonical_json(json.loads(value)).decode() == form and digest_of_value(json.loads(value)) == digest
 
 
-# --- the canonical form, from its text ------------------------------------------------------------------------------------
+# --- the canonical form, from its text
+# ------------------------------------------------------------------------------------
 
 SHORT = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -112,11 +113,14 @@ def read_back(value, figures):
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=("Cs",))),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(exclude_categories=("Cs",))), inner),
     max_leaves=10,
-)  # fmt: skip
+)
 
 
 @given(VALUES)

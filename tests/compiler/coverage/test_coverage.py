@@ -1,7 +1,7 @@
 """Every class of the table: compiled through its real pipeline, served by the runtime, compared with the pipeline.
 
-`OTC_COVERAGE=write pytest -m long tests/compiler/coverage` writes what `otc models` prints anew; without it the suite holds the
-shipped table to what it finds.
+`OTC_COVERAGE=write pytest -m long tests/compiler/coverage` writes what `otc models` prints anew; without it the suite
+holds the shipped table to what it finds.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from model_zoo.pipelines import CASES, REFUSED
+from model_zoo.suite import cover
 
-from otcache.compiler import coverage
-from otcache.compiler.coverage import NAME, Row, rows, write_rows
-from otcache.compiler.models import transformer_of
-from otcache.runtime import cli
+from otcache.compiler.models import coverage
+from otcache.compiler.models.coverage import NAME, Row, rows, write_rows
+from otcache.compiler.models.model import transformer_of
+from otcache.runtime.cli import main as cli
 from otcache.schemas.errors import ModelError
-
-from .pipelines import CASES, REFUSED
-from .suite import cover
 
 SHIPPED = Path(coverage.__file__).parent / NAME
 

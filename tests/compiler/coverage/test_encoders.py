@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model_zoo.pipelines import CASES
 
-from otcache.compiler.calling import call_options
-from otcache.compiler.capture import conditioning_of
-from otcache.compiler.encoders import FAMILIES, text_encoders
-from otcache.compiler.export import export_module
-from otcache.compiler.interface import probe
-
-from .pipelines import CASES
+from otcache.compiler.export.onnx_stages import export_module
+from otcache.compiler.export.text_encoders import FAMILIES, text_encoders
+from otcache.compiler.pipelines.call import call_options
+from otcache.compiler.pipelines.full_run import conditioning_of
+from otcache.compiler.pipelines.probe import probe
 
 LONG = "a small red ring on blue, a large green star on a black background, a yellow square on a white background"
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model_zoo.pipelines import CASES, REFUSED
 
-from otcache.compiler.calling import call_options, prepare_scheduler
-from otcache.compiler.capture import capture
-from otcache.compiler.denoiser import denoiser_of
-from otcache.compiler.interface import probe
-from otcache.compiler.lower import lower, program_from_table
-from otcache.compiler.models import transformer_of
-from otcache.compiler.rollout import roll_out
-from otcache.compiler.wiring import Behind, Listed, Output, PerSample
+from otcache.compiler.calibration.rollout import roll_out
+from otcache.compiler.models.model import transformer_of
+from otcache.compiler.pipelines.arguments import Behind, Listed, Output, PerSample
+from otcache.compiler.pipelines.call import call_options, prepare_scheduler
+from otcache.compiler.pipelines.denoiser import denoiser_of
+from otcache.compiler.pipelines.full_run import capture
+from otcache.compiler.pipelines.probe import probe
+from otcache.compiler.programs.lower import lower
+from otcache.compiler.programs.solver_table import program_from_table
 from otcache.schemas.errors import ModelError, UsageError
-
-from .pipelines import CASES, REFUSED
 
 
 def probed(name, scale=4.0, **options):

@@ -1,25 +1,32 @@
-"""The paper's other models from a diffusers folder to pictures and videos, and a pipeline whose prompts `otc encode` turns into tensors."""
+"""The paper's other models from a diffusers folder to pictures and videos, and a pipeline whose prompts `otc encode`
+turns into tensors.
+"""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command import otc
+from model_zoo.pipelines import CASES
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from conftest import otc
-
-from otcache.compiler.calling import call_options
-from otcache.compiler.models import load_model
+from otcache.compiler.models.load import load_model
+from otcache.compiler.pipelines.call import call_options
 from otcache.runtime import Sampler
 
-from .pipelines import CASES
-
-SMALL = ("--budgets", "2", "--num-inference-steps", "5", "--calibration-prompts", "2", "--evaluation-prompts", "2", "--trials", "2")  # fmt: skip
+SMALL = (
+    "--budgets",
+    "2",
+    "--num-inference-steps",
+    "5",
+    "--calibration-prompts",
+    "2",
+    "--evaluation-prompts",
+    "2",
+    "--trials",
+    "2",
+)
 
 
 def compiled(name, folder, workspace):
@@ -38,9 +45,13 @@ def pipelines_own(model, manifest, prompts, seeds):
     """What the pipeline draws, float32 (n, [frames,] height, width, 3)."""
     pipeline, conditions = load_model(str(model)).pipeline, manifest.conditions
     options = call_options(
-        pipeline, num_inference_steps=5, height=conditions.height, width=conditions.width,
-        num_frames=conditions.num_frames, max_sequence_length=conditions.max_sequence_length,
-    )  # fmt: skip
+        pipeline,
+        num_inference_steps=5,
+        height=conditions.height,
+        width=conditions.width,
+        num_frames=conditions.num_frames,
+        max_sequence_length=conditions.max_sequence_length,
+    )
     arguments = {**options.arguments(manifest.guidance.scale, len(prompts)), "output_type": "np"}
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from host_cases import CASES, Case
+from host_manifests import full_run, write_manifest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from cases import CASES, Case
-from manifests import full_run, write_manifest
-
-from otcache.compiler.record import Tape
+from otcache.compiler.pipelines.record import Tape
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""What importing the package loads: nothing until something is used, then torch and diffusers, never the search or the export."""
+"""What importing the package loads: nothing until something is used, then torch and diffusers, never the search or the
+export.
+"""
 
 from __future__ import annotations
 

@@ -10,20 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import CASES, FLUX, flux
 from diffusers import FluxPipeline
-from manifests import full_run, write_manifest
+from host_cases import CASES, FLUX, flux
+from host_manifests import full_run, write_manifest
 
-from otcache.compiler.coefficients import updated
-from otcache.compiler.cut import cut
+from otcache.compiler.graph.cut import cut
 from otcache.compiler.hosts import OTCacheScheduler, apply_residual_cache, remove_residual_cache
 from otcache.compiler.hosts.blocks import block_lists
-from otcache.compiler.manifest_file import read_manifest
-from otcache.compiler.models import transformer_of
-from otcache.compiler.record import record
-from otcache.compiler.residual import residual_program
+from otcache.compiler.models.model import transformer_of
+from otcache.compiler.pipelines.record import record
+from otcache.compiler.programs.residual import residual_program
+from otcache.compiler.programs.update import updated
 from otcache.runtime import Sampler
 from otcache.schemas.errors import ModelError, RequestError, UsageError
+from otcache.schemas.manifest_file import read_manifest
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "1.2" / "artifact"
 """Compiled from `cases.flux`; its numbered budgets are residual programs of six steps."""
@@ -42,8 +42,9 @@ def draw(pipeline, prompt="a red ring", seed=0, **changed):
 
 
 def components(pipeline, scheduler):
-    """Those of a pipeline with another scheduler, and tokenizers of its own: transformers' set their padding at every call, so that
-    threads that share one pad each other's prompts."""
+    """Those of a pipeline with another scheduler, and tokenizers of its own: transformers' set their padding at every
+    call, so that threads that share one pad each other's prompts.
+    """
     own = {name: copy.deepcopy(pipeline.components[name]) for name in ("tokenizer", "tokenizer_2")}
     return {**pipeline.components, **own, "scheduler": scheduler}
 
@@ -95,7 +96,8 @@ def test_blocks_run_at_computed_steps_only(pipelines):
     assert len(runs) == 2 * 2 * len(blocks), "two computed steps of two branches"
 
 
-# --- one request's state is its own ----------------------------------------------------------------------------------------
+# --- one request's state is its own
+# ----------------------------------------------------------------------------------------
 
 
 def test_consecutive_calls(pipelines, expected):
@@ -212,7 +214,8 @@ def test_nothing_is_kept_after_a_call(pipelines):
     assert not live
 
 
-# --- other models, other hosts ---------------------------------------------------------------------------------------------
+# --- other models, other hosts
+# ---------------------------------------------------------------------------------------------
 
 
 def residual_artifact(folder, case, forecast="taylor-1", schedule=(0, 2, 3)):

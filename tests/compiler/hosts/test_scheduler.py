@@ -9,15 +9,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from cases import CASES, STEPS
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from manifests import BUDGET
+from host_cases import CASES, STEPS
+from host_manifests import BUDGET
 
 from otcache.compiler.hosts import CalibrationWarning, OTCacheScheduler
-from otcache.compiler.manifest_file import read_manifest
-from otcache.compiler.record import record
-from otcache.runtime import loop
+from otcache.compiler.pipelines.record import record
+from otcache.runtime.loop import loop
 from otcache.schemas.errors import ArtifactError, ModelError, RequestError
+from otcache.schemas.manifest_file import read_manifest
 
 FLOAT32 = 3e-6
 """Relative: a handful of float32 roundings."""
@@ -97,7 +97,8 @@ def test_the_model_reads_scaled_latents(prepared, name):
         assert distance(found, expected) < 1e-5
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------------
+# --- refusals
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -226,7 +227,8 @@ def test_what_the_artifact_does_not_hold_is_refused(prepared, tmp_path):
         OTCacheScheduler(recipe={})
 
 
-# --- diffusers' conventions ------------------------------------------------------------------------------------------------
+# --- diffusers' conventions
+# ------------------------------------------------------------------------------------------------
 
 
 def test_saved_and_loaded(prepared, tmp_path):
@@ -320,7 +322,8 @@ def test_no_warning_on_the_way(prepared):
     assert DDIMScheduler.from_config(pipeline.scheduler.config).config.beta_schedule == "scaled_linear"
 
 
-# --- what hosts do to their models -----------------------------------------------------------------------------------------
+# --- what hosts do to their models
+# -----------------------------------------------------------------------------------------
 
 
 def run(one, change=lambda pipeline: None, check=True):

@@ -1,0 +1,209 @@
+"""`otc compile`. Imports click only, so that help works where the compiler's packages are missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from .options import call_options, search_options
+
+NEEDED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "ot", "optuna", "skimage", "matplotlib", "jinja2")
+
+
+def check_packages(command: str) -> None:
+    """Raise HostError, which names the pip command, where the compiler's packages are missing."""
+    from otcache.schemas.errors import HostError
+
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise HostError(
+            f"{command} needs packages that are not installed ({', '.join(missing)}): run pip install 'otcache[compiler]'"
+        )
+
+
+def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Bundled names and folders of pipelines, for the shell."""
+    from ..models import load as models
+
+    return [CompletionItem(name) for name in models.complete_models(incomplete)] or [
+        CompletionItem(incomplete, type="dir")
+    ]
+
+
+@click.command("compile", short_help="Compile a diffusion pipeline into an artifact.")
+@click.argument("model", shell_complete=complete_models)
+@click.option(
+    "--budgets", default="4,8,16", show_default=True, help="Model evaluations to serve at, separated by commas."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact folder.  [default: artifacts/NAME]")
+@call_options
+@click.option("--sizes", metavar="HxW,…|HxW:HxW:STEP", help="Sizes to serve as well: a list, or a range with its step.")
+@click.option("--frame-counts", metavar="N,…|N:N:STEP", help="Numbers of frames to serve as well.")
+@click.option("--text-lengths", metavar="N,…|N:N:STEP", help="Numbers of text tokens to serve as well.")
+@click.option("--reference-budget", type=int, help="Steps of the reference schedule.  [default: 2/5 of all]")
+@click.option("--anchor-budget", type=int, help="Steps of the anchor schedule.  [default: 1/12 of all]")
+@search_options
+@click.option(
+    "--payload",
+    type=click.Choice(["auto", "output", "residual"]),
+    default="auto",
+    show_default=True,
+    help="What is cached. Programs of outputs are called banded where means are weighed apart, adaptive where coefficients follow each sample.",
+)
+@click.option(
+    "--edge-costs",
+    type=click.Choice(["statistics", "end-to-end"]),
+    default="statistics",
+    show_default=True,
+    help="Edges of the residual payload's graph: free, or replayed as in LeMiCa.",
+)
+@click.option("--threads", type=int, help="CPU threads; the last digits of results follow them.  [default: torch's]")
+@click.option("--lora", type=click.Path(path_type=Path), help="Folder of a LoRA to fuse into the weights.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of the transformer's engines; bfloat16 is served on GPUs only.",
+)
+@click.option("--revision", help="Branch, tag or commit of a hub model.  [default: its main branch]")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python that comes with MODEL; refused without this.")
+@click.option(
+    "--backend",
+    "backends",
+    default="onnx",
+    show_default=True,
+    metavar="onnx[,tensorrt-rtx]",
+    help="Engines: ONNX always, and plans of tensorrt or tensorrt-rtx as `otc build-engines` makes them.",
+)
+@click.option("--target", "targets", default="", metavar="sm_NN[,…]", help="Compute capabilities to build plans for.")
+@click.option("--force", is_flag=True, help="Replace an existing artifact.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
+@click.option("-v", "--verbose", is_flag=True, help="A line per pass on stderr; also with OTC_LOG=info.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, events on stderr.")
+@click.pass_context
+def compile_command(ctx: click.Context, as_json: bool, dry_run: bool, verbose: bool, **choices: Any) -> None:
+    """Compile MODEL (a bundled name, a diffusers folder or a hub id) into an artifact.
+
+    \b
+    Examples:
+      otc compile shapes --budgets 4,8,16
+      otc compile ./my-pipeline --budgets 6,10 --prompts prompts.txt --guidance-scale 2:6 -o artifacts/mine
+
+      otc compile ./my-pipeline --sizes 512x512,768x512 --text-lengths 128,512
+      otc compile shapes --budgets 4,8,12,16 --force     # adds a budget to what the workspace knows
+      otc compile shapes --dry-run
+      otc compile shapes --backend onnx,tensorrt-rtx --target sm_89,sm_120
+
+    An interrupted compile goes on where it stopped when it is started again with the same options: Ctrl-C ends it with
+    exit code 130, SIGTERM with 143, and neither leaves half an artifact. What it goes on from is kept in OTC_CACHE.
+    """
+    from ..workspace.interrupts import Interrupted, interruptible
+
+    try:
+        with interruptible():
+            _compile(as_json, dry_run, verbose, **choices)
+    except Interrupted as stop:
+        click.echo(f"otc compile was stopped by {stop}: run the same command again to go on where it stopped", err=True)
+        ctx.exit(stop.exit_code)
+
+
+def _compile(
+    as_json: bool,
+    dry_run: bool,
+    verbose: bool,
+    budgets: str,
+    guidance_scale: str,
+    backends: str,
+    targets: str,
+    **choices: Any,
+) -> None:
+    check_packages("otc compile")
+    from ..export import plans as engines
+
+    plans = engines.parse_backends(backends), engines.parse_targets(targets)
+    engines.check(*plans)
+    from ..options import CompileOptions, parse_budgets, parse_guidance
+
+    options = CompileOptions(budgets=parse_budgets(budgets), guidance_scale=parse_guidance(guidance_scale), **choices)
+    from ..workspace.quiet import asks_for_lines, quiet
+
+    quiet()
+    from otcache.schemas.manifest_file import read_manifest
+
+    from ..passes.compile import compile_model
+    from ..workspace.progress import reporter_for
+
+    start = time.monotonic()
+    reporter = reporter_for(as_json=as_json, verbose=verbose or asks_for_lines())
+    try:
+        if dry_run:
+            from ..passes.dry_run import plan_compile
+
+            plan = plan_compile(options, reporter)
+            reporter.close()
+            click.echo(json.dumps(plan.to_json()) if as_json else plan.text())
+            return
+        folder, manifest = compile_model(options, reporter)
+        added = engines.build(folder, *plans, reporter)
+        if added:
+            manifest, _ = read_manifest(folder)
+    finally:
+        reporter.close()
+    seconds = time.monotonic() - start
+    if as_json:
+        summary = {
+            "artifact": str(folder),
+            "digest": manifest.digest,
+            "seconds": round(seconds, 1),
+            "engines": added,
+            "budgets": {
+                entry.budget: {
+                    "schedule": entry.program.schedule,
+                    "payload": entry.program.payload,
+                    "psnr_db": entry.quality.psnr_db.mean,
+                    "ssim": entry.quality.ssim.mean,
+                    "baselines": {peer.name: peer.quality.psnr_db.mean for peer in entry.baselines},
+                }
+                for entry in manifest.programs
+                if entry.quality
+            },
+        }
+        click.echo(json.dumps(summary))
+        return
+    _print_table(manifest)
+    click.echo(f"compiled in {seconds:.0f} s; report: {folder / 'report.html'}")
+    for part in added:
+        click.echo(f"plans: {folder / part}")
+    click.echo(f"artifact: {folder}")
+
+
+def _print_table(manifest: Any) -> None:
+    """Fidelity to the full run on held-out prompts, ours and the peers' at the same number of evaluations."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"PSNR (dB) to the full {manifest.sampler.num_inference_steps} steps, held-out prompts")
+    table.add_column("budget", justify="right")
+    table.add_column("otcache", justify="right", style="bold")
+    entries = [entry for entry in manifest.programs if entry.quality]
+    names = list(dict.fromkeys(peer.name for entry in entries for peer in entry.baselines))
+    for name in (*names, "SSIM", "payload"):
+        table.add_column(name, justify="left" if name == "payload" else "right")
+    for entry in entries:
+        peers = {peer.name: f"{peer.quality.psnr_db.mean:.1f}" for peer in entry.baselines}
+        table.add_row(
+            entry.budget,
+            f"{entry.quality.psnr_db.mean:.1f}",
+            *(peers.get(name, "–") for name in names),
+            f"{entry.quality.ssim.mean:.3f}",
+            entry.program.payload,
+        )
+    console = Console()
+    Console(width=None if console.is_terminal else 120).print(table)

@@ -1,0 +1,56 @@
+"""`otc encode`: prompts → conditioning for artifacts without text encoders. Imports click only, as `cli` does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .compile import check_packages, complete_models
+
+
+@click.command("encode", short_help="Turn prompts into conditioning, on a host with torch.")
+@click.argument("model", shell_complete=complete_models)
+@click.option("--for", "artifact", type=click.Path(path_type=Path), required=True, help="Artifact that will be run.")
+@click.option("--prompt", "prompts", multiple=True, required=True, help="What to draw; may be given several times.")
+@click.option("--negative-prompt", help="What to steer away from.  [default: the artifact's]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("conditioning.safetensors"),
+    show_default=True,
+    help="safetensors file.",
+)
+@click.option("--revision", help="Branch, tag or commit of a hub model.  [default: its main branch]")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python that comes with MODEL; refused without this.")
+@click.option("--lora", type=click.Path(path_type=Path), help="Folder of the LoRA that the artifact was compiled with.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def encode_command(output: Path, force: bool, as_json: bool, **choices: Any) -> None:
+    """Encode prompts with MODEL's own text encoders for an artifact that was compiled from it.
+
+    \b
+    Examples:
+      otc encode ./my-pipeline --for artifacts/mine --prompt "a red ring" -o ring.safetensors
+      otc run artifacts/mine --budget 8 --conditioning ring.safetensors
+    """
+    check_packages("otc encode")
+    from otcache.schemas.errors import UsageError
+
+    from ..workspace.quiet import quiet
+
+    quiet()
+    if output.exists() and not force:
+        raise UsageError(f"-o is {output}: it exists: choose another name, or overwrite it with --force")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"-o is {output}: its folder does not exist: create it, or choose another")
+    from ..passes.encode import encode
+
+    shapes = encode(output, **choices)
+    if as_json:
+        click.echo(json.dumps({"output": str(output), "tensors": shapes}))
+        return
+    click.echo(f"{output}: {', '.join(f'{name} {tuple(shape)}' for name, shape in shapes.items())}")

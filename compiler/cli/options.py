@@ -1,0 +1,81 @@
+"""Options that `otc compile` and `otc compare` have in common, with the defaults of `CompileOptions`. Imports click
+only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from ..options import CompileOptions, Objective
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def call_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How the pipeline is called, and for which prompts."""
+    return _all(
+        click.option(
+            "--num-inference-steps",
+            default=CompileOptions.num_inference_steps,
+            show_default=True,
+            help="Steps of the full sampler.",
+        ),
+        click.option(
+            "--guidance-scale", default="4", show_default=True, help="Guidance scale, or a range such as 2:6."
+        ),
+        click.option(
+            "--prompts", type=click.Path(path_type=Path), help="Text file, a prompt a line; half at most is held out."
+        ),
+        click.option("--negative-prompt", help="Negative prompt of guided models.  [default: the model's, or none]"),
+        click.option("--height", type=int, help="Pixels.  [default: the model's]"),
+        click.option("--width", type=int, help="Pixels.  [default: the model's]"),
+        click.option("--num-frames", type=int, help="Frames of a video.  [default: the model's]"),
+        click.option("--max-sequence-length", type=int, help="Text tokens.  [default: the model's]"),
+    )(command)
+
+
+def search_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What the searches do, and on how many prompts."""
+    return _all(
+        click.option("--trials", default=CompileOptions.trials, show_default=True, help="Trials of the anchor search."),
+        click.option(
+            "--objective",
+            type=click.Choice(get_args(Objective)),
+            default=CompileOptions.objective,
+            show_default=True,
+            help="What the searches maximise; lpips needs `pip install 'otcache[lpips]'`.",
+        ),
+        click.option(
+            "--calibration-prompts",
+            default=CompileOptions.calibration_prompts,
+            show_default=True,
+            help="Prompts to calibrate on, at most.",
+        ),
+        click.option(
+            "--evaluation-prompts",
+            default=CompileOptions.evaluation_prompts,
+            show_default=True,
+            help="Prompts to hold out, at most.",
+        ),
+        click.option(
+            "--seed",
+            default=CompileOptions.seed,
+            show_default=True,
+            help="Of the calibration's noise and the searches.",
+        ),
+    )(command)
+
+
+def _all(*options: Decorator) -> Decorator:
+    """Several options as one decorator; help lists them in this order."""
+
+    def decorated(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorated

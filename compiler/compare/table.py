@@ -1,0 +1,231 @@
+"""A comparison as files: JSON, Markdown tables, and fidelity against evaluations as a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .cells import AHEAD_DB, DEFAULT, FURTHER, WORST_DB, AtScale, Claim, Comparison, Robustness
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> None:
+    """Write comparison.json (last: its presence means that all is there), comparison.md and comparison.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(comparison, folder / "comparison.png")
+    _write(folder / "comparison.md", markdown(comparison))
+    _write(folder / "comparison.json", json.dumps(comparison.json(), indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def markdown(comparison: Comparison) -> str:
+    """Everything that was measured, as Markdown tables."""
+    parts = [
+        f"PSNR in dB (SSIM) to the full {comparison.num_inference_steps} steps of `{comparison.model}` "
+        f"({comparison.pipeline}, guidance {comparison.guidance_scale:g}), mean over {comparison.prompts} held-out prompts "
+        f"and seeds; {comparison.calibration_prompts} others were calibrated on.",
+        fidelity_table(comparison),
+        "Against the best other method at each budget:",
+        verdict_table(comparison),
+    ]
+    if comparison.claims:
+        parts += [
+            "Schedules of several ways, each with the same closed-loop fit, on the held-out prompts:",
+            claim_table(comparison),
+            claim_words(comparison.claims),
+        ]
+    if comparison.robustness:
+        parts += robustness_tables(comparison.robustness)
+    parts += [
+        f"Calibration took {sum(comparison.costs.values()):.1f} full runs per prompt"
+        + (f"; LeMiCa's graph alone {comparison.lemica_full_runs:.0f}." if comparison.lemica_full_runs else ".")
+    ]
+    if comparison.skipped:
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for skipped in comparison.skipped:
+            reasons.setdefault((skipped.method, skipped.reason), []).append(str(skipped.budget))
+        parts.append(
+            "Not measured: " + "; ".join(f"{m} at {', '.join(b)} ({r})" for (m, r), b in reasons.items()) + "."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def fidelity_table(comparison: Comparison) -> str:
+    """A row per method; adaptive ones with their mean evaluations where these differ from the budget."""
+    lines = [
+        "| method | " + " | ".join(f"B = {budget}" for budget in comparison.budgets) + " |",
+        "|---|" + "---:|" * len(comparison.budgets),
+    ]
+    for method in dict.fromkeys(cell.method for cell in comparison.cells):
+        row = [f"**{method}**" if method == DEFAULT else method]
+        for budget in comparison.budgets:
+            cell = comparison.cell(method, budget)
+            if cell is None:
+                row.append("–")
+                continue
+            text = f"{cell.psnr_db.mean:.1f}"
+            text = f"**{text}**" if cell.psnr_db.mean == comparison.best_psnr_db(budget) else text
+            nfe = "" if abs(cell.nfe_mean - budget) < 0.05 else f", {cell.nfe_mean:.1f} evaluations"
+            row.append(f"{text} ({cell.ssim.mean:.3f}{nfe})")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def verdict_table(comparison: Comparison) -> str:
+    """Whether the default is ahead, budget by budget."""
+    lines = [
+        f"| budget | {DEFAULT} | best other | ahead by | SSIM ahead by | worst prompt | best other at {FURTHER:g}·B | must | aim | worst within {WORST_DB:g} dB |",
+        "|---:|---:|---|---:|---:|---:|---|---|---|---|",
+    ]
+    for v in comparison.verdicts:
+        further = "–" if v.further_ahead_db is None else f"{v.further_ahead_db:+.1f} dB to {v.further_peer}"
+        lines.append(
+            f"| {v.budget} | {v.psnr_db:.1f} | {v.best_peer} {v.best_peer_psnr_db:.1f} | {v.ahead_db:+.1f} dB | "
+            f"{v.ssim_ahead:+.4f} | {v.worst_prompt_db:+.1f} dB | {further} | "
+            f"{_yes(v.must)} | {_yes(v.aim)} | {_yes(v.worst_within)} |"
+        )
+    return "\n".join(lines)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def robustness_tables(found: Robustness) -> list[str]:
+    """Guidance and calibration prompts, each with a line above it."""
+    parts = []
+    if found.at_scales:
+        low, high = found.guidance_range
+        parts.append(
+            f"One program of {found.budget} evaluations, calibrated across guidance {low:g} to {high:g}, against the best peers "
+            "calibrated at the scale itself:"
+        )
+        rows = ["| guidance | " + DEFAULT + " | best other | ahead by | worst prompt |", "|---:|---:|---|---:|---:|"]
+        rows += [
+            f"| {row.guidance_scale:g} | {row.psnr_db.mean:.1f} ({row.ssim.mean:.3f}) | {row.best_peer} "
+            f"{row.best_peer_psnr_db.mean:.1f} ({row.best_peer_ssim.mean:.3f}) | {row.ahead_db:+.1f} dB | "
+            f"{row.psnr_db.worst - row.best_peer_psnr_db.worst:+.1f} dB |"
+            for row in found.at_scales
+        ]
+        parts.append("\n".join(rows))
+        parts.append(scale_words(found.at_scales))
+    parts.append(f"The same held-out prompts at {found.budget} evaluations, by the number of calibration prompts:")
+    rows = ["| calibration prompts | PSNR | SSIM | worst prompt |", "|---:|---:|---:|---:|"]
+    rows += [
+        f"| {row.calibration_prompts} | {row.psnr_db.mean:.1f} dB | {row.ssim.mean:.4f} | {row.psnr_db.worst:.1f} dB |"
+        for row in found.calibrated
+    ]
+    return [*parts, "\n".join(rows)]
+
+
+def claim_table(comparison: Comparison) -> str:
+    """Interpolated, graph and searched schedules: PSNR, and the distance of their policies."""
+    ways = list(dict.fromkeys(claim.way for claim in comparison.claims))
+    lines = ["| budget | " + " | ".join(ways) + " |", "|---:|" + "---:|" * len(ways)]
+    for budget in dict.fromkeys(claim.budget for claim in comparison.claims):
+        found = {claim.way: claim for claim in comparison.claims if claim.budget == budget}
+        row = [
+            f"{found[way].psnr_db:.1f} (W₂ {found[way].w2_to_interpolated:.3f})" if way in found else "–"
+            for way in ways
+        ]
+        lines.append(f"| {budget} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def claim_words(claims: Sequence[Claim]) -> str:
+    """What came out of the paper's claim: how every schedule without a search of its own does against every search."""
+    ways = list(dict.fromkeys(claim.way for claim in claims))
+    searches = [way for way in ways if way.startswith("search")]
+    lines = []
+    for way in (way for way in ways if way not in searches):
+        gaps = {search: psnr_gaps(claims, way, search) for search in searches}
+        kept = [search for search, found in gaps.items() if _average(found) >= -AHEAD_DB]
+        matched = "every search" if kept == searches else f"the {' and the '.join(kept)} only" if kept else "no search"
+        against = [f"{_average(found):+.1f} dB to the {search} ({_listed(found)})" for search, found in gaps.items()]
+        lines.append(f"* {way}: matches {matched}. {'; '.join(against)}.")
+    rule = f"What is on average no more than {AHEAD_DB:g} dB behind a search matches it:"
+    return "\n".join([rule, "", *lines])
+
+
+def psnr_gaps(claims: Sequence[Claim], way: str, search: str) -> dict[int, float]:
+    """PSNR of one way less that of another, in dB, at every budget that has both."""
+    found = {(claim.way, claim.budget): claim.psnr_db for claim in claims}
+    budgets = dict.fromkeys(claim.budget for claim in claims)
+    return {b: found[way, b] - found[search, b] for b in budgets if (way, b) in found and (search, b) in found}
+
+
+def _average(gaps: Mapping[int, float]) -> float:
+    return sum(gaps.values()) / len(gaps)
+
+
+def _listed(gaps: Mapping[int, float]) -> str:
+    return ", ".join(f"{gap:+.1f} at {budget}" for budget, gap in gaps.items())
+
+
+def scale_words(rows: Sequence[AtScale]) -> str:
+    """Whether the advantage holds at every guidance scale."""
+    missed = [f"{row.guidance_scale:g}" for row in rows if not row.ahead]
+    if missed:
+        return f"The advantage does not hold at guidance {' and '.join(missed)}."
+    least = min(row.ahead_db for row in rows)
+    return f"The advantage holds at every one of them: {least:+.1f} dB at least, with an SSIM that is not lower."
+
+
+def draw(comparison: Comparison, path: Path) -> None:
+    """PSNR and SSIM against mean evaluations: the default, the best peers named, the others in grey."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    methods = list(dict.fromkeys(cell.method for cell in comparison.cells))
+    peers = [method for method in methods if method != DEFAULT]
+    wins = {
+        method: max(
+            (
+                cell.psnr_db.mean - (other.psnr_db.mean if (other := comparison.cell(DEFAULT, cell.budget)) else 0.0)
+                for cell in comparison.cells
+                if cell.method == method and cell.budget in comparison.budgets
+            ),
+            default=-1e9,
+        )
+        for method in peers
+    }
+    named = sorted(peers, key=lambda method: -wins[method])[:6]
+    styles = [
+        ("#E69F00", "s"),
+        ("#56B4E9", "^"),
+        ("#009E73", "v"),
+        ("#CC79A7", "D"),
+        ("#D55E00", "P"),
+        ("#666666", "X"),
+    ]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for axis, value, label in ((axes[0], "psnr_db", "PSNR (dB)"), (axes[1], "ssim", "SSIM")):
+        for method in [*[m for m in peers if m not in named], *named, DEFAULT]:
+            cells = sorted((c for c in comparison.cells if c.method == method), key=lambda cell: cell.nfe_mean)
+            xs = [cell.nfe_mean for cell in cells]
+            ys = [getattr(cell, value).mean for cell in cells]
+            if method == DEFAULT:
+                axis.plot(xs, ys, color="#0072B2", marker="o", linewidth=2.6, label=method, zorder=5)
+            elif method in named:
+                color, marker = styles[named.index(method)]
+                axis.plot(xs, ys, color=color, marker=marker, linewidth=1.3, markersize=5, label=method, zorder=3)
+            else:
+                others = "the others" if method == next(m for m in peers if m not in named) else None
+                axis.plot(xs, ys, color="#bbbbbb", linewidth=0.9, marker=".", label=others, zorder=1)
+        axis.set_xlabel(f"model evaluations (of {comparison.num_inference_steps})")
+        axis.set_ylabel(f"{label} to the full run")
+        axis.grid(alpha=0.25)
+    axes[1].legend(fontsize=8, loc="lower right")
+    figure.suptitle(f"{Path(comparison.model).name}: {comparison.prompts} held-out prompts", fontsize=11)
+    part = path.with_name(f".{path.name}.part.png")
+    figure.savefig(part, dpi=140)
+    pyplot.close(figure)
+    os.replace(part, path)

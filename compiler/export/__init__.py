@@ -1,0 +1,1 @@
+"""Stages, text encoders and decoder → ONNX files that were checked against torch, and plans of them."""

@@ -1,0 +1,112 @@
+"""The pipeline's decoder as one module: latents → pictures, tried against the pipeline's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tokenizers import _log
+
+PICTURES_AGREE = 2e-3
+"""Largest difference of a decoder from the pipeline, of a range of 1: half a level of 8 bits."""
+
+
+class LatentDecoder(nn.Module):
+    """Final latents, as the scheduler sees them → pictures float32 (batch, [frames,] height, width, 3) in [0, 1].
+
+    size: height and width, for a pipeline that packs latents; None where they come in the order of the noise.
+    """
+
+    def __init__(self, pipeline: Any, size: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.vae = pipeline.vae
+        self.size = size or (0, 0)
+        self.vae_scale_factor = getattr(pipeline, "vae_scale_factor", None)
+        self.unpack = None if size is None else getattr(type(pipeline), "_unpack_latents", None)
+        config = self.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            scale, shift = torch.tensor(std, dtype=torch.float32), torch.tensor(mean, dtype=torch.float32)
+        else:
+            scale = torch.tensor([1.0 / config.scaling_factor], dtype=torch.float32)
+            shift = torch.tensor([config.get("shift_factor") or 0.0], dtype=torch.float32)
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        if self.unpack is not None:
+            latents = self.unpack(latents, *self.size, self.vae_scale_factor)
+        channels = (1, -1, *[1] * (latents.ndim - 2))
+        latents = latents * self.scale.reshape(channels) + self.shift.reshape(channels)
+        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+
+
+class FirstFrame(nn.Module):
+    """A decoder of videos that makes pictures: its first frame."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        frames: Tensor = self.decoder(latents)
+        return frames[:, 0]
+
+
+def latent_decoder(pipeline: Any, latents: Tensor, pictures: Tensor, height: int, width: int) -> nn.Module | None:
+    """Module from final latents to pictures float32 (batch, [frames,] height, width, 3) in [0, 1].
+
+    None where the pipeline decodes in a way of its own: `latents` (n, …) then do not give `pictures`, which the
+    pipeline itself made of them.
+    """
+    if not hasattr(getattr(pipeline, "vae", None), "decode"):
+        return None
+    try:
+        decoder, found = _tried(LatentDecoder(pipeline, (height, width)), latents, pictures)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        _log.info("%s decodes in a way of its own: %s", type(pipeline).__name__, error)
+        return None
+    return decoder if _agree(found, pictures) else None
+
+
+def unpacked_shape(pipeline: Any, latents: Tensor, height: int, width: int) -> tuple[int, ...] | None:
+    """What one sample's latents are unpacked to before they are decoded; None for a pipeline that does not pack them."""
+    unpack = getattr(type(pipeline), "_unpack_latents", None)
+    return None if unpack is None else tuple(unpack(latents, height, width, pipeline.vae_scale_factor).shape[1:])
+
+
+def noise_order_decoder(pipeline: Any, examples: Sequence[tuple[Tensor, Tensor]]) -> nn.Module | None:
+    """A decoder that knows no height and width: from latents unpacked, or never packed, to pictures; None if there is
+    none.
+
+    examples: such latents (n, …) of some sizes, and the pictures that the pipeline makes of them.
+    """
+    decoder: nn.Module = LatentDecoder(pipeline, None)
+    try:
+        for latents, pictures in examples:
+            decoder, found = _tried(decoder, latents, pictures)
+            if not _agree(found, pictures):
+                return None
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        _log.info("%s decodes in a way of its own: %s", type(pipeline).__name__, error)
+        return None
+    return decoder
+
+
+@torch.no_grad()
+def _tried(decoder: nn.Module, latents: Tensor, pictures: Tensor) -> tuple[nn.Module, Tensor]:
+    """The decoder, of one frame where `pictures` have none, and what it makes of latents."""
+    found: Tensor = decoder.eval()(latents)
+    if found.ndim == pictures.ndim + 1 and found.shape[1] == 1:
+        return FirstFrame(decoder).eval(), found[:, 0]
+    return decoder, found
+
+
+def _agree(found: Tensor, pictures: Tensor) -> bool:
+    return found.shape == pictures.shape and float((found - pictures).abs().max()) < PICTURES_AGREE

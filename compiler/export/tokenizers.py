@@ -1,0 +1,97 @@
+"""Part of pass `export`: what turns a prompt into tokens and final latents into pictures, without torch at serve time.
+
+Consumes a diffusers pipeline. Produces a module that `export_module` can take, the latent decoder, and tokenizers as
+JSON of the `tokenizers` library; both are checked against the pipeline's own results. Text encoders are in `encoders`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import normalizers
+from torch import Tensor
+
+from otcache.schemas.errors import ModelError
+from otcache.schemas.manifest import PLACE
+
+_log = logging.getLogger(__name__)
+PROBES = (
+    "",
+    "a small red ring on blue",
+    "A Photo,  of: two (2) CATS!",
+    "a café – naïve 北京 🙂 ﬁne ½",
+    "one two three four five six seven eight nine ten " * 60,
+)
+"""Prompts on which the exported tokenizers are compared: empty, plain, punctuation, Unicode, and one that is cut."""
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """A tokenizer of the text encoder: encode the template, cut to `length`, pad on the right with `pad_id`."""
+
+    input_name: str
+    tokenizer_json: str
+    length: int
+    pad_id: int
+    template: str = PLACE
+    """What is encoded, with the prompt in the place of `{}`."""
+
+    def ids(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids int64 (len(prompts), length)."""
+        texts = [self.template.replace(PLACE, prompt) for prompt in prompts]
+        return torch.tensor([encoding.ids for encoding in self.load().encode_batch(texts)], dtype=torch.int64)
+
+    def load(self) -> tokenizers.Tokenizer:
+        """Ready to encode prompts to `length` ids, as the runtime does it."""
+        tokenizer = tokenizers.Tokenizer.from_str(self.tokenizer_json)
+        tokenizer.enable_truncation(self.length)
+        tokenizer.enable_padding(length=self.length, pad_id=self.pad_id)
+        return tokenizer
+
+
+# --- tokenizers
+# ----------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_spec(
+    tokenizer: Any, input_name: str, length: int, template: str = PLACE, *, lower: bool = False
+) -> TokenizerSpec:
+    """A transformers tokenizer as JSON, proven to give the ids of `tokenizer(prompt, padding="max_length", …)`.
+
+    lower: the pipeline gives it prompts in lower case, without white space at either end.
+
+    Raises:
+        ModelError: the tokenizer has no fast backend, or the ids differ on one of `PROBES`.
+    """
+    subject = f"{type(tokenizer).__name__} of {input_name}"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or tokenizer.pad_token_id is None:
+        lacks = "backend of the `tokenizers` library" if backend is None else "padding token"
+        raise ModelError(f"{subject} has no {lacks}: expected a fast tokenizer with one; convert it with transformers")
+    plain = tokenizers.Tokenizer.from_str(backend.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    if lower:
+        own = [plain.normalizer] if plain.normalizer is not None else []
+        plain.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Lowercase(), *own])
+    spec = TokenizerSpec(input_name, plain.to_str(), length, tokenizer.pad_token_id, template)
+    received = spec.ids(PROBES)
+    expected = tokenizer(
+        [template.replace(PLACE, prompt.lower().strip() if lower else prompt) for prompt in PROBES],
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    for prompt, ours, theirs in zip(PROBES, received, expected, strict=True):
+        if not torch.equal(ours, theirs):
+            raise ModelError(
+                f"{subject}: its JSON gives other ids than the pipeline for {prompt[:40]!r} ({ours[:8].tolist()}…, expected "
+                f"{theirs[:8].tolist()}…); check that it pads and truncates on the right and has no preprocessing in Python"
+            )
+    return spec

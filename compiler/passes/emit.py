@@ -1,0 +1,146 @@
+"""Pass `emit`: everything so far → the artifact folder, whole or not at all.
+
+Files are gathered in a temporary folder beside the target, the manifest is written last, and one rename puts the
+folder in place. An existing target is replaced only with `force`, and only if it is an artifact or empty; where the
+system can exchange two folders (Linux), there is no moment without an artifact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from otcache.schemas.digest import digest_of_file
+from otcache.schemas.errors import ArtifactError
+from otcache.schemas.manifest import MANIFEST_NAME, FileEntry, Manifest, core_digest
+
+from ..workspace.whole_files import full_disk_named, part_folder, remove_leftovers
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Raise ArtifactError when the artifact cannot be written to `target`."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ArtifactError(f"output {target} exists and is no folder: choose another with -o")
+    if target.is_dir() and any(target.iterdir()):
+        if not force:
+            raise ArtifactError(f"output folder {target} exists: choose another with -o, or replace it with --force")
+        if not (target / MANIFEST_NAME).is_file():
+            raise ArtifactError(
+                f"output folder {target} holds no {MANIFEST_NAME}, so it is no artifact: --force will not remove it"
+            )
+    parent = target.absolute().parent
+    ancestor = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise ArtifactError(
+            f"output folder {target} cannot be made in {ancestor}: expected a folder that can be written to"
+        )
+
+
+def emit(
+    target: Path, fill: Callable[[Path], None], manifest: dict[str, Any], *, force: bool, attachments: frozenset[str]
+) -> Manifest:
+    """Write an artifact.
+
+    Args:
+        target: the artifact folder.
+        fill: writes all files but the manifest into the folder that it is given.
+        manifest: the manifest's fields without `files`, `attachments` and `digest`.
+        attachments: first parts of the paths that are reports rather than parts of the artifact.
+
+    Returns the manifest as written. Raises ArtifactError, or HostError when the disk is full, and leaves nothing
+    behind, when something cannot be written. What killed compiles to the same target left beside it is removed.
+    """
+    target = target.absolute()
+    recover(target)
+    check_target(target, force=force)
+    try:
+        with full_disk_named(target.parent, "choose another folder with -o"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target.parent, re.escape(target.name))
+            with part_folder(target) as work:
+                fill(work)
+                whole = _finish(work, manifest, attachments)
+                check_target(target, force=force)  # another compile may have finished meanwhile
+                _swap(work, target)
+    except OSError as error:
+        raise ArtifactError(
+            f"artifact {target} could not be written: {error.strerror or error}; nothing was left behind"
+        ) from error
+    return whole
+
+
+def _finish(work: Path, manifest: dict[str, Any], attachments: frozenset[str]) -> Manifest:
+    """Write the manifest of the files in `work`."""
+    entries = _entries(work)
+    inside = [entry for entry in entries if entry["path"].split("/")[0] not in attachments]
+    outside = [entry for entry in entries if entry["path"].split("/")[0] in attachments]
+    stages = [{**stage, "external_data": _external_data(work, stage["onnx"])} for stage in manifest["stages"]]
+    fields = {**manifest, "stages": stages, "files": inside, "attachments": outside, "digest": "sha256:" + "0" * 64}
+    value = Manifest.model_validate(fields).model_dump(mode="json")
+    value["digest"] = core_digest(value)
+    whole = Manifest.model_validate(value)
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    (work / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    work.chmod(0o755)
+    return whole
+
+
+def _external_data(work: Path, onnx: str) -> list[str]:
+    """The file beside an ONNX file that pass `export` puts large weights into, if it did."""
+    data = onnx + ".data"
+    return [data] if (work / data).is_file() else []
+
+
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [
+        FileEntry(
+            path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, digest=digest_of_file(path)
+        ).model_dump(mode="json")
+        for path in paths
+    ]
+
+
+def _swap(work: Path, target: Path) -> None:
+    """Put `work` in the place of `target`; the old folder is then where `work` was, and goes with it."""
+    if not target.exists() or not any(target.iterdir()):
+        os.rename(work, target)  # fails if something has appeared there since
+    elif not _exchange(work, target):
+        old = _old(target)
+        os.rename(target, old)
+        try:
+            os.rename(work, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+        os.rename(old, work)
+
+
+def _old(target: Path) -> Path:
+    """Where the old artifact stands between the two renames of a system that cannot exchange folders."""
+    return target.with_name(f".{target.name}.old")
+
+
+def recover(target: Path) -> None:
+    """Put an artifact back that a process killed between two renames left under another name."""
+    old = _old(target.absolute())
+    if (old / MANIFEST_NAME).is_file() and not target.exists():
+        os.rename(old, target)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step; False where the system or the file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    with contextlib.suppress(OSError, AttributeError):
+        # renameat2(AT_FDCWD, first, AT_FDCWD, second, RENAME_EXCHANGE)
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        return bool(rename(-100, os.fsencode(first), -100, os.fsencode(second), ctypes.c_uint(2)) == 0)
+    return False

@@ -1,0 +1,203 @@
+"""What all passes of one compile share: `Session`, and the passes that are never kept, load and probe."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from otcache.schemas.digest import digest_of_value
+from otcache.schemas.errors import UsageError
+from otcache.schemas.shapes import described
+
+from ..calibration import metrics
+from ..export.decoder import latent_decoder
+from ..export.text_encoders import Encoders, text_encoders
+from ..models.load import load_model
+from ..models.model import Model, read_prompts
+from ..options import CompileOptions, split_prompts
+from ..pipelines.call import CallOptions, call_options
+from ..pipelines.decode import decoded
+from ..pipelines.interface import Interface
+from ..pipelines.probe import probe
+from ..sizes.requested import Wanted, wanted
+from ..sizes.served import Seen, own_point, programs_differ, see
+from ..workspace.ledger import NAME as ATTEMPT
+from ..workspace.progress import Reporter
+from ..workspace.workspace import Workspace, default_workspace
+
+EVALUATION_SEED = 1_000_000
+"""Distance of the held-out seeds from those of calibration."""
+
+GUIDANCE_MARGIN = 1.125
+"""Of guided models every fourth calibration prompt is run at so many times the scale that is served.
+
+Guided outputs are stiffer there, as those of a few prompts in a hundred are at the scale itself: what is fitted to both
+holds for those as well (the changelog has the figures).
+"""
+
+DECODE_BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What all passes of one compile share."""
+
+    options: CompileOptions
+    model: Model
+    call: CallOptions
+    interface: Interface
+    workspace: Workspace
+    reporter: Reporter
+    key: dict[str, Any]
+    """Everything that calibration depends on, for the workspace."""
+    decoder: torch.nn.Module | None
+    """None for a pipeline that decodes in a way of its own: the artifact then makes latents."""
+    decoder_example: dict[str, Tensor]
+    encoders: Encoders | None
+    """None for a pipeline whose class has no export of them: the artifact then takes conditioning."""
+    wanted: Wanted
+    """Sizes to serve beside the one that is compiled."""
+    seen: tuple[Seen, ...]
+    """What the pipeline passes at them, the own size first; empty where no others are wanted."""
+
+    @property
+    def margin(self) -> float:
+        """Of the calibration set's guidance scales."""
+        return GUIDANCE_MARGIN if self.interface.guided else 1.0
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents (n, …) → pictures float32 (n, [frames,] height, width, 3) in [0, 1]."""
+        return torch.cat([self._decoded(part) for part in latents.split(DECODE_BATCH)]).numpy()
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        if self.decoder is None:
+            return decoded(self.model.pipeline, self.call, latents)
+        pictures: Tensor = self.decoder(latents.to(next(self.decoder.parameters()).dtype))
+        return pictures.float()
+
+
+def begin(
+    options: CompileOptions, reporter: Reporter, live: Model | None = None
+) -> tuple[Session, list[str], list[str]]:
+    """The passes that are never kept: load and probe. Returns the prompts of calibration and held-out ones as well."""
+    own = read_prompts(options.prompts) if isinstance(options.prompts, Path) else options.prompts
+    if options.objective == "lpips":
+        metrics.lpips_metric()  # where it is missing, say so before anything is loaded
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    with reporter.on("load", options.model):
+        model = live or load_model(
+            options.model,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            lora=options.lora,
+            scratch=options.workspace,
+        )
+    prompts, held_out = split_prompts(
+        own or model.prompts or default_prompts(), options.calibration_prompts, options.evaluation_prompts
+    )
+    with reporter.on("probe", type(model.pipeline).__name__):
+        return _session(options, model, prompts, reporter), prompts, held_out
+
+
+def default_prompts() -> list[str]:
+    """Prompts for models that bring none of their own."""
+    return read_prompts(Path(__file__).parent / "prompts.txt")
+
+
+def _session(options: CompileOptions, model: Model, prompts: Sequence[str], reporter: Reporter) -> Session:
+    own = model.call
+    call = call_options(
+        model.pipeline,
+        num_inference_steps=options.num_inference_steps,
+        height=options.height or own.height,
+        width=options.width or own.width,
+        num_frames=options.num_frames or own.num_frames,
+        max_sequence_length=options.max_sequence_length or own.max_sequence_length,
+        negative_prompt=own.negative_prompt if options.negative_prompt is None else options.negative_prompt,
+    )
+    others = wanted(
+        own_point(call), sizes=options.sizes, frame_counts=options.frame_counts, text_lengths=options.text_lengths
+    )
+    encoders = text_encoders(model.pipeline, call.max_sequence_length or 0)
+    interface = probe(model.pipeline, call, options.nominal_scale, prompts)
+    if interface.guided and call.scale_offset:
+        reporter.note(
+            f"{type(model.pipeline).__name__} counts guidance from another number: scale {options.nominal_scale:g} is its "
+            f"{call.guidance_argument} {options.nominal_scale + call.scale_offset:g}"
+        )
+    latents = torch.randn(2, *interface.latents_shape, generator=torch.Generator().manual_seed(0))
+    pictures = decoded(model.pipeline, call, latents)
+    name = type(model.pipeline).__name__
+    expected = (*(() if call.num_frames is None else (call.num_frames,)), call.height, call.width, 3)
+    if tuple(pictures.shape[1:]) != expected:
+        raise UsageError(
+            f"{name} draws {tuple(pictures.shape[1:])} where {expected} was asked for (frames, height, width, colours): "
+            "give a --height, --width and --num-frames that it accepts as they are"
+        )
+    decoder = latent_decoder(model.pipeline, latents, pictures, call.height, call.width)
+    if encoders is None:
+        reporter.note(
+            f"{name} has no export of its text encoders: the artifact takes what `otc encode` makes of prompts"
+        )
+    if decoder is None:
+        reporter.note(f"{name} has no export of its decoder: the artifact makes latents")
+    if not interface.guided and options.guidance_scale[0] != options.guidance_scale[1]:
+        raise UsageError(
+            f"--guidance-scale is a range, but {type(model.pipeline).__name__} runs one branch here: expected one number"
+        )
+    key = {
+        "config": model.config_digest,
+        "weights": model.weights_digest,
+        "versions": versions(),
+        "prompts": list(prompts),
+        "steps": call.num_inference_steps,
+        "size": [call.height, call.width, call.num_frames],
+        "length": call.max_sequence_length,
+        "negative": call.negative_prompt,
+        "guidance": list(options.guidance_scale),
+        "seed": options.seed,
+    }
+    workspace = Workspace(
+        (options.workspace or default_workspace()) / digest_of_value(key)[7:23],
+        on_reuse=lambda name: None if name in (ATTEMPT, "capture", "evaluate") else reporter.reused(name),
+    )
+    points = others.probed(own_point(call)) if others.axes else ()
+    seen = tuple(see(model.pipeline, interface, call, options.nominal_scale, prompts, point) for point in points)
+    if not others.listed and (odd := [each for each in seen if programs_differ(each.table, seen[0].table)]):
+        raise UsageError(
+            f"sizes are a range, but the sampler of {name} is another at {described(odd[0].point)}: expected a list, so that each "
+            "size gets programs of its own"
+        )
+    return Session(
+        options=options,
+        model=model,
+        call=call,
+        interface=interface,
+        workspace=workspace,
+        reporter=reporter,
+        key=key,
+        decoder=decoder,
+        decoder_example={"latents": latents},
+        encoders=encoders,
+        wanted=others,
+        seen=seen,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that has a say in the result, and torch's threads.
+
+    A matrix product of a few rows is summed in another order where two threads share it: of `shapes` with three prompts
+    outputs differ by 1e-6 between one thread and two.
+    """
+    names = ("otcache", "torch", "diffusers", "transformers", "numpy", "onnx", "onnxscript", "optuna", "POT")
+    return {**{name: importlib.metadata.version(name) for name in names}, "torch threads": str(torch.get_num_threads())}

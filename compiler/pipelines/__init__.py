@@ -1,0 +1,1 @@
+"""How a diffusers pipeline calls its transformer: probed, recorded, run in full, and called again as it does."""

@@ -1,0 +1,55 @@
+"""How a pipeline packs the noise that it draws into latents, found from both."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from otcache.schemas.errors import ModelError
+
+
+def find_layout(noise_shape: tuple[int, ...], samples: Tensor, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How noise is packed into latents: sizes that it is split into, and their order.
+
+    A packing is a walk through the noise in nested loops. They are read off, the innermost first: the loop's stride is
+    where the next value of the latents stands in the noise, its size is how far the walk goes on like that.
+    """
+    seeds = range(len(samples))
+    noise = torch.cat([torch.randn(1, *noise_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    flat, latents = noise.flatten(1).double(), samples.flatten(1).double()
+    unknown = ModelError(
+        f"{name} arranges noise {noise_shape} as latents {tuple(samples.shape[1:])} in a way that is not known"
+    )
+    if flat.shape != latents.shape:
+        raise unknown
+    latents = latents * (flat.norm() / latents.norm())
+    loops: list[tuple[int, int]] = []  # (stride, size), innermost first
+    done, count = 1, flat.shape[1]
+    while done < count:
+        stride = int((flat - latents[:, done : done + 1]).abs().sum(0).argmin())
+        if not stride:
+            raise unknown
+        heads, walked = latents[:, ::done], flat[:, ::stride]
+        both = min(heads.shape[1], walked.shape[1])
+        agrees = (heads[:, :both] - walked[:, :both]).abs().amax(0) < 1e-3
+        size = both if bool(agrees.all()) else int(agrees.int().argmin())
+        if size < 2 or count % (done * size):
+            raise unknown
+        loops.append((stride, size))
+        done *= size
+    order = sorted(loops, reverse=True)
+    split = tuple(size for _, size in order)
+    permutation = tuple(order.index(loop) for loop in reversed(loops))
+    arranged = (
+        noise.view(-1, *split).permute(0, *[axis + 1 for axis in permutation]) if math.prod(split) == count else None
+    )
+    if arranged is None or not proportional(arranged.reshape(samples.shape), samples):
+        raise unknown
+    return split, permutation
+
+
+def proportional(value: Tensor, sample: Tensor) -> bool:
+    scale = (value * sample).sum() / sample.square().sum()
+    return bool((value - scale * sample).abs().max() <= 1e-3 * value.abs().max())

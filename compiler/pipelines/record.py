@@ -1,0 +1,149 @@
+"""What one run of a pipeline does: the calls to its transformer and its scheduler, recorded while the pipeline itself
+runs.
+
+Shapes: n samples, latents (n, …) as the scheduler sees them. Recorded latents and guided outputs are float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.model import transformer_of
+from .arguments import PLAIN, flattened
+from .call import CallOptions, prompt_arguments
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Tape:
+    """What one run of a pipeline did: per step the transformer's calls, the scheduler's sample and model output."""
+
+    calls: list[list[dict[str, Any]]] = field(default_factory=lambda: [[]])
+    call_outputs: list[list[Tensor]] = field(default_factory=lambda: [[]])
+    timesteps: list[float] = field(default_factory=list)
+    samples: list[Tensor] = field(default_factory=list)
+    guided: list[Tensor] = field(default_factory=list)
+    final: list[Tensor] = field(default_factory=list)
+    """The latents after the last step."""
+    noise_shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def record(pipeline: Any, *, keep_calls: int = 2, progress: Progress | None = None) -> Iterator[Tape]:
+    """Record what a pipeline does while the context lasts. The calls of the first `keep_calls` steps are kept."""
+    tape = Tape()
+    transformer = transformer_of(pipeline, type(pipeline).__name__)
+    signature = inspect.signature(transformer.forward)
+    scheduler = pipeline.scheduler
+    original_step = scheduler.step
+
+    def after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if len(tape.guided) < keep_calls:
+            call = flattened(_bound(signature, args, kwargs))
+            tape.calls[-1].append({key: _kept(value) for key, value in call.items()})
+            tape.call_outputs[-1].append(PLAIN(output))
+
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original_step(model_output, timestep, sample, *args, **kwargs)
+        tape.timesteps.append(float(timestep))
+        tape.samples.append(sample.detach().float().clone())
+        tape.guided.append(model_output.detach().float().clone())
+        tape.final = [(result[0] if isinstance(result, tuple) else result.prev_sample).detach().float().clone()]
+        tape.calls.append([])
+        tape.call_outputs.append([])
+        if progress:
+            progress(len(tape.guided), len(scheduler.timesteps))
+        return result
+
+    handle = transformer.register_forward_hook(after_forward, with_kwargs=True)
+    scheduler.step = step
+    try:
+        yield tape
+    finally:
+        handle.remove()
+        del scheduler.step
+
+
+def _kept(value: Any) -> Any:
+    """A tensor, or a list of them, as it is now: some pipelines change their latents in place afterwards."""
+    if isinstance(value, list):
+        return [_kept(each) for each in value]
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, those of a `**kwargs` parameter among them."""
+    found = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found |= found.pop(name, {})
+    return found
+
+
+def recorded_run(
+    pipeline: Any,
+    options: CallOptions,
+    guidance_scale: float,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    progress: Progress | None = None,
+) -> Tape:
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    with record(pipeline, progress=progress) as tape, guider_at(pipeline, guidance_scale), torch.no_grad():
+        arguments = options.arguments(guidance_scale, len(prompts))
+        pipeline(**prompt_arguments(pipeline, prompts), generator=generators, **arguments)
+    if len(tape.samples[0]) == 2 * len(prompts):  # both branches, with the same latents, went to the scheduler
+        for steps in (tape.samples, tape.guided, tape.final):
+            steps[:] = [step[: len(prompts)] for step in steps]
+    return tape
+
+
+@contextlib.contextmanager
+def guider_at(pipeline: Any, scale: float) -> Iterator[None]:
+    """While it lasts, a pipeline that keeps the guidance scale in a `guider` has this one; others are given it when
+    they are called.
+    """
+    guider = getattr(pipeline, "guider", None)
+    if guider is None:
+        yield
+        return
+    before, guider.guidance_scale = guider.guidance_scale, scale
+    try:
+        yield
+    finally:
+        guider.guidance_scale = before
+
+
+@contextlib.contextmanager
+def recorded_noise() -> Iterator[list[tuple[int, ...]]]:
+    """Shapes (n, …) of the noise that pipelines draw through diffusers' `randn_tensor`."""
+    import sys
+
+    from diffusers.utils import torch_utils
+
+    original, shapes = torch_utils.randn_tensor, []
+
+    def randn_tensor(shape: Any, *args: Any, **kwargs: Any) -> Tensor:
+        shapes.append(tuple(int(size) for size in shape))
+        return original(shape, *args, **kwargs)
+
+    holders = [
+        m
+        for n, m in list(sys.modules.items())
+        if n.startswith("diffusers") and getattr(m, "__dict__", {}).get("randn_tensor") is original
+    ]
+    for module in holders:
+        setattr(module, "randn_tensor", randn_tensor)  # noqa: B010
+    try:
+        yield shapes
+    finally:
+        for module in holders:
+            setattr(module, "randn_tensor", original)  # noqa: B010

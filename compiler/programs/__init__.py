@@ -1,0 +1,1 @@
+"""A scheduler → its table of linear coefficients → programs, and the arithmetic of their steps."""

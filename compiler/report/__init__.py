@@ -1,0 +1,1 @@
+"""Evidence of a compile → its report: figures, pictures and the page."""

@@ -1,0 +1,207 @@
+"""What the report is drawn from beside the manifest: kept in `report/evidence.json`, so that it can be drawn again.
+
+`otc report` needs it once latencies were measured. Like the report it is an attachment: no part of the artifact's
+digest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+from pydantic import Field, ValidationError, model_validator
+
+from otcache.schemas.errors import ArtifactError
+from otcache.schemas.program import Frozen
+
+from ..workspace.progress import Pass, Reporter
+from .sheets import cell_of
+
+NAME = "evidence.json"
+MAX_BYTES = 32 << 20
+WORST = 3
+"""Held-out prompts that the report names at each budget."""
+
+
+class BudgetEvidence(Frozen):
+    """What one budget's program came to on each of the n held-out prompts."""
+
+    budget: int = Field(ge=1)
+    psnr_db: tuple[float, ...] = Field(min_length=1)
+    ssim: tuple[float, ...]
+    worst: tuple[int, ...]
+    """Indices of the prompts with the lowest PSNR, the lowest first."""
+    positions: tuple[int, ...]
+    """Computed steps of the full timeline, then T, the end."""
+    errors: tuple[tuple[float, ...], ...]
+    """At each of `positions`: ‖x − x_full‖ / ‖x_full‖ of the latents, one a prompt."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BudgetEvidence:
+        count = len(self.psnr_db)
+        if len(self.ssim) != count or any(len(row) != count for row in self.errors):
+            raise ValueError(f"budget {self.budget}: expected {count} values of everything")
+        if len(self.errors) != len(self.positions) or any(not 0 <= index < count for index in self.worst):
+            raise ValueError(f"budget {self.budget}: errors or worst prompts do not fit")
+        return self
+
+
+class PassEvidence(Frozen):
+    """A pass of the compile that wrote the report. Measurements of its host."""
+
+    name: str
+    seconds: float = Field(ge=0)
+    evaluations: int = Field(default=0, ge=0)
+    """Model evaluations of one sample."""
+    reused: int = Field(default=0, ge=0)
+    """Those that an earlier compile had made."""
+
+
+class Evidence(Frozen):
+    """Everything that the report shows and the manifest does not hold."""
+
+    prompts: dict[int, str]
+    """Of the held-out prompts that the report names, by index."""
+    seeds: dict[int, int]
+    shown: int = Field(ge=1)
+    """The first ones, whose pictures are in `pictures.png`."""
+    cell: tuple[int, int]
+    """Width and height of a picture on the sheets."""
+    timesteps: tuple[float, ...] = Field(min_length=1)
+    """(T,) of the full sampler."""
+    sigmas: tuple[float, ...] | None = None
+    """(T+1,) noise levels, if the scheduler has them."""
+    budgets: tuple[BudgetEvidence, ...]
+    passes: tuple[PassEvidence, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Evidence:
+        named = {index for entry in self.budgets for index in entry.worst} | set(range(self.shown))
+        if not named <= self.prompts.keys() or not named <= self.seeds.keys():
+            raise ValueError("prompts or seeds are missing")
+        if self.sigmas is not None and len(self.sigmas) != len(self.timesteps) + 1:
+            raise ValueError(f"{len(self.sigmas)} sigmas of {len(self.timesteps)} timesteps: expected one more")
+        return self
+
+    @property
+    def seconds(self) -> dict[str, PassEvidence]:
+        """Passes by name; those of one name added up."""
+        found: dict[str, PassEvidence] = {}
+        for each in self.passes:
+            before = found.get(each.name, PassEvidence(name=each.name, seconds=0.0))
+            found[each.name] = PassEvidence(
+                name=each.name,
+                seconds=before.seconds + each.seconds,
+                evaluations=before.evaluations + each.evaluations,
+                reused=before.reused + each.reused,
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shown:
+    """Pictures, uint8 (n, height, width, 3): the same prompts and seeds at every budget and in the full run."""
+
+    full: np.ndarray
+    budgets: dict[int, np.ndarray]
+    """Of each budget, the same prompts as `full`."""
+    worst: dict[int, tuple[np.ndarray, np.ndarray]]
+    """Of each budget, its worst prompts: the full run's pictures, and its own."""
+
+
+def gather(
+    kept: Mapping[int, Mapping[str, np.ndarray]],
+    references: np.ndarray,
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    timesteps: Sequence[float],
+    sigmas: Sequence[float] | None,
+    passes: Sequence[PassEvidence] = (),
+) -> tuple[Evidence, Shown]:
+    """From what is kept of each budget's roll-out (`evaluate.Outcome.arrays`) and the full runs' pictures, uint8."""
+    entries = {
+        budget: BudgetEvidence(
+            budget=budget,
+            psnr_db=tuple(_rounded(arrays["psnr_db"])),
+            ssim=tuple(_rounded(arrays["ssim"])),
+            worst=tuple(arrays["worst"].tolist()),
+            positions=tuple(arrays["positions"].tolist()),
+            errors=tuple(tuple(_rounded(row)) for row in arrays["errors"]),
+        )
+        for budget, arrays in sorted(kept.items())
+    }
+    shown = len(next(iter(kept.values()))["pictures"])
+    named = sorted({*range(shown), *(index for entry in entries.values() for index in entry.worst)})
+    evidence = Evidence(
+        prompts={index: prompts[index] for index in named},
+        seeds={index: seeds[index] for index in named},
+        shown=shown,
+        cell=cell_of(*references.shape[1:3]),
+        timesteps=tuple(_rounded(timesteps)),
+        sigmas=None if sigmas is None else tuple(_rounded(sigmas)),
+        budgets=tuple(entries.values()),
+        passes=tuple(passes),
+    )
+    pictures = Shown(
+        full=references[:shown],
+        budgets={budget: arrays["pictures"] for budget, arrays in kept.items()},
+        worst={budget: (references[arrays["worst"]], arrays["worst_pictures"]) for budget, arrays in kept.items()},
+    )
+    return evidence, pictures
+
+
+def _rounded(values: ArrayLike) -> list[float]:
+    """Six significant digits: what a report can use, in few bytes."""
+    return [float(f"{value:.6g}") for value in np.asarray(values, dtype=np.float64)]
+
+
+def write_evidence(folder: Path, evidence: Evidence) -> None:
+    (folder / NAME).write_text(evidence.model_dump_json() + "\n", encoding="utf-8")
+
+
+def read_evidence(folder: Path) -> Evidence:
+    """What `write_evidence` wrote. Raises ArtifactError."""
+    path = folder / NAME
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ArtifactError(f"{path}: expected at most {MAX_BYTES} bytes: compile the artifact again")
+        return Evidence.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be read ({error.strerror}): the artifact was compiled by an older version or lacks its report: "
+            "compile it again"
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{path} is damaged at {where or 'its start'}: {first['msg']}: compile it again") from error
+
+
+@dataclass
+class Recorder(Reporter):
+    """Passes everything on to another reporter and keeps how long each pass took."""
+
+    inner: Reporter
+    passes: list[PassEvidence] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def on(self, name: str, description: str) -> Iterator[Pass]:
+        with self.inner.on(name, description) as current:
+            yield current
+            counts = [int(current.facts.get(fact, 0)) for fact in ("evaluations", "evaluations_reused")]
+            seconds = round(current.seconds, 3)
+            self.passes.append(PassEvidence(name=name, seconds=seconds, evaluations=counts[0], reused=counts[1]))
+
+    def reused(self, name: str) -> None:
+        self.inner.reused(name)
+
+    def note(self, text: str) -> None:
+        self.inner.note(text)
+
+    def close(self) -> None:
+        self.inner.close()

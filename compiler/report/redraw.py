@@ -1,0 +1,83 @@
+"""Draw the report of an artifact again, from its manifest and `report/evidence.json`, with what was measured since."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from otcache.schemas.digest import digest_of_file
+from otcache.schemas.errors import ArtifactError
+from otcache.schemas.manifest import MANIFEST_NAME, FileEntry, Manifest
+from otcache.schemas.manifest_file import read_manifest
+
+from ..workspace.whole_files import full_disk_named, part_folder, write_whole
+from .data import LATENCY
+from .page import ATTACHMENTS, FOLDER, PAGE, draw_report
+
+
+def redraw(artifact: Path) -> tuple[Path, list[str]]:
+    """Write report.html and the figures anew; returns the page and the names of the budgets whose latency it shows.
+
+    The manifest first lets go of the attachments that change and lists them again when they are in place, so the
+    artifact is whole at every moment. Raises ArtifactError.
+    """
+    manifest, value = read_manifest(artifact)
+    try:
+        with full_disk_named(artifact, "free some of it"), part_folder(artifact.absolute()) as work:
+            _copy_evidence(artifact, manifest, work)
+            draw_report(work, value)
+            drawn = {path.relative_to(work).as_posix(): path for path in work.rglob("*") if path.is_file()}
+            changed = {name: path for name, path in drawn.items() if not _same(artifact / name, path)}
+            entries = [_entry(work, name) for name in drawn]
+            kept = [entry for entry in value["attachments"] if entry["path"].split("/")[0] not in ATTACHMENTS]
+            stays = [entry for entry in value["attachments"] if entry["path"] not in changed]
+            _write(artifact, {**value, "attachments": stays})
+            for name, path in changed.items():
+                os.replace(path, artifact / name)
+            _write(artifact, {**value, "attachments": sorted(kept + entries, key=lambda entry: entry["path"])})
+    except OSError as error:
+        raise ArtifactError(f"artifact {artifact}: its report cannot be written: {error.strerror or error}") from error
+    return artifact / PAGE, [m.name.removeprefix(LATENCY) for m in manifest.measurements if m.name.startswith(LATENCY)]
+
+
+def _copy_evidence(artifact: Path, manifest: Manifest, work: Path) -> None:
+    """What the report is drawn from, if it is what the manifest lists."""
+    (work / FOLDER).mkdir()
+    listed = {entry.path: entry.digest for entry in manifest.attachments}
+    for name in _sources(listed):
+        source = artifact / name
+        if source.is_symlink() or not source.is_file():
+            raise ArtifactError(f"{source} is missing: compile the artifact again to have a report")
+        if digest_of_file(source) != listed[name]:
+            raise ArtifactError(f"{source} does not match its digest: see otc verify {artifact}")
+        shutil.copyfile(source, work / name)
+
+
+def _sources(listed: Collection[str]) -> list[str]:
+    names = [f"{FOLDER}/{name}" for name in ("evidence.json", "pictures.png", "worst.png")]
+    missing = [name for name in names if name not in listed]
+    if missing:
+        raise ArtifactError(
+            f"the manifest lists no {missing[0]}: it was compiled by an older version or lost its report: compile it again"
+        )
+    return names
+
+
+def _same(first: Path, second: Path) -> bool:
+    return first.is_file() and first.read_bytes() == second.read_bytes()
+
+
+def _entry(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    entry = FileEntry(path=name, size_bytes=path.stat().st_size, digest=digest_of_file(path))
+    return entry.model_dump(mode="json")
+
+
+def _write(artifact: Path, value: dict[str, Any]) -> None:
+    """As `emit` writes it."""
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    write_whole(artifact / MANIFEST_NAME, lambda part: part.write_text(text, encoding="utf-8"))

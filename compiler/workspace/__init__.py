@@ -1,0 +1,1 @@
+"""Results that are kept between runs, progress that is shown, interrupts that lose nothing."""

@@ -1,0 +1,125 @@
+"""Which other files an ONNX file makes a library read, found without ONNX and without loading the model.
+
+An ONNX file may say of any tensor that its values lie in another file, by a path that ONNX Runtime opens as it stands:
+`../../etc/passwd`, an absolute path, or `*/_ORT_MEM_ADDR_/*`, which is an address in the process's own memory. A digest
+proves whose file it is, not that it is harmless, so `Artifact.engine_path` compares these paths with the manifest
+first.
+
+This walks the protobuf wire format through every place where a tensor can stand. Field numbers: onnx/onnx.proto3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from otcache.schemas.messages import damaged, one_line
+
+MAX_FIELDS = 4_000_000
+"""Fields of one file that are looked at: minutes in Python; exported graphs have some ten thousand."""
+MAX_DEPTH = 64
+"""Messages within messages; the graphs of control flow nest."""
+MAX_TEXT = 4096
+"""Bytes of a path or name that is read."""
+
+_INSIDE: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {4: "operator", 5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "external"},
+}
+"""Of each message, the fields that lead to tensors, and what is in them."""
+_REFUSED = {b"EPContext": "a compiled engine in another file", b"PythonOp": "Python code"}
+"""Operators that make ONNX Runtime read or run something beside the graph."""
+_VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
+
+
+def external_locations(path: Path, name: str) -> tuple[str, ...]:
+    """Every path that an ONNX file names as external data, in order, as it names them. `name`: what messages call it.
+
+    Raises ArtifactError for a file that is no protobuf message, or holds an operator that reads files by itself.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            return tuple(dict.fromkeys(_Walk(file, name).locations(size, "model", 0)))
+    except OSError as error:
+        raise damaged(name, one_line(error), "a readable file") from None
+
+
+class _Walk:
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self.file, self.name, self.fields = file, name, 0
+
+    def locations(self, end: int, kind: str, depth: int) -> Iterator[str]:
+        """External paths in the message `kind` between here and `end`."""
+        if depth > MAX_DEPTH:
+            raise damaged(self.name, f"more than {MAX_DEPTH} levels of messages", "an ONNX model")
+        for field, size in self.messages(end):
+            inside = _INSIDE[kind].get(field)
+            after = self.file.tell() + size
+            if inside == "external":
+                yield from self.location(size)
+            elif inside == "operator":
+                operator = self.file.read(min(size, MAX_TEXT))
+                if operator in _REFUSED:
+                    found = f"the operator {one_line(operator.decode())}, which is {_REFUSED[operator]}"
+                    raise damaged(self.name, found, "a graph that stands for itself", "compile it again")
+            elif inside is not None:
+                yield from self.locations(after, inside, depth + 1)
+            self.file.seek(after)
+
+    def messages(self, end: int) -> Iterator[tuple[int, int]]:
+        """Number and length of every field with bytes; the caller leaves the file behind them."""
+        while (place := self.file.tell()) < end:
+            self.fields += 1
+            if self.fields > MAX_FIELDS:
+                raise damaged(self.name, f"more than {MAX_FIELDS} fields", "an ONNX model")
+            tag = self.varint(end)
+            field, wire = tag >> 3, tag & 7
+            if wire == _BYTES:
+                size = self.varint(end)
+                if self.file.tell() + size > end:
+                    raise damaged(self.name, f"a field beyond its message at byte {place}", "an ONNX model")
+                yield field, size
+            elif wire == _VARINT:
+                self.varint(end)
+            elif wire in (_FIXED_64, _FIXED_32):
+                self.file.seek(8 if wire == _FIXED_64 else 4, 1)
+            else:
+                raise damaged(self.name, f"wire type {wire} at byte {place}", "an ONNX model")
+            if field == 0 or self.file.tell() > end:
+                raise damaged(self.name, f"a broken field at byte {place}", "an ONNX model")
+
+    def varint(self, end: int) -> int:
+        value = 0
+        for shift in range(0, 70, 7):
+            byte = self.file.read(1)
+            if not byte or self.file.tell() > end:
+                break
+            value |= (byte[0] & 0x7F) << shift
+            if byte[0] < 0x80:
+                return value & 0xFFFF_FFFF_FFFF_FFFF
+        raise damaged(self.name, f"a broken number at byte {self.file.tell()}", "an ONNX model")
+
+    def location(self, size: int) -> list[str]:
+        """The values of a key-value pair whose key is `location`; all of them, should there be several."""
+        if size > MAX_TEXT:
+            raise damaged(self.name, f"an external path of {size} bytes", f"at most {MAX_TEXT}")
+        pair = BytesIO(self.file.read(size))
+        inner = _Walk(pair, self.name)
+        texts: dict[int, list[bytes]] = {}
+        for field, length in inner.messages(size):
+            texts.setdefault(field, []).append(pair.read(length))
+        return (
+            [one_line(value.decode("utf-8", "replace")) for value in texts.get(2, [])]
+            if b"location" in texts.get(1, [])
+            else []
+        )

@@ -1,0 +1,1 @@
+"""The serving host's commands: click options → calls of the other rooms."""

@@ -1,0 +1,52 @@
+"""What commands share: the ARTIFACT argument, `--granularity`, `--json`, and the one way to print a JSON value."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from otcache.schemas.segments import SEGMENT_BLOCKS, Granularity
+
+from .completion import complete_artifacts
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def artifact_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    """ARTIFACT, a folder; the shell completes folders that hold a manifest."""
+    kind = click.Path(path_type=Path)
+    return click.argument("artifact", type=kind, shell_complete=complete_artifacts)(function)
+
+
+def granularity_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--granularity`: how many consecutive blocks a plan holds."""
+    text = f"Blocks in a plan: one, up to {SEGMENT_BLOCKS}, or all."
+    kind = click.Choice(get_args(Granularity))
+    return click.option("--granularity", type=kind, default="block", show_default=True, help=text)(function)
+
+
+def size_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--height`, `--width`, `--num-frames`, `--max-sequence-length`: the size of a request."""
+    for name, what in (
+        ("--max-sequence-length", "Text tokens"),
+        ("--num-frames", "Frames of a video"),
+        ("--width", "Pixels"),
+        ("--height", "Pixels"),
+    ):
+        text = f"{what}; `otc inspect` shows the range.  [default: the artifact's]"
+        function = click.option(name, type=click.IntRange(min=1), default=None, help=text)(function)
+    return function
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--json`: exactly one JSON value on stdout, and JSON lines (events, logs, the error) on stderr."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(function)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on one line of stdout. Raises ValueError for NaN and infinities, which are no JSON."""
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))

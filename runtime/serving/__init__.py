@@ -1,0 +1,1 @@
+"""Prompts → pictures: requests are read, conditioned, sampled and queued."""

@@ -1,0 +1,326 @@
+"""`Service`: a bounded queue in front of one or more loaded samplers, for servers.
+
+One worker thread for each sampler (one sampler for each device). Requests run one by one, in the order of arrival, and
+give the bits that `Sampler` gives alone. They are never merged into one batch: matrix products of another size add up
+in another order, and the bits would depend on what else was asked.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from types import TracebackType
+from typing import Any
+
+from otcache.schemas.errors import HostError, OTCacheError, RequestError, UsageError
+from otcache.schemas.messages import one_line
+
+from ..loop.loop import Float32
+from ..loop.timing import Timer, Timing
+from .governor import Governor
+from .sampler import Sampler
+
+_HISTORY = 32
+"""Served requests whose times say how soon the queue moves on."""
+
+
+class BusyError(HostError):
+    """The queue is full. Nothing has been done: the same request may be made again. Exit code 6, HTTP 503."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        """In which the requests that wait now should have been served; at least 1."""
+
+
+class DeadlineError(HostError):
+    """A request's time was up before it had been served. Exit code 6, HTTP 504."""
+
+
+class ClosedError(HostError):
+    """The service has been closed. Exit code 6, HTTP 503."""
+
+
+def http_status(error: BaseException) -> int:
+    """The HTTP status that tells a client about an error of this package; 500 for what is not the client's doing."""
+    statuses = ((RequestError, 400), (BusyError, 503), (ClosedError, 503), (DeadlineError, 504))
+    return next((status for kind, status in statuses if isinstance(error, kind)), 500)
+
+
+class Request(Future[Float32]):
+    """A future of pictures, float32 (n, height, width, 3) in [0, 1].
+
+    `cancel()` also ends a request that runs: at its next step, with CancelledError. `asyncio.wrap_future` makes it
+    awaitable, and cancelling the task that awaits it cancels the request.
+    """
+
+    def __init__(self, service: Service, arguments: dict[str, Any], deadline: float) -> None:
+        super().__init__()
+        self.arguments = arguments
+        """What the sampler is called with."""
+        self.budget: str | None = None
+        """The budget that is served, from when it runs; lower than asked for if the service degrades."""
+        self.timing: Timing | None = None
+        """Where the time went, queue included; there when the pictures are."""
+        self._service = service
+        self._deadline = deadline
+        self._timer = Timer()
+        self._outcome: BaseException | None = None
+        """Why it must end without pictures."""
+        self._ended = False
+
+    def cancel(self) -> bool:
+        """True if the request ends without pictures: now if it waits, at its next step if it runs."""
+        return self._service._cancel(self)
+
+
+class Service:
+    """Samplers behind a queue. Takes the samplers over: `close` closes them. Safe to call from any thread."""
+
+    def __init__(
+        self,
+        *samplers: Sampler,
+        capacity: int = 16,
+        max_images: int = 16,
+        timeout_s: float = math.inf,
+        governor: Governor | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """samplers: of one artifact, one for each device.
+
+        capacity: requests that may wait. max_images: pictures that one request may ask for. timeout_s: for requests
+        that name none. governor: lowers the budgets under load. Raises UsageError.
+        """
+        if not samplers or len({sampler.manifest.digest for sampler in samplers}) != 1:
+            raise UsageError(f"service: received {len(samplers)} samplers: expected one or more of the same artifact")
+        for name, value in (("capacity", capacity), ("max_images", max_images)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"{name} is {one_line(repr(value), 40)}: expected a whole number of at least 1")
+        _check_timeout(timeout_s)
+        if governor is not None and governor.budgets != samplers[0].budgets:
+            raise UsageError(
+                f"governor is for budgets {one_line(governor.budgets)}: expected the artifact's, {samplers[0].budgets}"
+            )
+        self.sampler = samplers[0]
+        self.capacity, self.max_images = capacity, max_images
+        self._samplers, self._timeout_s, self._governor, self._clock = samplers, timeout_s, governor, clock
+        self._changed = threading.Condition()
+        self._waiting: deque[Request] = deque()
+        self._running: set[Request] = set()
+        self._durations: deque[float] = deque(maxlen=_HISTORY)
+        self._closed = False
+        names = [f"otcache-{os.path.basename(sampler.artifact.folder)}-{i}" for i, sampler in enumerate(samplers)]
+        self._workers = [
+            threading.Thread(target=self._work, args=(sampler,), name=name, daemon=True)
+            for name, sampler in zip(names, samplers, strict=True)
+        ]
+        for worker in self._workers:
+            worker.start()
+        atexit.register(self.close)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def submit(
+        self,
+        prompt: str | list[str],
+        *,
+        budget: int | str | None = None,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> Request:
+        """Put a request into the queue; `result()` of what is returned waits for the pictures.
+
+        budget: the highest that may be served; None takes the artifact's highest. timeout_s: from now to the end; past
+        it the request ends with DeadlineError, at a step of the request that runs. options: as of `Sampler`. Raises
+        RequestError for what is not served, BusyError if the queue is full, ClosedError.
+        """
+        if timeout_s is not None:
+            _check_timeout(timeout_s)
+        wanted = self.sampler.budgets[-1] if budget is None else budget
+        n = _check(self.sampler, prompt, wanted, options)
+        if n > self.max_images:
+            raise RequestError(
+                f"the request is for {n} pictures: expected at most {self.max_images}: ask for fewer at once"
+            )
+        arguments = {**options, "prompt": prompt, "budget": wanted}
+        self._end_late()
+        with self._changed:
+            if self._closed:
+                raise _closed()
+            if len(self._waiting) >= self.capacity:
+                raise self._busy()
+            now = self._clock()
+            request = Request(self, arguments, now + (self._timeout_s if timeout_s is None else timeout_s))
+            if self._governor is not None:
+                self._governor.arrived(now)
+            self._waiting.append(request)
+            self._changed.notify()
+        return request
+
+    def close(self) -> None:
+        """End everything: waiting requests with ClosedError now, running ones with it at their next step.
+
+        Returns when workers have ended and samplers are closed.
+        """
+        with self._changed:
+            already, self._closed = self._closed, True
+            waiting = list(self._waiting)
+            self._waiting.clear()
+            for request in self._running:
+                request._outcome = request._outcome or _closed()
+            self._changed.notify_all()
+        for request in waiting:
+            self._end(request, None, _closed())
+        for worker in self._workers:
+            if worker is not threading.current_thread():
+                worker.join()
+        if not already:
+            atexit.unregister(self.close)
+        for sampler in self._samplers:
+            sampler.close()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _work(self, sampler: Sampler) -> None:
+        """What a worker does until the service is closed."""
+        while (request := self._next()) is not None:
+            images, outcome = None, None
+            start = self._clock()
+            try:
+                images = sampler(**request.arguments, progress=self._step(request), timer=request._timer)
+            except BaseException as error:
+                outcome = error
+            self._end(request, images, outcome, start)
+            del request, images, outcome  # or an idle worker would hold the last pictures
+
+    def _next(self) -> Request | None:
+        """The next request to run, waiting for one; None when the service is closed."""
+        while True:
+            self._end_late()
+            with self._changed:
+                if self._closed:
+                    return None
+                if not self._waiting:
+                    self._changed.wait()
+                    continue
+                request = self._waiting.popleft()
+                request.set_running_or_notify_cancel()
+                self._running.add(request)
+                if self._governor is not None:
+                    request.arguments["budget"] = self._governor.budget(self._clock(), request.arguments["budget"])
+                request.budget = str(request.arguments["budget"])
+                request._timer.waited()
+                return request
+
+    def _step(self, request: Request) -> Callable[[int, int], None]:
+        """The callback of a running request's steps: ends it if it must, and waiting ones whose time is up."""
+
+        def check(done: int, total: int) -> None:
+            self._end_late()
+            with self._changed:
+                if request._outcome is None and self._clock() > request._deadline:
+                    request._outcome = DeadlineError(
+                        f"request: its time was up after {done} of {total} steps: expected to end sooner: "
+                        "allow more time, or a lower budget"
+                    )
+                if request._outcome is not None:
+                    raise _Stop
+
+        return check
+
+    def _end_late(self) -> None:
+        """End the waiting requests whose time is up."""
+        with self._changed:
+            now = self._clock()
+            late = [request for request in self._waiting if now > request._deadline]
+            for request in late:
+                self._waiting.remove(request)
+        for request in late:  # without the lock: settling a future calls its owner's callbacks
+            what = "its time was up while it waited: expected a shorter queue: try again later, or allow more time"
+            self._end(request, None, DeadlineError(f"request: {what}"))
+
+    def _cancel(self, request: Request) -> bool:
+        with self._changed:
+            if request in self._waiting:
+                self._waiting.remove(request)
+            elif request._ended or request not in self._running:
+                return request.cancelled()
+            else:
+                request._outcome = request._outcome or CancelledError()
+                return True
+            request._ended = True
+            self._left()
+        Future.cancel(request)
+        request.set_running_or_notify_cancel()
+        return True
+
+    def _end(
+        self, request: Request, images: Float32 | None, outcome: BaseException | None, start: float | None = None
+    ) -> None:
+        """Settle a request that has left the queue, or the device if `start` says when it came there."""
+        with self._changed:
+            outcome = request._outcome or outcome
+            request._ended = True
+            request._outcome = None
+            self._running.discard(request)
+            self._left()
+            if start is not None and outcome is None:
+                self._durations.append(self._clock() - start)
+        if outcome is None and images is not None:
+            request.timing = request._timer.timing()
+            request.set_result(images)
+        else:
+            request.set_exception(outcome or _closed())
+
+    def _left(self) -> None:
+        if self._governor is not None:
+            self._governor.left(self._clock())
+
+    def _busy(self) -> BusyError:
+        each = statistics.median(self._durations) if self._durations else 0.0
+        retry_after_s = max(1.0, each * len(self._waiting) / len(self._samplers))
+        return BusyError(
+            f"the queue is full: {len(self._waiting)} requests wait: expected fewer than {self.capacity}: "
+            f"try again in {math.ceil(retry_after_s)} s",
+            retry_after_s,
+        )
+
+
+class _Stop(OTCacheError):
+    """Ends a running request from its step callback; never seen outside."""
+
+
+def _closed() -> ClosedError:
+    return ClosedError("the service is closed: received a request: expected an open one: start it again")
+
+
+def _check(sampler: Sampler, prompt: Any, budget: Any, options: dict[str, Any]) -> int:
+    served = ("negative_prompt", "seed", "images_per_prompt", "guidance_scale")
+    if odd := sorted(set(options) - set(served)):
+        raise RequestError(f"{one_line(odd[0], 40)} is no option of a request: expected {', '.join(served)}")
+    return sampler.check(prompt, budget=budget, **options)
+
+
+def _check_timeout(timeout_s: Any) -> None:
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not timeout_s > 0:
+        raise UsageError(f"timeout_s is {one_line(repr(timeout_s), 40)}: expected seconds above 0")

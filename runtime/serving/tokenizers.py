@@ -1,0 +1,71 @@
+"""Prompts → conditioning: tokens, then the text encoder stage. Consumes the artifact's tokenizer files."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from otcache.schemas.errors import ArtifactError, RequestError
+from otcache.schemas.manifest import Tokenizer
+from otcache.schemas.messages import one_line
+
+from ..artifact.reader import Artifact
+from ..loop.backend import Array
+
+Texts = Sequence[str]
+
+
+def check_prompts(prompt: object, name: str = "prompt") -> list[str]:
+    """A string or a list of strings → list of strings. Raises RequestError."""
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, list | tuple) or not texts:
+        raise RequestError(f"{name} is {one_line(repr(prompt), 60)}: expected a string or a list of at least one")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise RequestError(f"{name}[{index}] is {one_line(repr(text), 60)}: expected a string")
+        if any(0xD800 <= ord(char) <= 0xDFFF for char in text):
+            raise RequestError(f"{name}[{index}] holds half a surrogate pair: expected text that UTF-8 can hold")
+    return list(texts)
+
+
+class Tokenizers:
+    """The tokenizers of an artifact, by the text encoder's input that each feeds."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._lock = threading.Lock()
+        self._tokenizers = [(entry, _load(artifact, entry)) for entry in artifact.manifest.tokenizers]
+
+    def __call__(self, texts: Texts, lengths: Mapping[str, int] | None = None) -> Mapping[str, Array]:
+        """Token ids int64 (n, length) of every tokenizer: cut to its length, special tokens kept, padded on the right.
+
+        lengths: by input name; None takes those that the artifact was compiled at.
+        """
+        # One by one: a batch would wake a pool of threads for what takes microseconds, and keep it for ever.
+        with self._lock:
+            found = {}
+            for entry, tokenizer in self._tokenizers:
+                _set_length(tokenizer, entry, lengths[entry.input_name] if lengths else entry.length)
+                found[entry.input_name] = np.array([tokenizer.encode(entry.text(text)).ids for text in texts], np.int64)
+            return found
+
+
+def _set_length(tokenizer: Any, entry: Tokenizer, length: int) -> None:
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=entry.pad_id)
+
+
+def _load(artifact: Artifact, entry: Tokenizer) -> Any:
+    from tokenizers import Tokenizer as FastTokenizer
+
+    data = artifact.read(entry.path)
+    try:
+        tokenizer = FastTokenizer.from_buffer(data)
+        _set_length(tokenizer, entry, entry.length)
+    except Exception as error:  # the library raises plain Exception
+        raise ArtifactError(
+            f"tokenizer {entry.path}: {one_line(error)}: expected a tokenizer.json: compile it again"
+        ) from None
+    return tokenizer

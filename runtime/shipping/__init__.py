@@ -1,0 +1,1 @@
+"""An artifact → one file and back; signatures; verification."""

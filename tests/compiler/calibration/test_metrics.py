@@ -1,0 +1,157 @@
+"""Metrics against numpy and scikit-image."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from otcache.compiler.calibration.metrics import Quality, lpips_metric, psnr, relative_latent_error, ssim
+from otcache.schemas.errors import HostError, UsageError
+
+GENERATOR = np.random.default_rng(0)
+
+
+def images(*shape: int) -> tuple[np.ndarray, np.ndarray]:
+    references = GENERATOR.uniform(size=shape).astype(np.float32)
+    noisy = references + 0.1 * GENERATOR.normal(size=shape)
+    return np.clip(noisy, 0, 1).astype(np.float32), references
+
+
+def test_psnr_is_that_of_skimage() -> None:
+    found, expected = images(4, 16, 20, 3)
+    oracle = [
+        peak_signal_noise_ratio(b.astype(float), a.astype(float), data_range=1.0)
+        for a, b in zip(found, expected, strict=True)
+    ]
+    result = psnr(found, expected)
+    assert result.shape == (4,) and result.dtype == np.float64
+    np.testing.assert_allclose(result, oracle)
+
+
+def test_psnr_by_hand() -> None:
+    references = np.zeros((1, 4, 4, 3))
+    assert psnr(references + 0.1, references) == pytest.approx(20.0)
+    assert psnr(references + 1.0, references) == pytest.approx(0.0)
+
+
+def test_identical_images() -> None:
+    found, _ = images(2, 12, 12, 3)
+    np.testing.assert_array_equal(psnr(found, found), 100.0)
+    np.testing.assert_array_equal(psnr(found, found + 1e-7), 100.0)
+    np.testing.assert_allclose(ssim(found, found), 1.0)
+    np.testing.assert_array_equal(relative_latent_error(found, found), 0.0)
+
+
+def test_ssim_is_that_of_skimage() -> None:
+    found, expected = images(3, 17, 24, 3)
+    oracle = [
+        structural_similarity(
+            a.astype(float),
+            b.astype(float),
+            channel_axis=-1,
+            data_range=1.0,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+        for a, b in zip(found, expected, strict=True)
+    ]
+    result = ssim(found, expected)
+    assert result.shape == (3,) and result.dtype == np.float64
+    np.testing.assert_allclose(result, oracle, rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (8, 8), (10, 30)])
+def test_ssim_of_tiny_images(size: tuple[int, int]) -> None:
+    found, expected = images(2, *size, 3)
+    result = ssim(found, expected)
+    assert result.shape == (2,) and np.isfinite(result).all() and (result < 1.0).all()
+    np.testing.assert_allclose(ssim(expected, expected), 1.0)
+
+
+def test_videos_count_as_one_sample() -> None:
+    found, expected = images(2, 3, 12, 12, 3)
+    np.testing.assert_allclose(ssim(found, expected), [ssim(a, b).mean() for a, b in zip(found, expected, strict=True)])
+    mse = np.square(found.astype(float) - expected).mean(axis=(1, 2, 3, 4))
+    np.testing.assert_allclose(psnr(found, expected), -10 * np.log10(mse))
+
+
+def test_tensors_are_images_too() -> None:
+    found, expected = images(2, 12, 12, 3)
+    np.testing.assert_array_equal(psnr(torch.from_numpy(found), torch.from_numpy(expected)), psnr(found, expected))
+    half = torch.from_numpy(found).to(torch.bfloat16)
+    assert psnr(half, found).min() > 40.0
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim])
+@pytest.mark.parametrize(
+    ("shape", "other", "scale", "message"),
+    [
+        ((2, 8, 8, 3), (2, 8, 9, 3), 1.0, "expected the same shape"),
+        ((8, 8, 3), (8, 8, 3), 1.0, r"\(n, height, width, 3\)"),
+        ((2, 3, 8, 8), (2, 3, 8, 8), 1.0, r"\(n, height, width, 3\)"),
+        ((0, 8, 8, 3), (0, 8, 8, 3), 1.0, r"\(n, height, width, 3\)"),
+        ((2, 8, 8, 3), (2, 8, 8, 3), 255.0, "Divide 8-bit images by 255"),
+        ((2, 8, 8, 3), (2, 8, 8, 3), -1.0, r"expected finite values in \[0, 1\]"),
+        ((2, 8, 8, 3), (2, 8, 8, 3), np.nan, r"expected finite values in \[0, 1\]"),
+    ],
+)
+def test_images_that_are_none_are_refused(metric, shape, other, scale, message) -> None:
+    with pytest.raises(UsageError, match=message):
+        metric(np.ones(shape) * scale, np.ones(other))
+
+
+def test_relative_latent_error() -> None:
+    references = GENERATOR.normal(size=(3, 4, 5, 6))
+    latents = references * np.array([1.0, 1.1, 0.5])[:, None, None, None]
+    np.testing.assert_allclose(relative_latent_error(latents, references), [0.0, 0.1, 0.5], atol=1e-12)
+    assert relative_latent_error(np.ones((1, 2)), np.zeros((1, 2)))[0] == np.inf
+    with pytest.raises(UsageError, match="same shape"):
+        relative_latent_error(latents, references[:2])
+
+
+def test_quality_summary() -> None:
+    assert Quality.from_values([1.0, 2.0, 3.0]) == Quality(mean=2.0, std=pytest.approx((2 / 3) ** 0.5), worst=1.0)
+    assert Quality.from_values([1.0, 2.0, 3.0], higher_is_better=False).worst == 3.0
+    with pytest.raises(UsageError, match="at least one sample"):
+        Quality.from_values([])
+
+
+def test_lpips_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(HostError, match=r"lpips cannot be imported.*pip install 'otcache\[compiler,lpips\]'"):
+        lpips_metric()
+    with pytest.raises(UsageError, match="expected one of alex, vgg, squeeze"):
+        lpips_metric("resnet")
+
+
+class _Distance(torch.nn.Module):
+    """Stands in for LPIPS: mean absolute difference of images in [-1, 1], (n, 1, 1, 1)."""
+
+    def forward(self, image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        assert image.shape[1] == 3 and image.min() >= -1 and image.max() <= 1
+        return (image - reference).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+
+def test_lpips_needs_its_weights_and_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = ModuleType("lpips")
+    package.LPIPS = lambda net, verbose: _Distance()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lpips", package)
+    monkeypatch.setattr(torch, "hub", SimpleNamespace(get_dir=lambda: str(tmp_path)))
+    with pytest.raises(HostError, match=r"weights of its backbone 'alex' are absent.*alexnet-owt"):
+        lpips_metric()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth").touch()
+    metric = lpips_metric(batch_size=2)
+    found, expected = images(3, 8, 8, 3)
+    oracle = 2 * np.abs(found - expected).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(metric(found, expected), oracle, rtol=1e-5)
+    video, video_reference = images(2, 3, 8, 8, 3)
+    oracle = 2 * np.abs(video - video_reference).mean(axis=(1, 2, 3, 4))
+    np.testing.assert_allclose(metric(video, video_reference), oracle, rtol=1e-5)

@@ -1,0 +1,100 @@
+"""A dry run predicts what a compile then counts, and writes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("torch")
+
+from command import COMPILE, otc
+
+from otcache.compiler.options import CompileOptions
+from otcache.compiler.schedules.search import INTERPOLATION_WEIGHTS, highest_costs, positions
+from otcache.runtime.artifact.reader import Artifact
+
+
+def dry_run(model, target, workspace, *more):
+    result = otc("compile", str(model), *COMPILE, *more, "-o", str(target), "--dry-run", "--json", workspace=workspace)
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    return plan, {each["name"]: each for each in plan["passes"]}
+
+
+def test_prediction_and_what_was_counted(compiled, tiny_flux_folder, tmp_path):
+    target, workspace = tmp_path / "out", tmp_path / "none"
+    plan, passes = dry_run(tiny_flux_folder, target, workspace)
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
+    manifest = Artifact.open(compiled).manifest
+    per_run = manifest.sampler.num_inference_steps * manifest.conditions.calibration_prompts
+    for cost in manifest.costs:
+        counted, predicted = round(cost.full_runs * per_run), passes[cost.name]
+        if predicted["exact"]:
+            assert counted == predicted["evaluations"], cost.name
+        else:
+            assert 0 < counted <= predicted["evaluations"], cost.name  # less where ways lead to the same schedule
+    predicted = sum(passes[cost.name]["evaluations"] for cost in manifest.costs)
+    assert sum(cost.full_runs for cost in manifest.costs) * per_run > predicted / 2
+    assert not any(each["kept"] for each in plan["passes"])
+    written = sum(path.stat().st_size for path in compiled.rglob("*") if path.is_file())
+    assert passes["emit"]["disk_bytes"] == pytest.approx(written, rel=0.6)
+    assert plan["evaluation_s"] > 0 and plan["seconds"] > plan["evaluations"] * plan["evaluation_s"]
+
+
+def test_evaluation_is_counted_exactly(compiled, tiny_flux_folder, workspace, tmp_path):
+    """Against the events of a real compile whose evaluation is made anew."""
+    copy = tmp_path / "w"
+    shutil.copytree(workspace, copy)
+    for path in [*copy.glob("*/measured-*"), *copy.glob("*/pictures-*"), *copy.glob("*/evaluate-*")]:
+        path.unlink()
+    _, passes = dry_run(tiny_flux_folder, tmp_path / "a", copy)
+    result = otc("compile", str(tiny_flux_folder), *COMPILE, "-o", str(tmp_path / "a"), "--json", workspace=copy)
+    events = [json.loads(line) for line in result.stderr.splitlines()]
+    counted = [event["evaluations"] for event in events if event["event"] == "pass" and event["name"] == "evaluate"]
+    assert counted == [passes["held-out runs"]["evaluations"], passes["evaluate"]["evaluations"]]
+    assert not passes["evaluate"]["kept"] and passes["capture"]["kept"] and passes["anchor"]["kept"]
+
+
+def test_what_is_in_the_workspace_is_said(compiled, tiny_flux_folder, workspace, tmp_path):
+    before = sorted(path for path in workspace.rglob("*"))
+    plan, passes = dry_run(tiny_flux_folder, tmp_path / "a", workspace)
+    kept = {name for name, each in passes.items() if each["kept"]}
+    assert kept == set(passes) - {"cut", "emit"}
+    assert plan["evaluations"] == 0
+    _, more = dry_run(tiny_flux_folder, tmp_path / "a", workspace, "--budgets", "2,3,4")
+    assert more["capture"]["kept"] and more["export"]["kept"] and not more["interpolate and fit"]["kept"]
+    result = otc(
+        "compile", str(tiny_flux_folder), *COMPILE, "-o", str(tmp_path / "a"), "--dry-run", workspace=workspace
+    )
+    assert "in the workspace" in result.stdout and "nothing was written" in result.stdout
+    assert sorted(path for path in workspace.rglob("*")) == before and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("payload", ["auto", "output", "residual"])
+def test_bounds_follow_the_options(payload):
+    costs = highest_costs(CompileOptions(model="m", payload=payload), 32)
+    assert costs["residuals"] == 8 / 32
+    each = 3 if payload == "residual" else 1
+    assert costs["reference"] == pytest.approx(2 * 20 / 50 * each) and costs["anchor"] == pytest.approx(
+        20 * 4 / 50 * each
+    )
+    few = CompileOptions(model="m", payload="output", num_inference_steps=3, budgets=(3,), anchor_budget=1)
+    assert highest_costs(few, 4)["interpolate and fit"] == 1.0, "there is one schedule of 3 steps out of 3"
+    shipped = CompileOptions(model="m")
+    assert 1 + sum(highest_costs(shipped, shipped.calibration_prompts).values()) <= 10, (
+        "full runs per prompt, capture included"
+    )
+
+
+@pytest.mark.parametrize("budgets", [(8,), (4, 8, 16), (4, 8, 10, 16), (4, 6, 8, 10, 12)])
+def test_more_budgets_cost_positions_on_the_path_rather_than_more_full_runs(budgets):
+    options = CompileOptions(model="m", budgets=budgets)
+    assert 1 + sum(highest_costs(options, 32).values()) <= 10
+    assert positions(options, 32) == (INTERPOLATION_WEIGHTS if sum(budgets) <= 28 else 2 if sum(budgets) == 38 else 1)
+
+
+def test_the_laws_position_is_always_tried():
+    many = CompileOptions(model="m", budgets=(4, 8, 10, 12, 16, 20))
+    assert positions(many, 32) == 1 and positions(CompileOptions(model="m", payload="residual"), 32) == 5

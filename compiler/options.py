@@ -9,8 +9,13 @@ from typing import Literal
 
 from otcache.schemas.errors import UsageError
 
+from .effort import EFFORTS, Effort, EffortName
+
+FROM_EFFORT = -1
+"""Of a number that follows from the effort."""
 Objective = Literal["ssim", "psnr", "lpips"]
 """What the searches maximise (of lpips, the negative)."""
+DTypeName = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +45,13 @@ class CompileOptions:
     """Default: two fifths of the steps."""
     anchor_budget: int | None = None
     """Default: a twelfth of the steps, at least 2."""
-    trials: int = 20
+    effort: EffortName = "standard"
+    """How much the searches may cost; it says how many trials and calibration prompts there are by default."""
+    trials: int = FROM_EFFORT
     objective: Objective = "ssim"
     payload: Literal["auto", "output", "residual"] = "auto"
     edge_costs: Literal["statistics", "end-to-end"] = "statistics"
-    calibration_prompts: int = 32
+    calibration_prompts: int = FROM_EFFORT
     evaluation_prompts: int = 32
     seed: int = 0
     revision: str | None = None
@@ -52,8 +59,18 @@ class CompileOptions:
     """Run Python that comes with the model."""
     lora: Path | None = None
     """Folder of a LoRA that is fused into the weights."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the transformer's stages; everything that is searched and measured is so in float32."""
+    dtype: DTypeName = "float32"
+    """Of the transformer's stages, as they are exported."""
+    device: str = "auto"
+    """Where the model is evaluated: auto, cpu, cuda, cuda:1 or any other name that torch knows."""
+    precision: DTypeName = "float32"
+    """Of the model's evaluations; latents, sums, fits and metrics are float32 and float64 always."""
+    micro_batch: int = 0
+    """Samples that are evaluated at once; 0 chooses."""
+    offload: Literal["none", "model", "group"] = "none"
+    """What leaves the device while it is not needed, by diffusers' own means: whole components, or groups of layers."""
+    engines: Literal["onnx", "none"] = "onnx"
+    """none: an artifact of programs alone, for hosts that keep torch."""
     threads: int | None = None
     """Of torch, by default as many as it chooses: with another number kernels share their work otherwise, and round
     otherwise.
@@ -62,6 +79,9 @@ class CompileOptions:
     force: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("trials", "calibration_prompts"):
+            if getattr(self, name) == FROM_EFFORT:
+                object.__setattr__(self, name, getattr(self.limits, name))
         total = self.num_inference_steps
         if not 1 <= total <= 1000:
             raise UsageError(f"--num-inference-steps is {total}: expected 1 … 1000")
@@ -98,6 +118,11 @@ class CompileOptions:
                 raise UsageError(f"{name} is {side}: expected 8 or more pixels")
         if self.num_frames is not None and self.num_frames < 1:
             raise UsageError(f"--num-frames is {self.num_frames}: expected 1 or more")
+
+    @property
+    def limits(self) -> Effort:
+        """What the searches may try."""
+        return EFFORTS[self.effort]
 
     @property
     def nominal_scale(self) -> float:

@@ -1,30 +1,34 @@
-"""Pass `fit`: schedule + calibration set → Program, with coefficients that correct drift as it appears.
+"""Pass `fit`: schedule + samples → Program, with coefficients that correct drift as it appears.
 
 The program is walked on the calibration set. At each computed step the coefficients are those with which the step lands
 closest to the full run's latents at the next computed step, starting from where the program itself has come to. Means
 over a sample's positions are weighed apart from what is around them. From the second step on coefficients follow each
 sample: guided outputs that change more than others' from step to step are stiffer, and want other weights.
+
+Everything here is numbers of samples: inner products come from a `Walk`, which has the tensors.
+
+Shapes: n samples; r regressors of a step: latents and outputs, newest last, and then the means of each; f features of a
+sample: 1, and its place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
-from otcache.schemas.program import FARTHEST, Means, Payload, Program, Slopes, Step, position_axes
+from otcache.schemas.program import FARTHEST, Means, Payload, Program, Slopes, Step
 
-from ..pipelines.trajectory import Trajectory
-from ..programs.update import log_change, mean
+from ..programs.solver_table import SolverTable
+from .samples import Rows, Samples, StepStatistics
 
 FloatArray = NDArray[np.float64]
 Prior = Callable[[Sequence[int], int], tuple[float, FloatArray]]
 """(computed step indices, next step index) → coefficients of the latents and of those steps' outputs, newest last."""
+Stop = Callable[[int, float], bool]
+"""(position in the schedule, mean relative error of the latents there) → whether to give the walk up."""
 
 STRAY = 2.0
 """Times the median distance from the full run, from which on a sample counts less."""
@@ -32,6 +36,14 @@ FEWEST = 8
 """Samples for slopes and means: straight lines through fewer are lines through noise."""
 SLOPE_PENALTY = 1e-3
 """Relative to the size of what a slope multiplies."""
+
+
+class Stopped(Exception):
+    """A walk was given up: it had drifted too far."""
+
+    def __init__(self, evaluations: int) -> None:
+        super().__init__(f"given up after {evaluations} evaluations")
+        self.evaluations = evaluations
 
 
 @dataclass(frozen=True)
@@ -54,9 +66,21 @@ class FittedStep:
     """(n, f, r): for each sample those that are fitted to all the others; with one sample, `coefs`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FittedProgram:
+    """A program with what it came to on the samples, each walked with coefficients that were fitted to the others."""
+
+    program: Program
+    scores: Rows
+    evaluations: int
+    """That were made, of one sample each."""
+    drifts: tuple[float, ...]
+    """Mean relative error of the latents at each computed step, and of the final ones."""
+
+
 def ridge_step(
-    target: ArrayLike,
-    regressors: Sequence[ArrayLike],
+    grams: FloatArray,
+    crosses: FloatArray,
     prior: ArrayLike,
     penalty: float,
     weights: FloatArray | None = None,
@@ -69,23 +93,24 @@ def ridge_step(
     them multiplies under the samples' weights s.
 
     Args:
-        target: float (n, …); an array, or a tensor of any dtype and device.
-        regressors: r of them, likewise: latents and outputs, newest last, and what else the step weighs.
+        grams: inner products of each sample's regressors (n, r, r).
+        crosses: (n, r) of them with what the prior leaves of the target, target − Σ c⁰ u.
         prior: c⁰ (r,).
         penalty: relative to each regressor's size; 0 for least squares.
         weights: s (n,); all 1 if there are none.
         places: p (n,); there are no slopes if there are none.
+
+    >>> step = ridge_step(np.array([[[4.0]]]), np.array([[2.0]]), [1.0], 0.0)
+    >>> step.coefs  # 1, and a correction of 2 / 4
+    array([[1.5]])
     """
-    rows = np.stack([_rows(value) for value in regressors], axis=1)
-    n, count, _ = rows.shape
+    n, count = crosses.shape
     features = np.stack([np.ones(n)] if places is None else [np.ones(n), places], axis=1)
     centre = np.zeros((features.shape[1], count))
     centre[0] = np.asarray(prior, dtype=np.float64)
-    remainders = _rows(target) - centre[0] @ rows
     weighed = features if weights is None else features * weights[:, None]
-    grams = np.einsum("nf,ng,nrs->nfrgs", weighed, features, rows @ rows.transpose(0, 2, 1))
-    crosses = np.einsum("nf,nr->nfr", weighed, (rows @ remainders[..., None])[..., 0])
-    grams, crosses = grams.reshape(n, centre.size, -1), crosses.reshape(n, -1)
+    whole_grams = np.einsum("nf,ng,nrs->nfrgs", weighed, features, grams).reshape(n, centre.size, -1)
+    whole_crosses = np.einsum("nf,nr->nfr", weighed, crosses).reshape(n, -1)
     penalties = np.repeat([penalty, SLOPE_PENALTY][: len(centre)], count)
 
     def solved(gram: FloatArray, cross: FloatArray) -> FloatArray:
@@ -93,28 +118,31 @@ def ridge_step(
         change = np.asarray(np.linalg.lstsq(gram + weight, cross, rcond=1e-15)[0], dtype=np.float64)
         return centre + change.reshape(centre.shape)
 
-    gram, cross = grams.sum(axis=0), crosses.sum(axis=0)
+    gram, cross = whole_grams.sum(axis=0), whole_crosses.sum(axis=0)
     coefs = solved(gram, cross)
-    others = [coefs] if n == 1 else [solved(gram - g, cross - c) for g, c in zip(grams, crosses, strict=True)]
+    others = (
+        [coefs] if n == 1 else [solved(gram - g, cross - c) for g, c in zip(whole_grams, whole_crosses, strict=True)]
+    )
     return FittedStep(coefs=coefs, crossed=np.stack(others))
 
 
-def sample_weights(latents: ArrayLike, references: ArrayLike) -> FloatArray:
+def sample_weights(distances: FloatArray) -> FloatArray:
     """(n,) in (0, 1]: 1 for samples near their full run, less for those further from it than `STRAY` times the median
     distance.
 
     Weighed so, a stray adds no more to a sum of squares than a sample at that distance.
+
+    >>> sample_weights(np.array([1.0, 1.0, 4.0]))
+    array([1.  , 1.  , 0.25])
     """
-    distances = np.linalg.norm(_rows(latents) - _rows(references), axis=1)
     near = STRAY * np.median(distances)
     return np.square(near / np.maximum(distances, near)) if near else np.ones(len(distances))
 
 
-def sample_places(outputs: Sequence[Tensor]) -> Places | None:
-    """Of samples with these outputs (n, …), newest last; None for too few of either, or where all change alike."""
-    if len(outputs) < 2 or len(outputs[-1]) < FEWEST:
+def sample_places(change: FloatArray | None) -> Places | None:
+    """Of samples whose outputs changed so much (n,); None for too few, or where all change alike."""
+    if change is None or len(change) < FEWEST:
         return None
-    change = log_change(outputs[-2], outputs[-1]).double().cpu().numpy()
     centre, spread = float(change.mean()), float(change.std())
     if spread < 1e-6:
         return None
@@ -122,64 +150,74 @@ def sample_places(outputs: Sequence[Tensor]) -> Places | None:
 
 
 def fit_output_program(
-    denoise: Callable[[Tensor, int], Tensor],
-    trajectory: Trajectory,
+    samples: Samples,
     schedule: Sequence[int],
     prior: Prior,
+    table: SolverTable,
     *,
-    timesteps: ArrayLike,
-    input_scales: ArrayLike,
     memory: int = 4,
     penalty: float = 1e-5,
-) -> tuple[Program, Tensor]:
-    """A program of outputs for a schedule, and where it ends on the calibration set, latents (n, …).
+    stop: Stop = lambda position, drift: False,
+) -> FittedProgram:
+    """A program of outputs for a schedule, and what it comes to on the samples.
 
     Each sample is walked with coefficients that are fitted to the others, as a prompt that calibration has not seen
-    will be: the errors that later steps learn to correct, and the latents that are returned, are then those of new
-    prompts. Samples that go astray on the way count less.
+    will be: the errors that later steps learn to correct, and the scores, are then those of new prompts. Samples that
+    go astray on the way count less.
 
     Args:
-        denoise: guided output at latents (n, …) and a step index; a tensor of the latents' type.
-        trajectory: the full runs; targets are its latents.
+        samples: with their full runs, whose latents are the targets.
         schedule: increasing step indices, the first 0.
         prior: what the ridge draws towards; its weights of outputs beyond `memory` are folded into the newest one.
-        timesteps, input_scales: of the full sampler's steps, (T,).
+        table: the full sampler.
         memory: outputs that a step weighs.
         penalty: see `ridge_step`.
+        stop: asked at every computed step. Raises Stopped once it says so.
     """
-    times, scales = np.asarray(timesteps, dtype=np.float64), np.asarray(input_scales, dtype=np.float64)
-    total = trajectory.latents.shape[0] - 1
-    latents = trajectory.latents[0]
-    outputs: list[Tensor] = []
-    steps = []
+    walk = samples.walk(memory)
+    steps: list[Step] = []
+    evaluations, drifts = 0, list[float]()
     for position, step_index in enumerate(schedule):
-        following = schedule[position + 1] if position + 1 < len(schedule) else total
-        outputs = [*outputs, denoise(latents, step_index)][-memory:]
+        following = schedule[position + 1] if position + 1 < len(schedule) else table.num_inference_steps
         latent_prior, output_prior = prior(schedule[: position + 1], following)
-        centre = [latent_prior, *_recent(output_prior, len(outputs))]
-        weights = sample_weights(latents, trajectory.latents[step_index])
-        places = sample_places(outputs)
-        values = None if places is None else places.values
-        terms = [latents, *outputs]
-        apart = len(latents) >= FEWEST and len(position_axes(latents.ndim)) > 0
-        if apart:
-            terms += [mean(value).expand_as(value) for value in terms]
-            centre += [0.0] * len(centre)
-        fitted = ridge_step(trajectory.latents[following], terms, centre, penalty, weights, values)
-        count = 1 + len(outputs)
-        steps.append(
-            Step(
-                step_index=int(step_index),
-                timestep=float(times[step_index]),
-                input_scale=float(scales[step_index]),
-                latent_coef=float(fitted.coefs[0, 0]),
-                output_coefs=_floats(fitted.coefs[0, 1:count]),
-                slopes=None if places is None else _slopes(places, fitted.coefs[1, :count]),
-                means=_means(fitted.coefs[:, count:]) if apart else None,
-            )
-        )
-        latents = _combined(fitted.crossed, values, terms)
-    return Program(payload=_payload(steps), steps=tuple(steps)), latents
+        centre = np.array([latent_prior, *_recent(output_prior, min(position + 1, memory))])
+        found = walk.compute(step_index, following, centre)
+        evaluations += found.evaluations
+        drifts.append(float(np.mean(found.distance / np.maximum(found.size, 1e-30))))
+        step, coefs = fit_step(found, int(step_index), centre, penalty, table)
+        steps.append(step)
+        if stop(position, drifts[-1]):
+            walk.close()
+            raise Stopped(evaluations)
+        walk.advance(coefs)
+    program = Program(payload=_payload(steps), steps=tuple(steps))
+    scores = walk.finish()
+    drifts.append(float(np.mean(scores["latent_error"])))
+    return FittedProgram(program=program, scores=scores, evaluations=evaluations, drifts=tuple(drifts))
+
+
+def fit_step(
+    found: StepStatistics, step_index: int, prior: FloatArray, penalty: float, table: SolverTable
+) -> tuple[Step, FloatArray]:
+    """The step of a program, fitted to all samples, and each sample's own coefficients (n, r), fitted to the others."""
+    count = len(prior)
+    apart = len(found.cross) >= FEWEST and found.cross.shape[1] > count
+    used = found.cross.shape[1] if apart else count
+    centre = np.concatenate([prior, np.zeros(used - count)])
+    weights, places = sample_weights(found.distance), sample_places(found.change)
+    values = None if places is None else places.values
+    fitted = ridge_step(found.gram[:, :used, :used], found.cross[:, :used], centre, penalty, weights, values)
+    step = Step(
+        step_index=step_index,
+        timestep=float(table.timesteps[step_index]),
+        input_scale=float(table.input_scales[step_index]),
+        latent_coef=float(fitted.coefs[0, 0]),
+        output_coefs=_floats(fitted.coefs[0, 1:count]),
+        slopes=None if places is None else _slopes(places, fitted.coefs[1, :count]),
+        means=_means(fitted.coefs[:, count:]) if apart else None,
+    )
+    crossed = np.broadcast_to(fitted.crossed, (len(found.cross), *fitted.crossed.shape[1:]))
+    return step, crossed[:, 0] if values is None else crossed[:, 0] + values[:, None] * crossed[:, 1]
 
 
 def _payload(steps: Sequence[Step]) -> Payload:
@@ -213,30 +251,12 @@ def _floats(values: FloatArray) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def _combined(coefs: FloatArray, places: FloatArray | None, values: Sequence[Tensor]) -> Tensor:
-    """Every sample of the values (n, …) by its own coefficients and slopes (n or 1, f, len(values))."""
-    each = coefs[:, 0] if places is None else coefs[:, 0] + places[:, None] * coefs[:, 1]
-    weights = torch.from_numpy(each).to(values[0])
-    shape = (-1, *[1] * (values[0].ndim - 1))
-    terms = [weight.reshape(shape) * value for weight, value in zip(weights.unbind(dim=1), values, strict=True)]
-    return torch.stack(terms).sum(dim=0)
-
-
-def _rows(value: Any) -> FloatArray:
-    """(n, …) → float64 (n, d)."""
-    array = _float64(value)
-    return array.reshape(len(array), -1)
-
-
-def _float64(value: Any) -> FloatArray:
-    """An array or a torch tensor as float64; numpy itself reads no bfloat16, no gradients and no GPU."""
-    if hasattr(value, "detach"):
-        value = value.detach().double().cpu().numpy()
-    return np.asarray(value, dtype=np.float64)
-
-
 def _recent(coefs: ArrayLike, count: int) -> FloatArray:
-    """The last `count` coefficients, with the sum of the older ones added to the newest."""
+    """The last `count` coefficients, with the sum of the older ones added to the newest.
+
+    >>> _recent([0.1, 0.2, 1.0], 2)
+    array([0.2, 1.1])
+    """
     values = np.asarray(coefs, dtype=np.float64)
     recent = values[-count:].copy()
     recent[-1] += values[:-count].sum() if len(values) > count else 0.0

@@ -1,29 +1,26 @@
-"""Pass `evaluate`: programs + held-out prompts → Quality, for ours and for peers at the same number of evaluations."""
+"""What programs come to on held-out samples: values of each sample → what manifest and report say of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
-from torch import Tensor
 
 from otcache.schemas.manifest import Quality, Statistic
 from otcache.schemas.program import Program
 
-from ..graph.stages import Stages
-from ..pipelines.denoiser import Denoiser
-from ..pipelines.trajectory import Trajectory
 from . import metrics
-from .rollout import roll_out
+from .samples import Rows, Samples
+from .scoring import kept_latents, kept_pictures, measure, scores_of
 
 
-def quality_of(psnr_db: np.ndarray, ssim: np.ndarray, latent_errors: np.ndarray) -> Quality:
-    """Mean, standard deviation and worst case of (n,) values each."""
+def quality_from_scores(scores: Rows) -> Quality:
+    """Mean, standard deviation and worst case of `psnr_db`, `ssim` and `latent_error`, (n,) each."""
     return Quality(
-        psnr_db=_statistic(psnr_db, higher_is_better=True),
-        ssim=_statistic(ssim, higher_is_better=True),
-        relative_latent_error=_statistic(latent_errors, higher_is_better=False),
+        psnr_db=_statistic(scores["psnr_db"], higher_is_better=True),
+        ssim=_statistic(scores["ssim"], higher_is_better=True),
+        relative_latent_error=_statistic(scores["latent_error"], higher_is_better=False),
     )
 
 
@@ -31,96 +28,45 @@ def _statistic(values: np.ndarray, *, higher_is_better: bool) -> Statistic:
     return Statistic(**asdict(metrics.Quality.from_values(values, higher_is_better=higher_is_better)))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Outcome:
-    """What a program came to on n prompts; arrays are float64 (n,) unless said otherwise."""
+def quality_of(samples: Samples, program: Program) -> Quality:
+    """Fidelity of a program to the full runs: mean, standard deviation and worst case over the samples.
 
-    latents: np.ndarray
-    """Final ones, float32 (n, …)."""
-    pictures: np.ndarray
-    """float32 (n, height, width, 3) in [0, 1]."""
-    psnr_db: np.ndarray
-    ssim: np.ndarray
-    positions: tuple[int, ...]
-    """k computed steps of the full timeline, then T, the end."""
-    errors: np.ndarray
-    """(k + 1, n): relative error of the latents before each of those steps, and of the final ones."""
-
-    @property
-    def quality(self) -> Quality:
-        return quality_of(self.psnr_db, self.ssim, self.errors[-1])
-
-    def arrays(self, shown: int, worst: int) -> dict[str, np.ndarray]:
-        """What is kept of it: numbers of all prompts, latents of the first, pictures (uint8) of `shown` and of the
-        worst.
-        """
-        lowest = np.argsort(self.psnr_db, kind="stable")[:worst]
-        pictures = eight_bits(self.pictures[np.r_[: min(shown, len(self.pictures)), lowest]])
-        return {
-            "latents": self.latents[0].astype(np.float32),
-            "pictures": pictures[: -len(lowest)],
-            "worst": lowest,
-            "worst_pictures": pictures[-len(lowest) :],
-            "psnr_db": self.psnr_db,
-            "ssim": self.ssim,
-            "positions": np.array(self.positions),
-            "errors": self.errors,
-        }
-
-
-def eight_bits(pictures: np.ndarray) -> np.ndarray:
-    """float (n, height, width, 3) in [0, 1] → uint8; of videos (n, frames, …) the first, middle and last frame side by
-    side.
+    For peers: other solvers may keep latents at scales of their own, so only the final ones are compared.
     """
-    if pictures.ndim == 5:
-        frames = pictures.shape[1]
-        pictures = np.concatenate([pictures[:, i] for i in (0, frames // 2, frames - 1)], axis=2)
-    return np.round(255 * pictures).astype(np.uint8)
+    return quality_from_scores(samples.map(scores_of(program)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Held-out prompts and seeds with their full runs."""
+def outcome_arrays(
+    samples: Samples, program: Program, num_inference_steps: int, *, shown: int, worst: int
+) -> dict[str, np.ndarray]:
+    """Roll a program out once, and compare what it comes to with the full runs, at the end and on the way.
 
-    denoiser: Denoiser
-    trajectory: Trajectory
-    decode: Callable[[Tensor], np.ndarray]
-    references: np.ndarray
-    """Pictures of the full runs, float32 (n, height, width, 3) in [0, 1]."""
-    stages: Stages | None = None
+    Args:
+        samples: n of them.
+        program: with k computed steps.
+        num_inference_steps: T, of the full sampler.
+        shown: samples, the first ones, whose pictures are drawn.
+        worst: samples, those of the lowest PSNR, whose pictures are drawn as well.
 
-    def pictures(self, program: Program) -> tuple[np.ndarray, Tensor]:
-        """Pictures and final latents of a program."""
-        latents = roll_out(program, self.denoiser, self.trajectory.latents[0], self.stages)
-        return self.decode(latents), latents
+    Returns `psnr_db` and `ssim` (n,), `errors` (k + 1, n) before each computed step and at the end, `positions` (k + 1,)
+    of these on the full timeline, `latents` float32 (…) of the first sample, `pictures` and `worst_pictures` uint8, and
+    `worst`, which samples those are.
+    """
+    scores = samples.map(measure(program))
+    lowest = np.argsort(scores["psnr_db"], kind="stable")[:worst]
+    return {
+        "latents": samples.map(kept_latents(program), slice(0, 1))["latents"][0],
+        "pictures": samples.map(kept_pictures(program), slice(0, shown))["pictures"],
+        "worst": lowest,
+        "worst_pictures": pictures_at(samples, program, lowest.tolist()),
+        "psnr_db": scores["psnr_db"],
+        "ssim": scores["ssim"],
+        "positions": np.array([*program.schedule, num_inference_steps]),
+        "errors": scores["errors"].T,
+    }
 
-    def outcome(self, program: Program) -> Outcome:
-        """Roll a program out once, and compare what it comes to with the full runs, at the end and on the way."""
-        positions: list[int] = []
-        errors: list[np.ndarray] = []
 
-        def observe(position: int, latents: Tensor) -> None:
-            positions.append(position)
-            full = self.trajectory.latents[position]
-            errors.append(metrics.relative_latent_error(latents.numpy(), full.numpy()))
-
-        latents = roll_out(program, self.denoiser, self.trajectory.latents[0], self.stages, observe=observe)
-        observe(len(self.trajectory.latents) - 1, latents)
-        pictures = self.decode(latents)
-        return Outcome(
-            latents=latents.float().numpy(),
-            pictures=pictures,
-            psnr_db=metrics.psnr(pictures, self.references),
-            ssim=metrics.ssim(pictures, self.references),
-            positions=tuple(positions),
-            errors=np.stack(errors),
-        )
-
-    def quality(self, program: Program) -> Quality:
-        """Fidelity of a program to the full runs: mean, standard deviation and worst case over the prompts.
-
-        For peers: other solvers may keep latents at scales of their own, so only the final ones are compared.
-        """
-        pictures, latents = self.pictures(program)
-        errors = metrics.relative_latent_error(latents.numpy(), self.trajectory.latents[-1].numpy())
-        return quality_of(metrics.psnr(pictures, self.references), metrics.ssim(pictures, self.references), errors)
+def pictures_at(samples: Samples, program: Program, rows: Sequence[int]) -> np.ndarray:
+    """Pictures uint8 (len(rows), height, width, 3) of a program that was measured, of some samples."""
+    parts = [samples.map(kept_pictures(program), slice(row, row + 1))["pictures"] for row in rows]
+    return np.concatenate(parts)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from pydantic import TypeAdapter
 
 from otcache.schemas.manifest import Candidate
 from otcache.schemas.program import Program
 
-from ..graph.stages import Stages
 from ..options import Objective
-from ..pipelines.denoiser import Denoiser
-from ..pipelines.trajectory import Trajectory
 from ..programs.solver_table import SolverTable, extrapolated_jump
-from ..workspace.ledger import Attempts
-from . import metrics
-from .fit import fit_output_program
-from .rollout import roll_out
+from ..workspace.ledger import Ledger
+from .fit import Stop, Stopped, fit_output_program
+from .samples import Rows, Samples
+from .scoring import scores_of
 
 Schedule = tuple[int, ...]
 PRIOR_ORDER = 1
@@ -39,12 +36,15 @@ class Trial:
     ssim: float
     score: float
     weight: float | None = None
+    drifts: tuple[float, ...] = ()
+    """Mean relative error of the latents at each computed step and at the end, of a program that was fitted."""
 
     def named(self, name: str, weight: float | None) -> Trial:
         """The same measurement under the name of another way that led to its schedule."""
         return replace(self, name=name, weight=weight)
 
     def candidate(self, chosen: bool) -> Candidate:
+        """As the manifest records it."""
         return Candidate(
             name=self.name,
             payload=self.program.payload,
@@ -56,84 +56,107 @@ class Trial:
         )
 
 
+TRIAL: TypeAdapter[Trial] = TypeAdapter(Trial)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The calibration set with all that is needed to try a schedule on it."""
+    """A way to try schedules: samples, what is maximised on them, and how steps are fitted."""
 
-    denoiser: Denoiser
-    trajectory: Trajectory
+    samples: Samples
     table: SolverTable
-    decode: Callable[[Tensor], np.ndarray]
-    """Latents (n, …) → pictures float32 (n, height, width, 3) in [0, 1]."""
-    references: np.ndarray
+    """The full sampler."""
     objective: Objective
-    stages: Stages | None = None
-    lpips: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    ledger: Ledger
     memory: int = 4
+    """Outputs that a step weighs."""
     penalty: float = 1e-5
-    fitted: dict[Schedule, Trial] = field(default_factory=dict)
-    attempts: Attempts = field(default_factory=Attempts)
+    known: dict[Schedule, Trial] = field(default_factory=dict)
+    """Fitted schedules of this compile."""
 
-    def fit(self, schedule: Sequence[int], name: str = "", weight: float | None = None) -> Trial:
-        """The `output` program of a schedule; a schedule that was fitted before is not rolled out again."""
+    @property
+    def count(self) -> int:
+        """Samples of the set."""
+        return self.samples.count
+
+    def fit(
+        self, schedule: Sequence[int], name: str = "", weight: float | None = None, stop: Stop | None = None
+    ) -> Trial:
+        """The `output` program of a schedule; a schedule that was fitted before is not walked again.
+
+        stop: asked at every step whether the walk is worth going on with. Raises Stopped once it says so.
+        """
         schedule = tuple(int(index) for index in schedule)
+        if schedule not in self.known:
+            self.known[schedule] = self._fitted(schedule, name, weight, stop)
+        return self.known[schedule].named(name, weight)
 
-        def fitted() -> Trial:
-            program, latents = fit_output_program(
-                self._denoise,
-                self.trajectory,
+    def _fitted(self, schedule: Schedule, name: str, weight: float | None, stop: Stop | None) -> Trial:
+        reached = [0]
+
+        def asked(position: int, drift: float) -> bool:
+            reached[0] = position + 1
+            return stop is not None and stop(position, drift)
+
+        def compute() -> tuple[Any, int]:
+            found = fit_output_program(
+                self.samples,
                 schedule,
                 self._prior,
-                timesteps=self.table.timesteps,
-                input_scales=self.table.input_scales,
+                self.table,
                 memory=self.memory,
                 penalty=self.penalty,
+                stop=asked,
             )
-            return self._scored(name, program, schedule, latents, weight)
+            trial = self.trial_from_scores(name, found.program, found.scores, weight)
+            return TRIAL.dump_python(replace(trial, drifts=found.drifts), mode="json"), found.evaluations
 
-        if schedule not in self.fitted:
-            self.fitted[schedule] = self.attempt(["output, banded", list(schedule)], fitted)
-        return self.fitted[schedule].named(name, weight)
+        try:
+            value = self.ledger.get(["output, banded", list(schedule)], compute)
+        except Stopped as stopped:
+            self.ledger.add_computed(stopped.evaluations)
+            self.charge_walk(schedule[: reached[0]])
+            raise
+        self.charge_walk(schedule)
+        return TRIAL.validate_python(value)
 
-    def attempt(self, key: Any, measure: Callable[[], Trial]) -> Trial:
-        """`measure()`, or what it came to in an earlier compile of the same model and calibration set."""
-        counter = self.denoiser.evaluations
-        return trial_from_json(self.attempts.get(key, counter, lambda: json_from_trial(measure())))
+    def charge_walk(self, schedule: Schedule) -> None:
+        """Walks that share their first steps share those evaluations; the very first is the full run's own."""
+        self.ledger.charge_paths([schedule[:end] for end in range(2, len(schedule) + 1)], self.count)
 
-    def try_program(self, name: str, program: Program) -> Trial:
-        """Roll out a program as it is."""
-        latents = roll_out(program, self.denoiser, self.trajectory.latents[0], self.stages)
-        return self._scored(name, program, program.schedule, latents, None)
+    def try_program(self, key: Any, name: str, program: Program) -> Trial:
+        """A program as it is, rolled out, or what that came to before (`key` says of what it was made)."""
 
-    def _denoise(self, latents: Tensor, step_index: int) -> Tensor:
-        latents = torch.as_tensor(latents).float()
-        return self.denoiser(
-            latents, float(self.table.timesteps[step_index]), float(self.table.input_scales[step_index])
+        def compute() -> tuple[Any, int]:
+            trial = self.trial_from_scores(name, program, self.samples.map(scores_of(program)), None)
+            return TRIAL.dump_python(trial, mode="json"), program.nfe * self.count
+
+        value = self.ledger.get(key, compute)
+        self.ledger.charge(program.nfe * self.count)
+        return TRIAL.validate_python(value)
+
+    def trial_from_scores(self, name: str, program: Program, scores: Rows, weight: float | None) -> Trial:
+        """What a program came to, its score by the objective."""
+        means = {metric: float(np.mean(values)) for metric, values in scores.items()}
+        by: dict[Objective, Callable[[], float]] = {
+            "ssim": lambda: means["ssim"],
+            "psnr": lambda: means["psnr_db"],
+            "lpips": lambda: -means["lpips"],
+        }
+        return Trial(
+            name=name,
+            program=program,
+            schedule=program.schedule,
+            psnr_db=means["psnr_db"],
+            ssim=means["ssim"],
+            score=by[self.objective](),
+            weight=weight,
         )
+
+    @functools.cached_property
+    def trajectory_gram(self) -> np.ndarray:
+        """Mean inner products float64 (2T+1, 2T+1) along the full runs, for each sample and element."""
+        return self.samples.trajectory_gram()
 
     def _prior(self, computed: Sequence[int], end: int) -> tuple[float, np.ndarray]:
         return extrapolated_jump(self.table, computed, end, PRIOR_ORDER)
-
-    def _scored(self, name: str, program: Program, schedule: Schedule, latents: Tensor, weight: float | None) -> Trial:
-        pictures = self.decode(latents)
-        psnr_db = float(metrics.psnr(pictures, self.references).mean())
-        ssim = float(metrics.ssim(pictures, self.references).mean())
-        if self.objective == "lpips" and self.lpips is not None:
-            score = -float(self.lpips(pictures, self.references).mean())
-        else:
-            score = psnr_db if self.objective == "psnr" else ssim
-        return Trial(
-            name=name, program=program, schedule=schedule, psnr_db=psnr_db, ssim=ssim, score=score, weight=weight
-        )
-
-
-def json_from_trial(trial: Trial) -> dict[str, Any]:
-    """A JSON value that `trial_from_json` reads back."""
-    return {**asdict(trial), "program": trial.program.model_dump(mode="json")}
-
-
-def trial_from_json(fields: dict[str, Any]) -> Trial:
-    """The inverse of `json_from_trial`."""
-    return Trial(
-        **{**fields, "program": Program.model_validate(fields["program"]), "schedule": tuple(fields["schedule"])}
-    )

@@ -1,93 +1,142 @@
-"""Pass `capture`: session + prompts → Trajectory, in chunks that the workspace keeps."""
+"""Pass `capture`: session + prompts → full runs, in chunks that the workspace keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from ..pipelines.full_run import capture
-from ..pipelines.trajectory import Trajectory
+from ..calibration.runs import PICTURES, Chunk, Runs, RunWriter, new_array
+from ..calibration.samples import is_out_of_memory, release
+from ..pipelines.full_run import record_full_runs
+from ..programs.solver_table import SolverTable
 from ..workspace.progress import Pass
 from .session import Session
+
+PASS_CHUNK = 8
+"""Full runs that are kept together at most: an interrupted capture redoes these."""
 
 
 def calibration_scales(minimum: float, maximum: float, count: int, margin: float = 1.0) -> list[float]:
     """Guidance scales of `count` samples: one value, or three that cover the range in turn; every fourth one times
     `margin`.
+
+    >>> calibration_scales(2.0, 6.0, 4, margin=1.5)
+    [2.0, 4.0, 6.0, 3.0]
     """
     levels = [minimum] if minimum == maximum else [minimum, (minimum + maximum) / 2, maximum]
     return [levels[i % len(levels)] * (margin if i % 4 == 3 else 1.0) for i in range(count)]
 
 
-CAPTURE_CHUNK = 8
-"""Full runs that are kept together: an interrupted capture redoes at most these."""
-
-
 def capture_key(session: Session, prompts: Sequence[str], seed: int, scales: Sequence[float]) -> Any:
     """What a chunk of full runs depends on, for the workspace."""
-    return [session.key, list(prompts), seed, list(scales)]
+    return [session.key, list(prompts), seed, list(scales), "mapped files"]
 
 
-def capture_chunks(count: int) -> list[slice]:
+def capture_chunks(session: Session, count: int) -> list[slice]:
     """How full runs are cut into chunks that are kept one by one."""
-    return [slice(start, min(start + CAPTURE_CHUNK, count)) for start in range(0, count, CAPTURE_CHUNK)]
+    size = min(PASS_CHUNK, int(session.key["placement"]["micro batch"]))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def full_runs(session: Session, name: str, prompts: Sequence[str], seed: int, margin: float = 1.0) -> Trajectory:
-    """Full runs of `prompts` at consecutive seeds, from the workspace where they were made before."""
+def full_runs(
+    session: Session, table: SolverTable, name: str, prompts: Sequence[str], seed: int, margin: float = 1.0
+) -> Runs:
+    """Full runs of `prompts` at consecutive seeds, from the workspace where they were made before.
+
+    Args:
+        session: with the pipeline on its device.
+        table: the full sampler.
+        name: of the pass.
+        prompts: one for each sample.
+        seed: of the first sample.
+        margin: see `calibration_scales`.
+    """
     scales = calibration_scales(*session.options.guidance_scale, len(prompts), margin)
-    steps = session.call.num_inference_steps
-
-    def chunk(rows: slice, advance: Pass) -> dict[str, np.ndarray]:
-        own, seeds = prompts[rows], [seed + i for i in range(rows.start, rows.stop)]
-
-        def progress(done: int, total: int) -> None:
-            advance(steps * rows.start + steps * len(own) * done // total, steps * len(prompts))
-
-        def compute() -> dict[str, np.ndarray]:
-            advance.facts["evaluations"] += steps * len(own)
-            model = session.model
-            found = capture(
-                model.pipeline, session.interface, session.call, own, seeds, scales[rows], progress=progress
-            )
-            arrays = {f"conditioning.{key}": _array(value) for key, value in found.conditioning.items()}
-            return arrays | {
-                "latents": found.latents.numpy(),
-                "outputs": found.outputs.numpy(),
-                "timesteps": np.asarray(found.timesteps),
-            }
-
-        return session.workspace.arrays(name, capture_key(session, own, seeds[0], scales[rows]), compute)
-
+    steps = table.num_inference_steps
     with session.reporter.on(name, f"{len(prompts)} full runs") as advance:
         advance.facts["evaluations"] = 0
-        parts = [chunk(rows, advance) for rows in capture_chunks(len(prompts))]
-        names = [key for key in parts[0] if key != "timesteps"]
-        if len({tuple(part[key].shape[2:] for key in names) for part in parts}) > 1:
+
+        def chunk(rows: slice) -> Chunk:
+            own = list(prompts[rows])
+            key = capture_key(session, own, seed + rows.start, scales[rows])
+
+            def compute(folder: Path) -> None:
+                advance.facts["evaluations"] += steps * len(own)
+                _write_chunk(folder, session, table, own, seed + rows.start, scales[rows], advance, rows, len(prompts))
+
+            return Chunk(session.workspace.tree(name, key, compute))
+
+        chunks = [chunk(rows) for rows in capture_chunks(session, len(prompts))]
+        if len({tuple(sorted(each.conditioning_shapes().items())) for each in chunks}) > 1:
             # A pipeline that pads prompts to the longest one of a call: they have to be in one call.
-            parts = [chunk(slice(0, len(prompts)), advance)]
-        advance.facts["evaluations_reused"] = steps * len(prompts) - min(
-            advance.facts["evaluations"], steps * len(prompts)
-        )
-    arrays = {key: np.concatenate([part[key] for part in parts], axis=1) for key in names}
-    arrays["timesteps"] = parts[0]["timesteps"]
-    dtype = next(session.model.transformer.parameters()).dtype
-    kept = {name: torch.from_numpy(arrays[f"conditioning.{name}"]) for name in session.interface.conditioning}
-    conditioning = {name: value.to(dtype) if value.is_floating_point() else value for name, value in kept.items()}
-    return Trajectory(
-        latents=torch.from_numpy(arrays["latents"]),
-        outputs=torch.from_numpy(arrays["outputs"]),
-        conditioning=conditioning,
-        guidance=torch.tensor(scales),
-        timesteps=tuple(arrays["timesteps"].tolist()),
-    )
+            chunks = [chunk(slice(0, len(prompts)))]
+        reused = steps * len(prompts) - min(advance.facts["evaluations"], steps * len(prompts))
+        advance.facts["evaluations_reused"] = reused
+    return Runs(chunks)
 
 
-def _array(value: Tensor) -> np.ndarray:
-    """For the workspace, which has no bfloat16."""
-    array: np.ndarray = (value.float() if value.is_floating_point() else value).numpy()
-    return array
+def _write_chunk(
+    folder: Path,
+    session: Session,
+    table: SolverTable,
+    prompts: Sequence[str],
+    seed: int,
+    scales: Sequence[float],
+    advance: Pass,
+    rows: slice,
+    total: int,
+) -> None:
+    """Run the pipeline for some prompts, as many at once as the device takes, and decode what comes out."""
+    steps, count = table.num_inference_steps, len(prompts)
+    writer = RunWriter(folder, count, steps, session.interface.latents_shape)
+    parts: list[dict[str, torch.Tensor]] = []
+    start, size = 0, count
+    while start < count:
+        part = range(start, min(start + size, count))
+
+        def progress(done: int, of: int, part: range = part) -> None:
+            advance(steps * (rows.start + part.start) + steps * len(part) * done // of, steps * total)
+
+        failure: Exception | None = None
+        try:
+            parts.append(
+                record_full_runs(
+                    session.model.pipeline,
+                    session.interface,
+                    session.call,
+                    prompts[part.start : part.stop],
+                    [seed + row for row in part],
+                    scales[part.start : part.stop],
+                    writer,
+                    rows=part,
+                    progress=progress,
+                )
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = error.with_traceback(None)
+        if failure is not None:
+            session.micro_batch.size = min(session.micro_batch.size, size)
+            session.micro_batch.halve(failure)
+            size = session.micro_batch.size
+            release(session.placement.device)
+            continue
+        start = part.stop
+    conditioning = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+    writer.finish(conditioning, scales)
+    _write_pictures(folder, session, count)
+
+
+def _write_pictures(folder: Path, session: Session, count: int) -> None:
+    """Decode the final latents of a chunk, one sample after the other."""
+    final = Chunk(folder).latents
+    pictures = None
+    for row in range(count):
+        decoded = session.decode(torch.from_numpy(final[row : row + 1, -1].copy()).to(session.placement.device))
+        if pictures is None:
+            pictures = new_array(folder / PICTURES, (count, *decoded.shape[1:]))
+        pictures[row] = decoded[0]

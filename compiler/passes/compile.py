@@ -20,20 +20,18 @@ from ..export.at_sizes import constant_files
 from ..export.precision import Served
 from ..models.model import Model
 from ..options import CompileOptions
-from ..pipelines.denoiser import denoiser_of
 from ..report.evidence import PassEvidence, Recorder, gather
 from ..report.page import ATTACHMENTS, write_report
-from ..schedules.search import Found, found_from_json, json_from_found, refitted, search
+from ..schedules.search import FOUND, Found, refit, search
 from ..sizes.served import Seen
-from ..workspace.ledger import Attempts
 from ..workspace.progress import Reporter
 from .capture import full_runs
 from .emit import check_target, emit, recover
-from .evaluate import Evaluated, evaluated, evaluation_key
+from .evaluate import Evaluated, evaluate, evaluation_key
 from .export import DESCRIPTION, EXPORTS, Exported, export_key, exported_parts, served_trunk
 from .golden import rounding_of, tolerance_of, write_golden
 from .manifest import budget_programs, manifest_fields
-from .prepare import Prepared, prepare
+from .prepare import Prepared, calibration_of, prepare
 from .session import Session
 
 
@@ -65,8 +63,8 @@ def _compiled(prepared: Prepared, target: Path, passes: Sequence[PassEvidence]) 
     """The passes after `prepare`; `passes` grows with them."""
     session, table = prepared.session, prepared.table
     options, reporter = session.options, session.reporter
-    found = searched(prepared)
-    quality = evaluated(prepared, found)
+    found = search_schedules(prepared)
+    quality = evaluate(prepared, found)
     programs = {described(seen.point): _programs_at(prepared, found, seen) for seen in prepared.sizes.own_samplers()}
     trunk = functools.cache(partial(served_trunk, prepared))
     exported = exported_parts(prepared, trunk)
@@ -96,15 +94,15 @@ def _compiled(prepared: Prepared, target: Path, passes: Sequence[PassEvidence]) 
         return emit(target, fill, fields, force=options.force, attachments=ATTACHMENTS)
 
 
-def searched(prepared: Prepared) -> Found:
+def search_schedules(prepared: Prepared) -> Found:
     """The searches' result, from the workspace where it is known."""
     session, calibration, options = prepared.session, prepared.calibration, prepared.session.options
     storage = anchor_storage(session)
 
     def compute() -> dict[str, Any]:
-        return json_from_found(search(calibration, options, session.reporter, storage))
+        return FOUND.dump_python(search(calibration, options, session.reporter, storage), mode="json")
 
-    return found_from_json(session.workspace.json("search", search_key(session), compute))
+    return FOUND.validate_python(session.workspace.json("search", search_key(session), compute))
 
 
 def search_key(session: Session) -> Any:
@@ -117,6 +115,7 @@ def search_key(session: Session) -> Any:
         options.reference,
         options.anchor,
         options.trials,
+        options.effort,
         options.objective,
         options.payload,
         options.edge_costs,
@@ -146,11 +145,10 @@ def _golden_tolerance(
     if session.options.dtype == "float32" or session.encoders is None:
         return tolerance_of(exported.max_relative_error, None)
     program = found.trials[budget][0].program
-    denoiser = denoiser_of(session.model.transformer, session.interface, quality.first)
     key = [export_key(session, EXPORTS[0]), evaluation_key(session, prepared.held_out[:1], budget, program)]
 
     def compute() -> float:
-        return rounding_of(trunk_of(), program, denoiser, quality.first, quality.golden)
+        return rounding_of(trunk_of(), program, session, quality.runs, quality.golden)
 
     return tolerance_of(exported.max_relative_error, session.workspace.json("rounding", key, compute))
 
@@ -163,18 +161,9 @@ def _programs_at(prepared: Prepared, found: Found, seen: Seen) -> list[schema.Bu
     session = replace(
         own, call=seen.call, interface=seen.interface, decoder=None, key={**own.key, "served at": seen.point}
     )  # pictures are the pipeline's own: its decoder is for the size that is compiled
-    trajectory = full_runs(session, "capture", prepared.prompts, session.options.seed, session.margin)
-    calibration = replace(
-        prepared.calibration,
-        denoiser=denoiser_of(session.model.transformer, seen.interface, trajectory),
-        trajectory=trajectory,
-        table=seen.table,
-        decode=session.decode,
-        references=session.decode(trajectory.latents[-1]),
-        fitted={},
-        attempts=Attempts(session.workspace, [session.key, session.margin, session.options.objective]),
-    )
+    runs = full_runs(session, seen.table, "capture", prepared.prompts, session.options.seed, session.margin)
+    calibration = calibration_of(session, runs, seen.table, prepared.stages)
     with session.reporter.on("fit", f"schedules at {described(seen.point)}"):
-        here = refitted(found, calibration)
-    at_size = replace(prepared, session=session, trajectory=trajectory, table=seen.table, calibration=calibration)
-    return budget_programs(here, evaluated(at_size, here))
+        here = refit(found, calibration)
+    at_size = replace(prepared, session=session, runs=runs, table=seen.table, calibration=calibration)
+    return budget_programs(here, evaluate(at_size, here))

@@ -25,7 +25,7 @@ from ..pipelines.call import prepare_scheduler
 from ..pipelines.probe import PROBE_SAMPLES, probe
 from ..programs.baselines import baseline_programs
 from ..programs.lower import lower
-from ..schedules.search import found_from_json, highest_costs
+from ..schedules.search import FOUND, highest_costs
 from ..workspace.progress import Reporter
 from .capture import calibration_scales, capture_chunks, capture_key
 from .compile import search_key, target_of
@@ -206,15 +206,15 @@ def captured(session: Session, name: str, prompts: Sequence[str], seed: int, mar
     """Whether all full runs of `prompts` are in the workspace."""
     scales = calibration_scales(*session.options.guidance_scale, len(prompts), margin)
     return all(
-        session.workspace.has(name, capture_key(session, prompts[rows], seed + rows.start, scales[rows]), ".npz")
-        for rows in capture_chunks(len(prompts))
+        session.workspace.has(name, capture_key(session, list(prompts[rows]), seed + rows.start, scales[rows]), "")
+        for rows in capture_chunks(session, len(prompts))
     )
 
 
 def evaluated(session: Session, held_out: Sequence[str]) -> bool:
     """Whether every budget's evaluation is in the workspace; to be asked when the searches are."""
     path = session.workspace.path("search", search_key(session), ".json")
-    found = found_from_json(json.loads(path.read_text(encoding="utf-8")))
+    found = FOUND.validate_python(json.loads(path.read_text(encoding="utf-8")))
     keys = [evaluation_key(session, held_out, budget, trials[0].program) for budget, trials in found.trials.items()]
     return all(
         session.workspace.has(*each) for key in keys for each in (("measured", key, ".json"), ("pictures", key, ".npz"))

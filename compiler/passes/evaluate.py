@@ -12,15 +12,15 @@ import numpy as np
 from otcache.schemas import manifest as schema
 from otcache.schemas.program import Program
 
-from ..calibration.outcomes import Evaluation, eight_bits, quality_of
-from ..pipelines.denoiser import denoiser_of
-from ..pipelines.trajectory import Trajectory
+from ..calibration.outcomes import outcome_arrays, quality_from_scores, quality_of
+from ..calibration.runs import Runs
+from ..calibration.scoring import reference_pictures
 from ..programs.baselines import baseline_programs
 from ..programs.solver_table import program_from_table
 from ..report.evidence import WORST
 from ..schedules.search import Found
 from .capture import full_runs
-from .prepare import Prepared
+from .prepare import Prepared, samples_of
 from .session import EVALUATION_SEED, Session
 
 SHOWN = 6
@@ -37,43 +37,40 @@ class Evaluated:
     baselines: dict[str, list[schema.Baseline]]
     outcomes: dict[int, dict[str, np.ndarray]]
     """Of each budget, for the report (`evaluate.Outcome.arrays`)."""
-    references: np.ndarray
-    """Pictures of the full runs, uint8 (n, height, width, 3)."""
-    first: Trajectory
-    """The full run of the first held-out prompt."""
+    references: dict[int, np.ndarray]
+    """Pictures of full runs, uint8 (height, width, 3), by sample: of those that are shown, and of each budget's worst."""
+    runs: Runs
+    """The full runs."""
     golden: np.ndarray
-    """Its final latents at the smallest budget, float32."""
+    """Final latents of the first sample at the smallest budget, float32."""
 
 
-def held_out_trajectory(prepared: Prepared) -> Trajectory:
+def held_out_runs(prepared: Prepared) -> Runs:
     """Full runs of the prompts and seeds that calibration has not seen."""
     session = prepared.session
-    return full_runs(session, "evaluate", prepared.held_out, session.options.seed + EVALUATION_SEED)
+    return full_runs(session, prepared.table, "evaluate", prepared.held_out, session.options.seed + EVALUATION_SEED)
 
 
-def evaluated(prepared: Prepared, found: Found) -> Evaluated:
+def evaluate(prepared: Prepared, found: Found) -> Evaluated:
     """Run every budget's program, and its peers, on prompts and seeds that calibration has not seen."""
-    session, table, stages, prompts = prepared.session, prepared.table, prepared.stages, prepared.held_out
-    trajectory = held_out_trajectory(prepared)
-    evaluation = Evaluation(
-        denoiser=denoiser_of(session.model.transformer, session.interface, trajectory),
-        trajectory=trajectory,
-        decode=session.decode,
-        references=session.decode(trajectory.latents[-1]),
-        stages=stages,
-    )
+    session, table, prompts = prepared.session, prepared.table, prepared.held_out
+    runs = held_out_runs(prepared)
+    samples = samples_of(session, runs, table, prepared.stages)
     programs = {budget: trials[0].program for budget, trials in found.trials.items()}
-    pipeline = session.model.pipeline
+    pipeline, made = session.model.pipeline, [0]
 
     def roll(program: Program) -> dict[str, np.ndarray]:
-        return evaluation.outcome(program).arrays(SHOWN, WORST)
+        made[0] += program.nfe * samples.count
+        return outcome_arrays(samples, program, table.num_inference_steps, shown=SHOWN, worst=WORST)
 
     def measure(budget: int, kept: dict[str, np.ndarray]) -> dict[str, Any]:
         peers = baseline_programs(pipeline.scheduler, table, budget, prepared.set_timesteps)
+        made[0] += sum(peer.nfe for peer in peers.values()) * samples.count
+        scores = {"psnr_db": kept["psnr_db"], "ssim": kept["ssim"], "latent_error": kept["errors"][-1]}
         return {
-            "quality": quality_of(kept["psnr_db"], kept["ssim"], kept["errors"][-1]).model_dump(),
+            "quality": quality_from_scores(scores).model_dump(),
             "baselines": [
-                schema.Baseline(name=name, nfe=peer.nfe, quality=evaluation.quality(peer)).model_dump()
+                schema.Baseline(name=name, nfe=peer.nfe, quality=quality_of(samples, peer)).model_dump()
                 for name, peer in peers.items()
             ],
         }
@@ -86,14 +83,15 @@ def evaluated(prepared: Prepared, found: Found) -> Evaluated:
             outcomes[budget] = session.workspace.arrays("pictures", key, partial(roll, program))
             measured[str(budget)] = session.workspace.json("measured", key, partial(measure, budget, outcomes[budget]))
             advance(position + 1, len(programs))
-        advance.facts["evaluations"] = evaluation.denoiser.evaluations[0]
+        advance.facts["evaluations"] = made[0]
+    named = {*range(min(SHOWN, samples.count)), *(row for each in outcomes.values() for row in each["worst"].tolist())}
     return Evaluated(
         full=program_from_table(table),
         quality={budget: schema.Quality.model_validate(value["quality"]) for budget, value in measured.items()},
         baselines={b: [schema.Baseline.model_validate(peer) for peer in v["baselines"]] for b, v in measured.items()},
         outcomes=outcomes,
-        references=eight_bits(evaluation.references),
-        first=trajectory.rows(slice(1)),
+        references={row: samples.map(reference_pictures, slice(row, row + 1))["pictures"][0] for row in sorted(named)},
+        runs=runs,
         golden=outcomes[min(outcomes)]["latents"],
     )
 

@@ -57,7 +57,7 @@ def served_trunk(prepared: Prepared) -> Served:
     example = _example(prepared)
     if session.options.dtype == "float32":
         return Served(
-            stages=prepared.stages, example=example, elsewhere=tuple(sizes.inputs()), dtype=torch.float32, kept=()
+            stages=prepared.trunk, example=example, elsewhere=tuple(sizes.inputs()), dtype=torch.float32, kept=()
         )
     dtype, scratch = getattr(torch, session.options.dtype), session.workspace.folder
     return stages_in(dtype, session.model.transformer, session.interface, example, sizes, scratch)
@@ -65,7 +65,7 @@ def served_trunk(prepared: Prepared) -> Served:
 
 def _example(prepared: Prepared) -> dict[str, Tensor]:
     """Inputs of the float32 stages at the own size."""
-    return {**example_of(prepared.session, prepared.trajectory), **prepared.sizes.constants_at(0)}
+    return {**example_of(prepared.session, prepared.runs), **prepared.sizes.constants_at(0)}
 
 
 def exported_parts(prepared: Prepared, trunk_of: Callable[[], Served]) -> Exported:
@@ -73,7 +73,7 @@ def exported_parts(prepared: Prepared, trunk_of: Callable[[], Served]) -> Export
 
     trunk_of: `served_trunk`, asked only where the trunk is not in the workspace.
     """
-    session, stages, sizes = prepared.session, prepared.stages, prepared.sizes
+    session, stages, sizes = prepared.session, prepared.trunk, prepared.sizes
     encoders, decoder, pipeline = session.encoders, session.decoder, session.model.pipeline
     encoders_there, text_sizes = encoders_at(pipeline, sizes)
     general, decoder_sizes = decoder_at(pipeline, sizes) if decoder is not None and sizes.pictures > 1 else (None, NONE)

@@ -12,14 +12,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from otcache.schemas.manifest import Golden
 from otcache.schemas.program import Program
 
-from ..calibration.rollout import StagedModel, roll_out
+from ..calibration.rollout import StagedModel, residual_memory, roll_out
+from ..calibration.runs import Runs
 from ..export.precision import Served
 from ..pipelines.denoiser import Denoiser
-from ..pipelines.trajectory import Trajectory
+from .session import Session
 
 PATH = "golden/latents.f32"
 TOLERANCE = 1e-3
@@ -41,11 +44,31 @@ def tolerance_of(max_relative_error: float, rounding: float | None) -> float:
     return min(1.0, max(TOLERANCE, expected))
 
 
-def rounding_of(served: Served, program: Program, denoiser: Denoiser, first: Trajectory, golden: np.ndarray) -> float:
-    """‖x − g‖₂ / ‖g‖₂ of the golden latents g and those, x, that torch makes with the stages as they are served."""
-    staged = StagedModel(served.stages, denoiser, cast=served.inputs_of)
-    latents = roll_out(program, denoiser, first.latents[0], staged=staged).numpy()[0]
+def rounding_of(served: Served, program: Program, session: Session, runs: Runs, golden: np.ndarray) -> float:
+    """‖x − g‖₂ / ‖g‖₂ of the golden latents g and those, x, that torch makes with the stages as they are served.
+
+    Args:
+        served: the trunk as it is exported, on the CPU.
+        program: of the golden request's budget.
+        session: whose pipeline is on the CPU in float32.
+        runs: full runs of the held-out prompts, the golden one first.
+        golden: its final latents, float32 (…).
+    """
+    first = slice(1)
+    conditioning = {name: _float32(value) for name, value in runs.conditioning(first).items()}
+    denoiser = Denoiser(
+        transformer=session.model.transformer,
+        interface=session.interface,
+        conditioning=conditioning,
+        guidance=torch.from_numpy(runs.guidance(first)),
+    )
+    staged = StagedModel(served.stages, denoiser, keep=residual_memory(program), cast=served.inputs_of)
+    latents = roll_out(program, denoiser, torch.from_numpy(runs.latents(first, 0)), staged=staged).numpy()[0]
     return float(np.linalg.norm((latents - golden).astype(np.float64)) / np.linalg.norm(golden.astype(np.float64)))
+
+
+def _float32(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
 
 
 def golden_record(

@@ -48,7 +48,7 @@ def manifest_fields(
 
     programs_at: of sizes with a sampler of their own. golden_tolerance: see `golden.tolerance_of`.
     """
-    session, table, stages, sizes = prepared.session, prepared.table, prepared.stages, prepared.sizes
+    session, table, stages, sizes = prepared.session, prepared.table, prepared.trunk, prepared.sizes
     prompts, held_out = prepared.prompts, prepared.held_out
     options, call, interface, model = session.options, session.call, session.interface, session.model
     total = options.num_inference_steps

@@ -1,27 +1,33 @@
-"""The passes up to the searches: options → `Prepared`: load, probe, capture, lower and cut. What all passes share is a
+"""The passes up to the searches: options → `Prepared`: load, probe, lower, capture and cut. What all passes share is a
 `Session`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from otcache.schemas.errors import UsageError
+
 from ..calibration import metrics
+from ..calibration.batch import Evaluator
+from ..calibration.runs import Runs
+from ..calibration.samples import LocalSamples
 from ..calibration.trials import Calibration
 from ..graph.stages import Stages
 from ..models.model import Model
 from ..options import CompileOptions
 from ..pipelines.call import prepare_scheduler
-from ..pipelines.denoiser import denoiser_of
-from ..pipelines.trajectory import Trajectory
+from ..pipelines.denoiser import Denoiser, placed
 from ..programs.lower import lower
 from ..programs.solver_table import SolverTable
+from ..sizes.requested import Wanted
 from ..sizes.served import Sizes, stages_for
-from ..workspace.ledger import Attempts
+from ..workspace.ledger import Ledger
 from ..workspace.progress import Reporter
 from .capture import full_runs
 from .session import EVALUATION_SEED, Session, begin
@@ -32,11 +38,12 @@ class Prepared:
     """A model with its sampler lowered, its transformer cut and its calibration set run: what searches start from."""
 
     session: Session
-    trajectory: Trajectory
+    runs: Runs
     """Of the calibration set."""
     table: SolverTable
-    stages: Stages
-    sizes: Sizes
+    stages: Stages | None
+    """None where nothing asks for a cut."""
+    sizes: Sizes = field(default_factory=Sizes)
     """Those of the session's that the stages take."""
     calibration: Calibration
     prompts: list[str]
@@ -44,15 +51,30 @@ class Prepared:
 
     @property
     def seeds(self) -> tuple[int, ...]:
+        """Of the calibration set."""
         return tuple(self.session.options.seed + i for i in range(len(self.prompts)))
 
     @property
     def held_out_seeds(self) -> tuple[int, ...]:
+        """Of the held-out prompts."""
         return tuple(self.session.options.seed + EVALUATION_SEED + i for i in range(len(self.held_out)))
 
     def set_timesteps(self, scheduler: Any, steps: int) -> None:
         """Prepare a scheduler as the pipeline prepares its own."""
         prepare_scheduler(self.session.model.pipeline, self.session.call, scheduler, steps)
+
+    @property
+    def trunk(self) -> Stages:
+        """The stages, where something asks for a cut."""
+        assert self.stages is not None, "needs_stages"
+        return self.stages
+
+    @property
+    def samples(self) -> LocalSamples:
+        """Of the calibration set, on this host."""
+        samples = self.calibration.samples
+        assert isinstance(samples, LocalSamples)
+        return samples
 
 
 def prepare(
@@ -63,14 +85,17 @@ def prepare(
     *,
     like: Prepared | None = None,
 ) -> Prepared:
-    """The passes up to the searches: load, probe, capture, lower, cut.
+    """The passes up to the searches: load, probe, lower, capture, cut.
 
-    held: keeps other compiles out of the workspace until it is closed; without it they may work at the same time.
-    like: the same model at the same size, prepared for other guidance or other prompts: it is not loaded and cut again.
+    Args:
+        options: what the user chose.
+        reporter: told of every pass.
+        held: keeps other compiles out of the workspace until it is closed; without it they may work at the same time.
+        live: the model where it is in memory.
+        like: the same model at the same size, prepared for other guidance or other prompts: it is not loaded and cut
+            again.
     """
     session, prompts, held_out = begin(options, reporter, like.session.model if like else live)
-    model = session.model
-    lpips = metrics.lpips_metric() if options.objective == "lpips" else None
     if held:
         folder = session.workspace.folder
         held.enter_context(
@@ -78,50 +103,106 @@ def prepare(
                 lambda: reporter.note(f"another compile of this model is at work in {folder}: waiting until it ends")
             )
         )
-    trajectory = full_runs(session, "capture", prompts, options.seed, session.margin)
-    with reporter.on("lower", type(model.pipeline.scheduler).__name__):
-        prepare_scheduler(model.pipeline, session.call, model.pipeline.scheduler, options.num_inference_steps)
-        table = lower(model.pipeline.scheduler)
-    stages, sizes = (like.stages, like.sizes) if like else _cut(session, trajectory)
+    with reporter.on("lower", type(session.model.pipeline.scheduler).__name__):
+        table = lowered(session)
+    runs = full_runs(session, table, "capture", prompts, options.seed, session.margin)
+    if like:
+        stages, sizes = like.stages, like.sizes
+    else:
+        stages, sizes = cut_stages(session, runs) if needs_stages(session) else (None, Sizes())
     session = replace(session, interface=replace(session.interface, tables=sizes.own_tables))
-    attempts = Attempts(session.workspace, [session.key, session.margin, options.objective])
-    calibration = Calibration(
-        denoiser=denoiser_of(model.transformer, session.interface, trajectory),
-        trajectory=trajectory,
-        table=table,
-        decode=session.decode,
-        references=session.decode(trajectory.latents[-1]),
-        objective=options.objective,
-        stages=stages,
-        lpips=lpips,
-        attempts=attempts,
-    )
     return Prepared(
         session=session,
-        trajectory=trajectory,
+        runs=runs,
         table=table,
         stages=stages,
         sizes=sizes,
-        calibration=calibration,
+        calibration=calibration_of(session, runs, table, stages),
         prompts=prompts,
         held_out=held_out,
     )
 
 
-def _cut(session: Session, trajectory: Trajectory) -> tuple[Stages, Sizes]:
+def lowered(session: Session) -> SolverTable:
+    """The pipeline's own sampler as coefficients."""
+    scheduler = session.model.pipeline.scheduler
+    prepare_scheduler(session.model.pipeline, session.call, scheduler, session.options.num_inference_steps)
+    return lower(scheduler)
+
+
+def evaluator_of(session: Session, table: SolverTable, stages: Stages | None) -> Evaluator:
+    """The model on its device, as sets of samples use it."""
+    return Evaluator(
+        transformer=session.model.transformer,
+        interface=placed(session.interface, session.placement.device),
+        device=session.placement.device,
+        decode=session.decode,
+        table=table,
+        stages=stages,
+        lpips=metrics.lpips_metric() if session.options.objective == "lpips" else None,
+    )
+
+
+def samples_of(session: Session, runs: Runs, table: SolverTable, stages: Stages | None) -> LocalSamples:
+    """Full runs with the model, on this host."""
+    return LocalSamples(runs, evaluator_of(session, table, stages), session.micro_batch, session.workspace.folder)
+
+
+def calibration_of(
+    session: Session, runs: Runs, table: SolverTable, stages: Stages | None, *, ledger: Ledger | None = None
+) -> Calibration:
+    """A way to try schedules on full runs; what was tried is kept in the workspace unless a ledger says otherwise."""
+    return Calibration(
+        samples=samples_of(session, runs, table, stages),
+        table=table,
+        objective=session.options.objective,
+        ledger=ledger or Ledger(session.workspace, [session.key, session.margin, session.options.objective]),
+    )
+
+
+def needs_stages(session: Session) -> bool:
+    """Whether anything that follows runs the model in parts. Raises UsageError where it cannot be cut and has to be."""
+    options = session.options
+    if session.placement.offload != "none":
+        if options.payload == "residual":
+            raise UsageError(
+                "--payload residual runs the model in parts, which offloading has no hooks for: give --offload none"
+            )
+        return False
+    if options.payload == "residual":
+        return True
+    exports = options.engines == "onnx"
+    return exports and (
+        session.placement.exportable or (options.payload == "auto" and options.limits.residual_samples > 0)
+    )
+
+
+def cut_stages(session: Session, runs: Runs) -> tuple[Stages, Sizes]:
     """The stages, with as many of the wanted sizes as they take."""
-    transformer, example = session.model.transformer, example_of(session, trajectory)
+    transformer, example = session.model.transformer, example_of(session, runs)
+    own = session.placement.exportable
     session.model.give_back()  # what the full runs have read
+    interface = placed(session.interface, session.placement.device)
     with session.reporter.on("cut", type(transformer).__name__):
-        stages, sizes = stages_for(transformer, session.interface, example, session.wanted, session.seen)
+        stages, sizes = stages_for(
+            transformer, interface, example, session.wanted if own else Wanted(), session.seen if own else ()
+        )
     for axis, reason in sizes.fixed.items():
         session.reporter.note(f"{axis} stays as compiled: {reason}")
     return stages, sizes
 
 
-def example_of(session: Session, trajectory: Trajectory) -> dict[str, Tensor]:
+def example_of(session: Session, runs: Runs) -> dict[str, Tensor]:
     """Transformer inputs with a batch of 2 · branches (4 for guided models), taken from the calibration set."""
-    part = trajectory.rows(slice(2))
-    denoiser = denoiser_of(session.model.transformer, session.interface, part)
-    middle = len(trajectory.timesteps) // 2
-    return denoiser.inputs(part.latents[middle], trajectory.timesteps[middle], 1.0)
+    device, dtype, rows = session.placement.device, session.interface.dtype, slice(2)
+    middle = runs.num_inference_steps // 2
+    denoiser = Denoiser(
+        transformer=session.model.transformer,
+        interface=session.interface,
+        conditioning={
+            name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+            for name, value in runs.conditioning(rows).items()
+        },
+        guidance=torch.from_numpy(runs.guidance(rows)).to(device),
+    )
+    return denoiser.inputs(torch.from_numpy(runs.latents(rows, middle)).to(device), runs.timesteps[middle], 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from otcache.schemas.errors import UsageError
 from otcache.schemas.shapes import described
 
 from ..calibration import metrics
+from ..calibration.samples import MicroBatch
 from ..export.decoder import latent_decoder
 from ..export.text_encoders import Encoders, text_encoders
 from ..models.load import load_model
@@ -24,7 +25,19 @@ from ..models.model import Model, read_prompts
 from ..options import CompileOptions, split_prompts
 from ..pipelines.call import CallOptions, call_options
 from ..pipelines.decode import decoded
+from ..pipelines.denoiser import denoiser_of, placed
+from ..pipelines.full_run import capture
 from ..pipelines.interface import Interface
+from ..pipelines.placement import (
+    PeakBytes,
+    Placement,
+    check_precision,
+    choose_micro_batch,
+    device_from_name,
+    free_bytes,
+    place,
+    placement_of,
+)
 from ..pipelines.probe import probe
 from ..sizes.requested import Wanted, wanted
 from ..sizes.served import Seen, own_point, programs_differ, see
@@ -42,8 +55,6 @@ Guided outputs are stiffer there, as those of a few prompts in a hundred are at 
 holds for those as well (the changelog has the figures).
 """
 
-DECODE_BATCH = 16
-
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
@@ -55,6 +66,8 @@ class Session:
     interface: Interface
     workspace: Workspace
     reporter: Reporter
+    placement: Placement
+    micro_batch: MicroBatch
     key: dict[str, Any]
     """Everything that calibration depends on, for the workspace."""
     decoder: torch.nn.Module | None
@@ -75,13 +88,25 @@ class Session:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents (n, …) → pictures float32 (n, [frames,] height, width, 3) in [0, 1]."""
-        return torch.cat([self._decoded(part) for part in latents.split(DECODE_BATCH)]).numpy()
+        return torch.cat([self._decoded(part).cpu() for part in latents.split(self.micro_batch.size)]).numpy()
 
     def _decoded(self, latents: Tensor) -> Tensor:
         if self.decoder is None:
             return decoded(self.model.pipeline, self.call, latents)
-        pictures: Tensor = self.decoder(latents.to(next(self.decoder.parameters()).dtype))
+        pictures: Tensor = self.decoder(latents.to(self.decoder_dtype))
         return pictures.float()
+
+    @property
+    def decoder_dtype(self) -> torch.dtype:
+        """Of the decoder's weights."""
+        return (
+            next((each.dtype for each in self.decoder.parameters()), torch.float32) if self.decoder else torch.float32
+        )
+
+    @property
+    def evaluator_interface(self) -> Interface:
+        """The interface with its constants on the device."""
+        return placed(self.interface, self.placement.device)
 
 
 def begin(
@@ -93,19 +118,27 @@ def begin(
         metrics.lpips_metric()  # where it is missing, say so before anything is loaded
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    precision: torch.dtype = getattr(torch, options.precision)
+    placement = Placement(device=device_from_name(options.device), precision=precision, offload=options.offload)
+    check_precision(placement.device, placement.precision)
     with reporter.on("load", options.model):
         model = live or load_model(
             options.model,
+            dtype=options.precision,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
             lora=options.lora,
             scratch=options.workspace,
         )
+        if live is None:
+            place(model.pipeline, placement)
+        else:
+            placement = placement_of(model.pipeline, model.transformer)
     prompts, held_out = split_prompts(
         own or model.prompts or default_prompts(), options.calibration_prompts, options.evaluation_prompts
     )
     with reporter.on("probe", type(model.pipeline).__name__):
-        return _session(options, model, prompts, reporter), prompts, held_out
+        return _session(options, model, placement, prompts, reporter), prompts, held_out
 
 
 def default_prompts() -> list[str]:
@@ -113,7 +146,9 @@ def default_prompts() -> list[str]:
     return read_prompts(Path(__file__).parent / "prompts.txt")
 
 
-def _session(options: CompileOptions, model: Model, prompts: Sequence[str], reporter: Reporter) -> Session:
+def _session(
+    options: CompileOptions, model: Model, placement: Placement, prompts: Sequence[str], reporter: Reporter
+) -> Session:
     own = model.call
     call = call_options(
         model.pipeline,
@@ -127,7 +162,8 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
     others = wanted(
         own_point(call), sizes=options.sizes, frame_counts=options.frame_counts, text_lengths=options.text_lengths
     )
-    encoders = text_encoders(model.pipeline, call.max_sequence_length or 0)
+    exports = options.engines == "onnx" and placement.exportable
+    encoders = text_encoders(model.pipeline, call.max_sequence_length or 0) if exports else None
     interface = probe(model.pipeline, call, options.nominal_scale, prompts)
     if interface.guided and call.scale_offset:
         reporter.note(
@@ -135,7 +171,8 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
             f"{call.guidance_argument} {options.nominal_scale + call.scale_offset:g}"
         )
     latents = torch.randn(2, *interface.latents_shape, generator=torch.Generator().manual_seed(0))
-    pictures = decoded(model.pipeline, call, latents)
+    on_device = latents.to(placement.device)
+    pictures = decoded(model.pipeline, call, on_device)
     name = type(model.pipeline).__name__
     expected = (*(() if call.num_frames is None else (call.num_frames,)), call.height, call.width, 3)
     if tuple(pictures.shape[1:]) != expected:
@@ -143,17 +180,18 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
             f"{name} draws {tuple(pictures.shape[1:])} where {expected} was asked for (frames, height, width, colours): "
             "give a --height, --width and --num-frames that it accepts as they are"
         )
-    decoder = latent_decoder(model.pipeline, latents, pictures, call.height, call.width)
-    if encoders is None:
+    decoder = latent_decoder(model.pipeline, on_device, pictures, call.height, call.width)
+    if exports and encoders is None:
         reporter.note(
             f"{name} has no export of its text encoders: the artifact takes what `otc encode` makes of prompts"
         )
-    if decoder is None:
+    if exports and decoder is None:
         reporter.note(f"{name} has no export of its decoder: the artifact makes latents")
     if not interface.guided and options.guidance_scale[0] != options.guidance_scale[1]:
         raise UsageError(
             f"--guidance-scale is a range, but {type(model.pipeline).__name__} runs one branch here: expected one number"
         )
+    micro_batch = _micro_batch(options, model, call, interface, placement, prompts, reporter)
     key = {
         "config": model.config_digest,
         "weights": model.weights_digest,
@@ -165,6 +203,11 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
         "negative": call.negative_prompt,
         "guidance": list(options.guidance_scale),
         "seed": options.seed,
+        "placement": {
+            "device": placement.device.type,
+            "precision": str(placement.precision).removeprefix("torch."),
+            "micro batch": micro_batch.size,
+        },
     }
     workspace = Workspace(
         (options.workspace or default_workspace()) / digest_of_value(key)[7:23],
@@ -184,6 +227,8 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
         interface=interface,
         workspace=workspace,
         reporter=reporter,
+        placement=placement,
+        micro_batch=micro_batch,
         key=key,
         decoder=decoder,
         decoder_example={"latents": latents},
@@ -191,6 +236,26 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
         wanted=others,
         seen=seen,
     )
+
+
+def _micro_batch(
+    options: CompileOptions,
+    model: Model,
+    call: CallOptions,
+    interface: Interface,
+    placement: Placement,
+    prompts: Sequence[str],
+    reporter: Reporter,
+) -> MicroBatch:
+    """As many samples at once as the options say, or as the device has room for after one was evaluated."""
+    if options.micro_batch:
+        return MicroBatch(options.micro_batch, reporter.note)
+    device, short = placement.device, replace(call, num_inference_steps=2)
+    one = capture(model.pipeline, interface, short, prompts[:1], [0], [options.nominal_scale])
+    denoiser = denoiser_of(model.transformer, placed(interface, device), one.to(device))
+    with PeakBytes([*model.transformer.parameters(), *model.transformer.buffers()]) as counted:
+        denoiser(one.latents[0].to(device), one.timesteps[0])
+    return MicroBatch(choose_micro_batch(counted.peak, free_bytes(device)), reporter.note)
 
 
 def versions() -> dict[str, str]:

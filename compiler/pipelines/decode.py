@@ -24,7 +24,7 @@ def decoded(pipeline: Any, options: CallOptions, latents: Tensor) -> Tensor:
     count, scheduler = len(latents), pipeline.scheduler
 
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, return_dict: bool = True, **__: Any) -> Any:
-        final = latents.repeat(len(sample) // count, *[1] * (latents.ndim - 1)).to(sample.dtype)
+        final = latents.repeat(len(sample) // count, *[1] * (latents.ndim - 1)).to(sample)
         return SimpleNamespace(prev_sample=final) if return_dict else (final,)
 
     arguments = dataclasses.replace(options, num_inference_steps=2).arguments(1.0, count) | {"output_type": "np"}

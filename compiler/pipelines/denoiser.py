@@ -5,13 +5,14 @@ Shapes: n samples, latents (n, …) as the scheduler sees them, float32; conditi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import arguments
+from .arguments import PerSample, arguments
 from .guidance import with_norm_of
 from .interface import Interface
 from .trajectory import Trajectory
@@ -19,24 +20,25 @@ from .trajectory import Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class Denoiser:
-    """The guided model output at any latents and time, for the samples of one trajectory. Counts its evaluations."""
+    """The guided model output at any latents and time, for some samples, on the device where their conditioning is."""
 
     transformer: Any
     interface: Interface
+    """Its constants have to be on that device (`placed`)."""
     conditioning: dict[str, Tensor]
     guidance: Tensor
-    evaluations: list[int] = field(default_factory=lambda: [0])
-    """Sample evaluations so far (a guided one counts once), in a list so that it can grow."""
+    """Scale of each sample, float32 (n,)."""
 
     def inputs(self, latents: Tensor, timestep: float, input_scale: float) -> dict[str, Tensor]:
         """Tensor arguments with the branches along the batch axis: (branches · n, …)."""
-        interface, count = self.interface, latents.shape[0]
-        dtype = next(self.transformer.parameters()).dtype
-        rows = interface.branches * count
+        interface, dtype = self.interface, self.interface.dtype
+        rows = interface.branches * latents.shape[0]
         scaled = (latents * input_scale).to(dtype)
         return {
             interface.latents_input: scaled.repeat(interface.branches, *[1] * (latents.ndim - 1)),
-            interface.timestep_input: torch.full((rows,), timestep * interface.timestep_scale, dtype=dtype),
+            interface.timestep_input: torch.full(
+                (rows,), timestep * interface.timestep_scale, dtype=dtype, device=latents.device
+            ),
             **{name: value.flatten(0, 1) for name, value in self.conditioning.items()},
         }
 
@@ -52,9 +54,9 @@ class Denoiser:
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, timestep: float, input_scale: float = 1.0) -> Tensor:
+        """The guided output (n, …) float32: one evaluation of the model for each sample, all branches together."""
         inputs = self.inputs(latents, timestep, input_scale)
         output = self.transformer(**arguments(inputs, self.interface.constants))
-        self.evaluations[0] += latents.shape[0]
         return self.guide(self.interface.output(output))
 
 
@@ -63,3 +65,21 @@ def denoiser_of(transformer: Any, interface: Interface, trajectory: Trajectory) 
     return Denoiser(
         transformer=transformer, interface=interface, conditioning=trajectory.conditioning, guidance=trajectory.guidance
     )
+
+
+def placed(interface: Interface, device: torch.device | str) -> Interface:
+    """The interface with the tensors among its constants on a device."""
+    return replace(interface, constants={name: _moved(value, device) for name, value in interface.constants.items()})
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """A constant argument, as `arguments` takes it, with its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, PerSample):
+        return PerSample(value.row.to(device))
+    if isinstance(value, Mapping):
+        return {key: _moved(each, device) for key, each in value.items()}
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_moved(each, device) for each in value)
+    return value

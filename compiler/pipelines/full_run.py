@@ -1,15 +1,16 @@
-"""Pass `capture`: pipeline + prompts → Trajectory, and the conditioning that a pipeline makes of prompts.
+"""Pass `capture`: pipeline + prompts → full runs, and the conditioning that a pipeline makes of prompts.
 
-The pipeline itself runs, and what it does is recorded (`record`).
+The pipeline itself runs, and what it does is recorded (`record`): step by step into something that takes it
+(`record_full_runs`), or into tensors, for a few steps of a few samples (`capture`).
 
-Shapes: T steps, n samples, latents (n, …) as the scheduler sees them. Latents and outputs are float32.
+Shapes: T steps, n samples, latents (n, …) as the scheduler sees them. Latents and outputs are float32, on the CPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,95 @@ from .record import Progress, Tape, recorded_run
 from .trajectory import Trajectory
 
 
+class StepSink(Protocol):
+    """What takes full runs while they are made (`calibration.runs.RunWriter`)."""
+
+    def write_step(
+        self, rows: Sequence[int], step_index: int, timestep: float, before: Tensor, output: Tensor, after: Tensor
+    ) -> None:
+        """Latents before and after a step, and the guided output between them, of some of the samples: (m, …) each."""
+
+
+def record_full_runs(
+    pipeline: Any,
+    interface: Interface,
+    options: CallOptions,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    guidance_scales: Sequence[float],
+    sink: StepSink,
+    *,
+    rows: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """One full run of the pipeline for each prompt, into `sink`. Samples of equal guidance run as one batch.
+
+    Args:
+        prompts, seeds, guidance_scales: one of each for every sample, (n,).
+        rows: where the samples stand in the sink, 0 … n−1 by default.
+
+    Returns the conditioning by name, (branches, n, …). Raises ModelError for values that are not finite.
+    """
+    rows = range(len(prompts)) if rows is None else rows
+    parts: list[tuple[list[int], Tape]] = []
+    groups = sorted(set(guidance_scales))
+    for position, scale in enumerate(groups):
+        own = [i for i, value in enumerate(guidance_scales) if value == scale]
+        places = [rows[i] for i in own]
+
+        def report(done: int, total: int, position: int = position) -> None:
+            if progress:
+                progress(position * total + done, len(groups) * total)
+
+        def write(
+            index: int, timestep: float, before: Tensor, output: Tensor, after: Tensor, places: list[int] = places
+        ) -> None:
+            if not (torch.isfinite(output).all() and torch.isfinite(after).all()):
+                raise ModelError(
+                    f"{type(pipeline).__name__}: step {index} of a full run of {options.num_inference_steps} gave values "
+                    "that are not finite: check that the pipeline itself draws pictures with these options (in float16 "
+                    "large models overflow: try --precision bfloat16)"
+                )
+            sink.write_step(places, index, timestep, before, output, after)
+
+        tape = recorded_run(
+            pipeline,
+            options,
+            scale,
+            [prompts[i] for i in own],
+            [seeds[i] for i in own],
+            progress=report,
+            on_step=write,
+        )
+        parts.append((own, tape))
+    order = torch.tensor([row for own, _ in parts for row in own]).argsort()
+    return {
+        name: torch.cat([_branches(interface, tape, name) for _, tape in parts], dim=1)[:, order]
+        for name in interface.conditioning
+    }
+
+
+class _Kept:
+    """A sink that keeps everything."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.latents: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self.timesteps: list[float] = []
+
+    def write_step(
+        self, rows: Sequence[int], step_index: int, timestep: float, before: Tensor, output: Tensor, after: Tensor
+    ) -> None:
+        if step_index == len(self.outputs):
+            self.outputs.append(output.new_empty(self.count, *output.shape[1:]))
+            self.latents += [torch.empty_like(self.outputs[-1]) for _ in range(step_index + 2 - len(self.latents))]
+            self.timesteps.append(timestep)
+        self.latents[step_index][rows] = before
+        self.outputs[step_index][rows] = output
+        self.latents[step_index + 1][rows] = after
+
+
 def capture(
     pipeline: Any,
     interface: Interface,
@@ -33,39 +123,17 @@ def capture(
     *,
     progress: Progress | None = None,
 ) -> Trajectory:
-    """One full run of the pipeline per prompt. Samples of equal guidance run as one batch."""
-    parts: list[tuple[list[int], Tape]] = []
-    groups = sorted(set(guidance_scales))
-    for position, scale in enumerate(groups):
-        rows = [i for i, value in enumerate(guidance_scales) if value == scale]
-
-        def report(done: int, total: int, position: int = position) -> None:
-            if progress:
-                progress(position * total + done, len(groups) * total)
-
-        tape = recorded_run(
-            pipeline, options, scale, [prompts[i] for i in rows], [seeds[i] for i in rows], progress=report
-        )
-        parts.append((rows, tape))
-    order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
-    latents = torch.cat([torch.stack([*tape.samples, *tape.final]) for _, tape in parts], dim=1)[:, order]
-    outputs = torch.cat([torch.stack(tape.guided) for _, tape in parts], dim=1)[:, order]
-    conditioning = {
-        name: torch.cat([_branches(interface, tape, name) for _, tape in parts], dim=1)[:, order]
-        for name in interface.conditioning
-    }
-    if not (torch.isfinite(latents).all() and torch.isfinite(outputs).all()):
-        raise ModelError(
-            f"{type(pipeline).__name__}: a full run of {options.num_inference_steps} steps gave values that are not finite: "
-            "check that the pipeline itself draws pictures with these options"
-        )
-    scales = torch.tensor([float(value) for value in guidance_scales])
+    """`record_full_runs` into tensors: for a few samples and steps, as all of them are in memory."""
+    kept = _Kept(len(prompts))
+    conditioning = record_full_runs(
+        pipeline, interface, options, prompts, seeds, guidance_scales, kept, progress=progress
+    )
     return Trajectory(
-        latents=latents,
-        outputs=outputs,
+        latents=torch.stack(kept.latents),
+        outputs=torch.stack(kept.outputs),
         conditioning=conditioning,
-        guidance=scales,
-        timesteps=tuple(parts[0][1].timesteps),
+        guidance=torch.tensor([float(value) for value in guidance_scales]),
+        timesteps=tuple(kept.timesteps),
     )
 
 

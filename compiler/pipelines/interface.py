@@ -59,6 +59,8 @@ class Interface:
     noise_split: tuple[int, ...]
     noise_permutation: tuple[int, ...]
     latents_shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    """In which the pipeline passes latents to the model."""
 
     @property
     def held(self) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: S
         noise_split=split,
         noise_permutation=permutation,
         latents_shape=tuple(sample.shape[1:]),
+        dtype=first.calls[0][0][latents_input].dtype,
     )
 
 

@@ -20,11 +20,17 @@ from .arguments import PLAIN, flattened
 from .call import CallOptions, prompt_arguments
 
 Progress = Callable[[int, int], None]
+OnStep = Callable[[int, float, Tensor, Tensor, Tensor], None]
+"""Called after each step with its index and timestep, the latents before it, the guided output, and the latents after
+it, (n, …) float32 each."""
 
 
 @dataclass
 class Tape:
-    """What one run of a pipeline did: per step the transformer's calls, the scheduler's sample and model output."""
+    """What one run of a pipeline did: per step the transformer's calls, the scheduler's sample and model output.
+
+    Everything that was recorded is on the CPU, wherever the pipeline runs.
+    """
 
     calls: list[list[dict[str, Any]]] = field(default_factory=lambda: [[]])
     call_outputs: list[list[Tensor]] = field(default_factory=lambda: [[]])
@@ -33,12 +39,16 @@ class Tape:
     guided: list[Tensor] = field(default_factory=list)
     final: list[Tensor] = field(default_factory=list)
     """The latents after the last step."""
-    noise_shapes: list[tuple[int, ...]] = field(default_factory=list)
 
 
 @contextlib.contextmanager
-def record(pipeline: Any, *, keep_calls: int = 2, progress: Progress | None = None) -> Iterator[Tape]:
-    """Record what a pipeline does while the context lasts. The calls of the first `keep_calls` steps are kept."""
+def record(
+    pipeline: Any, *, keep_calls: int = 2, progress: Progress | None = None, on_step: OnStep | None = None
+) -> Iterator[Tape]:
+    """Record what a pipeline does while the context lasts. The calls of the first `keep_calls` steps are kept.
+
+    on_step: takes latents and outputs of every step in the place of the tape, which then keeps none.
+    """
     tape = Tape()
     transformer = transformer_of(pipeline, type(pipeline).__name__)
     signature = inspect.signature(transformer.forward)
@@ -46,21 +56,27 @@ def record(pipeline: Any, *, keep_calls: int = 2, progress: Progress | None = No
     original_step = scheduler.step
 
     def after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if len(tape.guided) < keep_calls:
+        if len(tape.timesteps) < keep_calls:
             call = flattened(_bound(signature, args, kwargs))
             tape.calls[-1].append({key: _kept(value) for key, value in call.items()})
-            tape.call_outputs[-1].append(PLAIN(output))
+            tape.call_outputs[-1].append(_kept(PLAIN(output)))
 
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        before, output = _kept(sample).float(), _kept(model_output).float()
         result = original_step(model_output, timestep, sample, *args, **kwargs)
+        after = _kept(result[0] if isinstance(result, tuple) else result.prev_sample).float()
+        if on_step:
+            on_step(len(tape.timesteps), float(timestep), before, output, after)
+        else:
+            tape.samples.append(before)
+            tape.guided.append(output)
+            tape.final = [after]
         tape.timesteps.append(float(timestep))
-        tape.samples.append(sample.detach().float().clone())
-        tape.guided.append(model_output.detach().float().clone())
-        tape.final = [(result[0] if isinstance(result, tuple) else result.prev_sample).detach().float().clone()]
-        tape.calls.append([])
-        tape.call_outputs.append([])
+        if len(tape.timesteps) < keep_calls:
+            tape.calls.append([])
+            tape.call_outputs.append([])
         if progress:
-            progress(len(tape.guided), len(scheduler.timesteps))
+            progress(len(tape.timesteps), len(scheduler.timesteps))
         return result
 
     handle = transformer.register_forward_hook(after_forward, with_kwargs=True)
@@ -73,10 +89,10 @@ def record(pipeline: Any, *, keep_calls: int = 2, progress: Progress | None = No
 
 
 def _kept(value: Any) -> Any:
-    """A tensor, or a list of them, as it is now: some pipelines change their latents in place afterwards."""
+    """A tensor, or a list of them, as it is now, on the CPU: some pipelines change their latents in place afterwards."""
     if isinstance(value, list):
         return [_kept(each) for each in value]
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -95,14 +111,29 @@ def recorded_run(
     prompts: Sequence[str],
     seeds: Sequence[int],
     progress: Progress | None = None,
+    on_step: OnStep | None = None,
 ) -> Tape:
+    """One run of the pipeline on n prompts, with noise of a CPU generator for each. See `record`."""
+    count = len(prompts)
+
+    def first_branch(step_index: int, timestep: float, *tensors: Tensor) -> None:
+        assert on_step is not None
+        on_step(step_index, timestep, *(value[:count] for value in tensors))
+
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    with record(pipeline, progress=progress) as tape, guider_at(pipeline, guidance_scale), torch.no_grad():
-        arguments = options.arguments(guidance_scale, len(prompts))
+    taken = None if on_step is None else first_branch
+    with (
+        record(pipeline, progress=progress, on_step=taken) as tape,
+        guider_at(pipeline, guidance_scale),
+        torch.no_grad(),
+    ):
+        arguments = options.arguments(guidance_scale, count)
         pipeline(**prompt_arguments(pipeline, prompts), generator=generators, **arguments)
-    if len(tape.samples[0]) == 2 * len(prompts):  # both branches, with the same latents, went to the scheduler
+    if (
+        tape.samples and len(tape.samples[0]) == 2 * count
+    ):  # both branches, with the same latents, went to the scheduler
         for steps in (tape.samples, tape.guided, tape.final):
-            steps[:] = [step[: len(prompts)] for step in steps]
+            steps[:] = [step[:count] for step in steps]
     return tape
 
 

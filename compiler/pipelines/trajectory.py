@@ -1,9 +1,10 @@
-"""A recorded full run of n samples."""
+"""A recorded full run of a few samples, in memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +22,7 @@ class Trajectory:
 
     @property
     def count(self) -> int:
+        """n."""
         return self.latents.shape[1]
 
     def rows(self, rows: slice) -> Trajectory:
@@ -31,4 +33,14 @@ class Trajectory:
             timesteps=self.timesteps,
             conditioning={name: value[:, rows] for name, value in self.conditioning.items()},
             guidance=self.guidance[rows],
+        )
+
+    def to(self, device: torch.device) -> Trajectory:
+        """The same with conditioning and guidance on a device; latents and outputs stay where they are."""
+        return Trajectory(
+            latents=self.latents,
+            outputs=self.outputs,
+            timesteps=self.timesteps,
+            conditioning={name: value.to(device) for name, value in self.conditioning.items()},
+            guidance=self.guidance.to(device),
         )

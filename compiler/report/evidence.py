@@ -7,7 +7,7 @@ digest.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -115,7 +115,7 @@ class Shown:
 
 def gather(
     kept: Mapping[int, Mapping[str, np.ndarray]],
-    references: np.ndarray,
+    references: Mapping[int, np.ndarray] | np.ndarray,
     *,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -123,7 +123,10 @@ def gather(
     sigmas: Sequence[float] | None,
     passes: Sequence[PassEvidence] = (),
 ) -> tuple[Evidence, Shown]:
-    """From what is kept of each budget's roll-out (`evaluate.Outcome.arrays`) and the full runs' pictures, uint8."""
+    """From what is kept of each budget's roll-out (`outcomes.outcome_arrays`) and the full runs' pictures.
+
+    references: uint8 (height, width, 3) of the prompts that are shown and of each budget's worst, by their index.
+    """
     entries = {
         budget: BudgetEvidence(
             budget=budget,
@@ -141,18 +144,25 @@ def gather(
         prompts={index: prompts[index] for index in named},
         seeds={index: seeds[index] for index in named},
         shown=shown,
-        cell=cell_of(*references.shape[1:3]),
+        cell=cell_of(*references[0].shape[:2]),
         timesteps=tuple(_rounded(timesteps)),
         sigmas=None if sigmas is None else tuple(_rounded(sigmas)),
         budgets=tuple(entries.values()),
         passes=tuple(passes),
     )
     pictures = Shown(
-        full=references[:shown],
+        full=_stacked(references, range(shown)),
         budgets={budget: arrays["pictures"] for budget, arrays in kept.items()},
-        worst={budget: (references[arrays["worst"]], arrays["worst_pictures"]) for budget, arrays in kept.items()},
+        worst={
+            budget: (_stacked(references, arrays["worst"].tolist()), arrays["worst_pictures"])
+            for budget, arrays in kept.items()
+        },
     )
     return evidence, pictures
+
+
+def _stacked(references: Mapping[int, np.ndarray] | np.ndarray, rows: Iterable[int]) -> np.ndarray:
+    return np.stack([references[row] for row in rows])
 
 
 def _rounded(values: ArrayLike) -> list[float]:

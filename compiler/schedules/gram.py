@@ -34,13 +34,15 @@ class TrajectoryStatistics:
         return self.num_inference_steps + 1 + index
 
 
-def statistics_from_trajectory(latents: ArrayLike, outputs: ArrayLike) -> TrajectoryStatistics:
-    """Statistics of full runs: latents float (T+1, n, …), outputs float (T, n, …). Raises ValueError on other shapes."""
-    x, v = np.asarray(latents), np.asarray(outputs)
-    if x.shape[0] != v.shape[0] + 1 or x.shape[1:] != v.shape[1:]:
-        raise ValueError(f"latents {x.shape} and outputs {v.shape}: expected (T+1, n, …) and (T, n, …)")
-    gram = np.zeros((x.shape[0] + v.shape[0],) * 2)
-    for sample in range(x.shape[1]):
-        rows = np.concatenate([x[:, sample].reshape(len(x), -1), v[:, sample].reshape(len(v), -1)]).astype(np.float64)
-        gram += rows @ rows.T
-    return TrajectoryStatistics(gram=gram / (x[0].size))
+def statistics_from_grams(grams: ArrayLike, elements: int) -> TrajectoryStatistics:
+    """Statistics of n full runs from their inner products (n, 2T+1, 2T+1), of so many elements a sample.
+
+    Raises ValueError on other shapes.
+
+    >>> statistics_from_grams(np.ones((2, 3, 3)), elements=4).gram[0]
+    array([0.25, 0.25, 0.25])
+    """
+    values = np.asarray(grams, dtype=np.float64)
+    if values.ndim != 3 or values.shape[1] != values.shape[2] or values.shape[1] % 2 == 0:
+        raise ValueError(f"inner products have shape {values.shape}: expected (n, 2T+1, 2T+1)")
+    return TrajectoryStatistics(gram=values.sum(axis=0) / (len(values) * elements))

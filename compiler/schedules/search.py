@@ -8,17 +8,20 @@ schedule at each budget costs nothing more, so it is rolled out as well and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from otcache.schemas.errors import ModelError
 
+from ..calibration.batch import Batch
+from ..calibration.fit import Stop
 from ..calibration.rollout import residual_gram
-from ..calibration.trials import Calibration, Trial, json_from_trial, trial_from_json
+from ..calibration.samples import Rows
+from ..calibration.trials import Calibration, Schedule, Trial
 from ..options import CompileOptions
 from ..programs.residual import FORECASTS, Forecast
 from ..programs.schedule import uniform_schedule
@@ -28,62 +31,105 @@ from .anchor import search_anchor
 from .interpolate import candidate_weights, interpolated_schedule, interpolation_weight
 from .payloads import RESIDUAL_GRAPHS, Family, OutputFamily, ResidualFamily
 
-INTERPOLATION_WEIGHTS = 5
-"""Positions on the path between the two policies that are tried for each budget, at most (`positions`)."""
-FULL_RUNS = 10.0
-"""What a compile may take for each calibration prompt, the prompt's own full run among it."""
-OUTPUT_GRAPHS = 4
-"""Schedules that the `output` payload's graphs give at most (`OutputFamily.graph_schedules`)."""
+RESIDUAL_SAMPLES = 8
+"""Calibration samples along whose full runs residuals are weighed where only the residual payload asks for it."""
 AUTO_FORECASTS: tuple[Forecast, ...] = ("reuse", "fitted")
 """Of the residual payload where `--payload auto` compares it with the output payload."""
-RESIDUAL_SAMPLES = 8
-"""Calibration samples along whose full runs the blocks' residuals are weighed."""
-REFERENCE_GRAPHS = 2
-"""Graph schedules that are rolled out at the reference budget, where each costs the most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """A schedule whose policy is one end of the path, and the way that led to it."""
+
+    name: str
+    schedule: Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """What the searches came to. Costs are full runs of T steps per calibration prompt."""
 
-    reference: Trial
-    anchor: Trial
+    reference: Chosen
+    anchor: Chosen
     trials: dict[int, list[Trial]]
     """Of each budget, the best first."""
     costs: dict[str, float]
 
 
-def search(calibration: Calibration, options: CompileOptions, reporter: Reporter, storage: Path | None = None) -> Found:
-    """Run the searches. `storage` is Optuna's database, with which an interrupted anchor search goes on."""
-    total = options.num_inference_steps
-    costs: dict[str, float] = {}
-    charged = _meter(calibration, costs, total)
+FOUND: TypeAdapter[Found] = TypeAdapter(Found)
+"""To JSON values and back."""
 
-    gram = _residual_statistics(calibration, options, reporter, charged)
+
+def search(calibration: Calibration, options: CompileOptions, reporter: Reporter, storage: Path | None = None) -> Found:
+    """Run the searches.
+
+    Args:
+        calibration: samples, and how schedules are tried on them.
+        options: budgets, effort, payload, objective.
+        reporter: told of every pass.
+        storage: Optuna's database, with which an interrupted anchor search goes on.
+    """
+    meter = _Meter(calibration, options.num_inference_steps)
+    gram = _weigh_residuals(calibration, options, reporter, meter)
     family: Family = OutputFamily(calibration, gram)
     if options.payload == "residual" and gram is not None:
         with reporter.on("edges", options.edge_costs) as current:
             family = ResidualFamily(calibration, gram, end_to_end=options.edge_costs == "end-to-end")
-            charged("edges", current)
+            meter.charge("edges", current)
+    reference = _choose_reference(family, options, reporter, meter)
+    anchor = _choose_anchor(family, options, reporter, meter, storage)
+    families = [family]
+    if options.payload == "auto" and gram is not None:
+        families.append(ResidualFamily(calibration, gram, end_to_end=False, forecasts=AUTO_FORECASTS))
+    trials: dict[int, list[Trial]] = {}
+    count = positions(options, calibration.count)
+    with reporter.on("interpolate, fit", f"budgets {', '.join(map(str, options.budgets))}") as advance:
+        for position, budget in enumerate(options.budgets):
+            attempts = _interpolate(family, reference, anchor, budget, options, count)
+            for each in families:
+                graphs = list(each.graph_schedules(budget).items())[: options.limits.graphs]
+                for name, schedule in graphs if each is family else graphs[:1]:
+                    attempts += each.attempts(schedule, name)
+            trials[budget] = sorted(attempts, key=lambda trial: -trial.score)
+            advance(position + 1, len(options.budgets))
+        meter.charge("interpolate and fit", advance)
+    return Found(reference=reference, anchor=anchor, trials=trials, costs=meter.costs)
 
+
+def _choose_reference(family: Family, options: CompileOptions, reporter: Reporter, meter: _Meter) -> Chosen:
+    """The best of the graph's schedules at the reference budget, rolled out where effort allows it."""
+    graphs = list(family.graph_schedules(options.reference).items())
+    tried = graphs[: options.limits.reference_graphs]
     with reporter.on("reference", f"graph at budget {options.reference}") as advance:
-        graphs = list(family.graph_schedules(options.reference).items())[:REFERENCE_GRAPHS]
-        attempts = []
-        for position, (name, schedule) in enumerate(graphs):
+        attempts: list[Trial] = []
+        for position, (name, schedule) in enumerate(tried):
             attempts += family.attempts(schedule, name)
-            advance(position + 1, len(graphs))
-        reference = max(attempts, key=lambda trial: trial.score)
-        charged("reference", advance)
+            advance(position + 1, len(tried))
+        meter.charge("reference", advance)
+    if not attempts:
+        return Chosen(name=graphs[0][0], schedule=graphs[0][1])
+    best = max(attempts, key=lambda trial: trial.score)
+    return Chosen(name=best.name, schedule=best.schedule)
+
+
+def _choose_anchor(
+    family: Family, options: CompileOptions, reporter: Reporter, meter: _Meter, storage: Path | None
+) -> Chosen:
+    """The best schedule of the anchor search, or without trials the graph's."""
+    total = options.num_inference_steps
+    graphs = family.graph_schedules(options.anchor)
+    if not options.trials:
+        name, schedule = next(iter(graphs.items()))
+        meter.charge("anchor", None)
+        return Chosen(name=name, schedule=schedule)
+    starts = dict.fromkeys([*graphs.values(), uniform_schedule(options.anchor, total)])
+
+    def score(schedule: Schedule, stop: Stop | None) -> tuple[float, Sequence[float]]:
+        best = max(family.attempts(schedule, "anchor", stop=stop), key=lambda trial: trial.score)
+        return best.score, best.drifts
 
     with reporter.on("anchor", f"{options.trials} trials at budget {options.anchor}") as advance:
-        starts = dict.fromkeys(
-            [*family.graph_schedules(options.anchor).values(), uniform_schedule(options.anchor, total)]
-        )
-
-        def score(schedule: tuple[int, ...]) -> float:
-            return max(trial.score for trial in family.attempts(schedule, "anchor"))
-
-        found = search_anchor(
+        result = search_anchor(
             score,
             budget=options.anchor,
             num_inference_steps=total,
@@ -93,37 +139,23 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
             storage=f"sqlite:///{storage}" if storage else None,
             progress=advance,
         )
-        for schedule in found.schedules:  # those that Optuna's storage knew are charged as well
-            score(schedule)
-        anchor = max(family.attempts(found.schedule, "anchor"), key=lambda trial: trial.score)
-        charged("anchor", advance)
-
-    families = [family]
-    if options.payload == "auto" and gram is not None:
-        families.append(ResidualFamily(calibration, gram, end_to_end=False, forecasts=AUTO_FORECASTS))
-    trials: dict[int, list[Trial]] = {}
-    count = positions(options, calibration.trajectory.count)
-    with reporter.on("interpolate, fit", f"budgets {', '.join(map(str, options.budgets))}") as advance:
-        for position, budget in enumerate(options.budgets):
-            attempts = _interpolated(family, reference, anchor, budget, options, count)
-            for each in families:
-                graphs = list(each.graph_schedules(budget).items())
-                for name, schedule in graphs if each is family else graphs[:1]:
-                    attempts += each.attempts(schedule, name)
-            trials[budget] = sorted(attempts, key=lambda trial: -trial.score)
-            advance(position + 1, len(options.budgets))
-        charged("interpolate and fit", advance)
-    return Found(reference=reference, anchor=anchor, trials=trials, costs=costs)
+        for schedule in result.schedules:  # those that Optuna's storage knew are charged as well
+            score(schedule, None)
+        for schedule, computed in result.pruned:
+            meter.calibration.charge_walk(schedule[:computed])
+        best = max(family.attempts(result.schedule, "anchor"), key=lambda trial: trial.score)
+        meter.charge("anchor", advance)
+    return Chosen(name=best.name, schedule=best.schedule)
 
 
-def refitted(found: Found, calibration: Calibration) -> Found:
+def refit(found: Found, calibration: Calibration) -> Found:
     """The schedules that were found, as programs for another calibration set. The payload of each budget stays."""
     gram: np.ndarray | None = None
     trials: dict[int, list[Trial]] = {}
     for budget, (best, *_) in found.trials.items():
         family: Family = OutputFamily(calibration)
         if best.program.payload == "residual":
-            gram = residual_statistics(calibration) if gram is None else gram
+            gram = residual_statistics(calibration, RESIDUAL_SAMPLES) if gram is None else gram
             family = ResidualFamily(calibration, gram, end_to_end=False, forecasts=AUTO_FORECASTS)
         attempts = family.attempts(best.schedule, best.name, best.weight)
         trials[budget] = sorted(attempts, key=lambda trial: -trial.score)
@@ -131,18 +163,19 @@ def refitted(found: Found, calibration: Calibration) -> Found:
 
 
 def positions(options: CompileOptions, prompts: int) -> int:
-    """How many positions on the path are tried for each budget: with many budgets fewer, so that a compile keeps to
-    `FULL_RUNS`.
+    """How many positions on the path are tried for each budget: with many budgets fewer, so that a compile keeps to the
+    effort's `full_runs`.
 
     The law's own and the graph's schedules are always tried, so that six budgets and more may take longer. The residual
     payload, which rolls out every forecast of every schedule, keeps to no limit.
     """
+    most = options.limits.weights
     if options.payload == "residual":
-        return INTERPOLATION_WEIGHTS
+        return most
     allowed = (
         count
-        for count in range(INTERPOLATION_WEIGHTS, 1, -1)
-        if 1.0 + sum(_costs(options, prompts, count).values()) <= FULL_RUNS
+        for count in range(most, 1, -1)
+        if 1.0 + sum(_costs(options, prompts, count).values()) <= options.limits.full_runs
     )
     return next(allowed, 1)
 
@@ -150,42 +183,50 @@ def positions(options: CompileOptions, prompts: int) -> int:
 def highest_costs(options: CompileOptions, prompts: int) -> dict[str, float]:
     """What `search` charges at most, in full runs for each of the calibration prompts, before anything is computed.
 
-    It is less where ways lead to the same schedule: a schedule is charged once.
+    It is less where ways lead to the same schedule or share their first steps: these are charged once.
     """
     return _costs(options, prompts, positions(options, prompts))
 
 
 def _costs(options: CompileOptions, prompts: int, weights: int) -> dict[str, float]:
     """With so many positions on the path."""
-    total, residual = options.num_inference_steps, options.payload == "residual"
+    total, residual, effort = options.num_inference_steps, options.payload == "residual", options.limits
     per_schedule = len(FORECASTS) if residual else 1
-    graphs = len(RESIDUAL_GRAPHS) if residual else OUTPUT_GRAPHS
+    known = 0 if residual else 1  # a walk's first evaluation is the full run's own
+    graphs = min(effort.graphs, len(RESIDUAL_GRAPHS)) if residual else effort.graphs
 
-    def runs(schedules: int, budget: int, each: int) -> float:
+    def runs(schedules: int, budget: int, each: int, known: int = known) -> float:
         distinct = math.comb(total - 1, budget - 1)  # the first step is always computed
-        return min(schedules, distinct) * each * budget / total
+        return min(schedules, distinct) * each * (budget - known) / total
 
-    costs = {"residuals": min(1.0, RESIDUAL_SAMPLES / prompts)}
+    costs = {"residuals": min(1.0, _residual_samples(options) / prompts)}
     if residual:
         replayed = [1 + total - end for start in range(total) for end in range(start + 2, total + 1)]
         costs["edges"] = sum(replayed) / total if options.edge_costs == "end-to-end" else 0.0
-    costs["reference"] = runs(REFERENCE_GRAPHS, options.reference, per_schedule)
+    costs["reference"] = runs(effort.reference_graphs, options.reference, per_schedule)
     costs["anchor"] = runs(options.trials, options.anchor, per_schedule)
     costs["interpolate and fit"] = sum(
         runs(weights + graphs, budget, per_schedule)
-        + (runs(1, budget, len(AUTO_FORECASTS)) if options.payload == "auto" else 0.0)
+        + (runs(1, budget, len(AUTO_FORECASTS), 0) if options.payload == "auto" and effort.residual_samples else 0.0)
         for budget in options.budgets
     )
     return costs
 
 
-def _interpolated(
-    family: Family, reference: Trial, anchor: Trial, budget: int, options: CompileOptions, count: int
+def _residual_samples(options: CompileOptions) -> int:
+    """Along how many samples' full runs residuals are weighed."""
+    if options.payload == "residual":
+        return options.limits.residual_samples or RESIDUAL_SAMPLES
+    return options.limits.residual_samples
+
+
+def _interpolate(
+    family: Family, reference: Chosen, anchor: Chosen, budget: int, options: CompileOptions, count: int
 ) -> list[Trial]:
     """Schedules on the path between the two policies, at `count` positions around the default law's."""
     default = interpolation_weight(budget, options.reference, options.anchor)
-    found: dict[tuple[int, ...], float] = {}
-    for weight in dict.fromkeys([default, *candidate_weights(default, count=count)]):
+    found: dict[Schedule, float] = {}
+    for weight in dict.fromkeys([default, *(candidate_weights(default, count=count) if count > 1 else ())]):
         schedule = interpolated_schedule(
             reference.schedule, anchor.schedule, budget, options.num_inference_steps, weight=weight
         )
@@ -193,76 +234,71 @@ def _interpolated(
     return [trial for schedule, weight in found.items() for trial in family.attempts(schedule, "interpolated", weight)]
 
 
-def _residual_statistics(
-    calibration: Calibration, options: CompileOptions, reporter: Reporter, charged: Callable[[str, Pass | None], None]
+def _weigh_residuals(
+    calibration: Calibration, options: CompileOptions, reporter: Reporter, meter: _Meter
 ) -> np.ndarray | None:
-    """Gram matrix of the blocks' residuals, or None where the model has none to cache."""
-    if calibration.stages is None or not calibration.stages.features:
+    """Gram matrix of the blocks' residuals, or None where the model has none to cache, or effort leaves them out."""
+    count = _residual_samples(options)
+    if not calibration.samples.caches_residuals:
         if options.payload == "residual":
             raise ModelError(
                 "--payload residual: this model's blocks turn no tensor into one of its shape: use --payload output"
             )
-        charged("residuals", None)
+        count = 0
+    if not count:
+        meter.charge("residuals", None)
         return None
     with reporter.on("residuals", "inner products along a full run") as advance:
-        found = residual_statistics(calibration, advance)
-        charged("residuals", advance)
+        found = residual_statistics(calibration, count, advance)
+        meter.charge("residuals", advance)
     return found
 
 
-def residual_statistics(calibration: Calibration, advance: Callable[[int, int], None] | None = None) -> np.ndarray:
-    """Gram matrix (T, T) of the blocks' residuals along full runs of a few calibration samples."""
-    stages = calibration.stages
-    assert stages is not None
+def residual_statistics(
+    calibration: Calibration, count: int, advance: Callable[[int, int], None] | None = None
+) -> np.ndarray:
+    """Mean inner products float64 (T, T) of the blocks' residuals along full runs of the first `count` samples."""
     program = program_from_table(calibration.table, payload="residual")
-    few = calibration.trajectory.rows(slice(RESIDUAL_SAMPLES))
-    denoiser = replace(calibration.denoiser, conditioning=few.conditioning, guidance=few.guidance)
+    count = min(count, calibration.count)
+    evaluations = program.nfe * count
 
-    def gram() -> list[list[float]]:
-        values: list[list[float]] = residual_gram(program, denoiser, few.latents[0], stages, advance).tolist()
-        return values
+    def weigh(batch: Batch) -> Rows:
+        def progress(done: int, total: int) -> None:
+            if advance:
+                advance(batch.rows.start * total + batch.count * done, count * total)
 
-    return np.array(calibration.attempts.get(["residuals", few.count], denoiser.evaluations, gram))
+        return {"gram": residual_gram(batch, program, batch.scratch, progress=progress)}
+
+    def compute() -> tuple[list[list[float]], int]:
+        return calibration.samples.map(weigh, slice(count))["gram"].mean(axis=0).tolist(), evaluations
+
+    found = np.array(calibration.ledger.get(["residuals", count], compute))
+    calibration.ledger.charge(evaluations)
+    return found
 
 
-def _meter(calibration: Calibration, costs: dict[str, float], total: int) -> Callable[[str, Pass | None], None]:
-    """Charges the attempts since the last call to a name, in full runs per calibration prompt.
+class _Meter:
+    """Charges what was asked for since the last call to a name, in full runs per calibration prompt.
 
-    The pass is told how many sample evaluations were computed, and how many were found in the workspace.
+    The pass is told how many evaluations were made, and how many were found in the workspace or shared.
     """
-    per_run = total * calibration.trajectory.count
-    mark = [calibration.attempts.charged, calibration.denoiser.evaluations[0]]
 
-    def charge(name: str, current: Pass | None) -> None:
-        charged, computed = calibration.attempts.charged, calibration.denoiser.evaluations[0]
-        costs[name] = (charged - mark[0]) / per_run
+    def __init__(self, calibration: Calibration, num_inference_steps: int) -> None:
+        self.calibration = calibration
+        self.costs: dict[str, float] = {}
+        self._per_run = num_inference_steps * calibration.count
+        self._mark = calibration.ledger.charged, calibration.ledger.computed
+
+    def charge(self, name: str, current: Pass | None) -> None:
+        """Charge to `name`, and tell the pass."""
+        charged, computed = (
+            now - before
+            for now, before in zip(
+                (self.calibration.ledger.charged, self.calibration.ledger.computed), self._mark, strict=True
+            )
+        )
+        self.costs[name] = charged / self._per_run
         if current is not None:
-            current.facts["evaluations"] = computed - mark[1]
-            current.facts["evaluations_reused"] = charged - mark[0] - (computed - mark[1])
-        mark[:] = charged, computed
-
-    return charge
-
-
-def json_from_found(found: Found) -> dict[str, Any]:
-    """A JSON value that `found_from_json` reads back."""
-    return {
-        "reference": json_from_trial(found.reference),
-        "anchor": json_from_trial(found.anchor),
-        "costs": found.costs,
-        "trials": {
-            str(budget): [json_from_trial(value) for value in values] for budget, values in found.trials.items()
-        },
-    }
-
-
-def found_from_json(value: dict[str, Any]) -> Found:
-    """The inverse of `json_from_found`."""
-    return Found(
-        reference=trial_from_json(value["reference"]),
-        anchor=trial_from_json(value["anchor"]),
-        costs=value["costs"],
-        trials={
-            int(budget): [trial_from_json(fields) for fields in values] for budget, values in value["trials"].items()
-        },
-    )
+            current.facts["evaluations"] = computed
+            current.facts["evaluations_reused"] = max(0, charged - computed)
+        self._mark = self.calibration.ledger.charged, self.calibration.ledger.computed

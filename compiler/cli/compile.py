@@ -153,7 +153,7 @@ def _compile(
         folder, manifest = compile_model(options, reporter)
         added = engines.build(folder, *plans, reporter)
         if added:
-            manifest, _ = read_manifest(folder)
+            manifest = read_manifest(folder).manifest
     finally:
         reporter.close()
     seconds = time.monotonic() - start

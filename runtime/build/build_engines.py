@@ -9,7 +9,6 @@ Nothing that a signature covers may change under it: a signed artifact is refuse
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,47 +16,32 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from otcache.schemas.combinations import Combination
-from otcache.schemas.combinations import combinations
-from otcache.schemas.digest import digest_of_file
-from otcache.schemas.digest import digest_of_value
-from otcache.schemas.errors import ArtifactError
-from otcache.schemas.errors import HostError
-from otcache.schemas.manifest import MANIFEST_NAME
-from otcache.schemas.manifest import MAX_MANIFEST_BYTES
-from otcache.schemas.manifest import SCHEMA_MINOR
-from otcache.schemas.manifest import SCHEMA_VERSION
-from otcache.schemas.manifest import SIGNATURE_NAME
-from otcache.schemas.manifest import Engine
-from otcache.schemas.manifest import FileEntry
-from otcache.schemas.manifest import Manifest
-from otcache.schemas.manifest import Measurement
-from otcache.schemas.manifest import Stage
-from otcache.schemas.manifest import core_digest
-from otcache.schemas.segments import Granularity
-from otcache.schemas.segments import coarsened
-from otcache.schemas.segments import name_of
-from otcache.schemas.segments import segments
+from pydantic import TypeAdapter
+
+from otcache.schemas.combinations import Combination, combinations
+from otcache.schemas.digest import digest_of_file, digest_of_value
+from otcache.schemas.errors import ArtifactError, HostError
+from otcache.schemas.manifest import (
+    SCHEMA_MINOR,
+    SCHEMA_VERSION,
+    SIGNATURE_NAME,
+    Engine,
+    FileEntry,
+    Manifest,
+    Measurement,
+    Stage,
+)
+from otcache.schemas.manifest_file import read_manifest, seal, write_manifest
+from otcache.schemas.messages import one_line
+from otcache.schemas.segments import Granularity, coarsened, name_of, segments
+from otcache.schemas.whole_files import write_whole
 
 from ..artifact.reader import Artifact
-from otcache.schemas.manifest_file import manifest_value
-from ..artifact.reader import read_small
+from ..engines.profiles import BATCH, Profile, Range, Triple, input_shapes, profile_for
+from ..engines.tensorrt_library import choose_targets, host_platform, library
+from .plan import BuildJob, Built
+from .segments import OnnxSegment, check_onnx
 from .workers import build_all
-from otcache.schemas.manifest_file import replace_manifest
-from otcache.schemas.messages import one_line
-from .segments import OnnxSegment
-from .segments import check_onnx
-from ..engines.profiles import BATCH
-from ..engines.profiles import Profile
-from ..engines.profiles import Range
-from ..engines.profiles import Triple
-from ..engines.profiles import input_shapes
-from ..engines.profiles import profile_for
-from .plan import BuildJob
-from .plan import Built
-from ..engines.tensorrt_library import choose_targets
-from ..engines.tensorrt_library import host_platform
-from ..engines.tensorrt_library import library
 
 BUILD_TIME = "build_s/"
 """Measurements of the manifest with this prefix say how long a plan took: build_s/<backend>/<target>/<name>."""
@@ -106,6 +90,17 @@ class _Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Record:
+    """What stands beside a plan that is finished and that no manifest names yet."""
+
+    sources: dict[str, tuple[str, ...]]
+    built: Built
+
+
+_RECORD = TypeAdapter(_Record)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Choices:
     backend: str
     version: str
@@ -139,9 +134,9 @@ def build_engines(
     not be as `profile_for` has them, which is up to four samples and every size that the artifact serves. Raises
     ArtifactError, HostError (with the layer that cannot be built), UsageError.
     """
+    artifact = Artifact.open(folder)
     trt = library(backend)
     chosen = choose_targets(backend, trt, targets)
-    artifact = Artifact.open(folder)
     if (folder / SIGNATURE_NAME).exists() and not unsign:
         raise ArtifactError(
             f"{folder} is signed, and the signature would not cover new engines: expected an unsigned artifact: "
@@ -152,8 +147,14 @@ def build_engines(
         check_onnx()
     results = []
     for target in chosen:
-        choices = _Choices(backend=backend, version=trt.__version__, target=target, profile=whole,
-                           workspace_bytes=workspace_bytes, granularity=granularity)
+        choices = _Choices(
+            backend=backend,
+            version=trt.__version__,
+            target=target,
+            profile=whole,
+            workspace_bytes=workspace_bytes,
+            granularity=granularity,
+        )
         try:
             results.append(_build_target(artifact, choices, jobs, unsign, progress or (lambda _: None)))
         except OSError as error:
@@ -183,11 +184,14 @@ def _build_target(
 
     def finished(job: BuildJob, built: Built) -> None:
         plan = wanted[job.name]
-        record = {"sources": plan.sources, "built": asdict(built)}
-        _record_path(artifact.folder, plan).write_text(json.dumps(record), encoding="utf-8")
+        record = _RECORD.dump_json(_Record(sources=plan.sources, built=built))
+        write_whole(_record_path(artifact.folder, plan), record, alone=True)
         done[job.name] = built
-        progress(Progress(target=choices.target, name=job.name, done=len(done), total=total, reused=False,
-                          build_s=built.build_s))
+        progress(
+            Progress(
+                target=choices.target, name=job.name, done=len(done), total=total, reused=False, build_s=built.build_s
+            )
+        )
 
     build_all(todo, jobs, finished)
     _publish(artifact, choices, wanted, done, unsign=unsign)
@@ -196,8 +200,13 @@ def _build_target(
     if todo:
         todo[0].timing_cache.unlink(missing_ok=True)
     return TargetResult(
-        backend=choices.backend, version=choices.version, target=choices.target, folder=choices.folder, plans=total,
-        reused=reused, size_bytes=sum(built.size_bytes for built in done.values()),
+        backend=choices.backend,
+        version=choices.version,
+        target=choices.target,
+        folder=choices.folder,
+        plans=total,
+        reused=reused,
+        size_bytes=sum(built.size_bytes for built in done.values()),
         build_s=round(sum(done[job.name].build_s for job in todo), 3),
     )
 
@@ -276,8 +285,13 @@ def _job(folder: Path, choices: _Choices, plan: _Wanted) -> BuildJob:
     output = folder.absolute() / plan.path
     output.parent.mkdir(parents=True, exist_ok=True)
     return BuildJob(
-        name=plan.name, source=plan.source, backend=choices.backend, target=choices.target, shapes=plan.shapes,
-        workspace_bytes=choices.workspace_bytes, output=output,
+        name=plan.name,
+        source=plan.source,
+        backend=choices.backend,
+        target=choices.target,
+        shapes=plan.shapes,
+        workspace_bytes=choices.workspace_bytes,
+        output=output,
         timing_cache=folder.absolute() / choices.folder / ".timing.cache",
     )
 
@@ -314,13 +328,11 @@ def _listed(artifact: Artifact, choices: _Choices, plan: _Wanted) -> Built | Non
 
 def _recorded(folder: Path, plan: _Wanted) -> Built | None:
     try:
-        record = json.loads(_record_path(folder, plan).read_bytes())
-        built = Built(**record["built"])
-        sources = {name: tuple(digests) for name, digests in record["sources"].items()}
-        same = sources == plan.sources and digest_of_file(folder / plan.path) == built.digest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        record = _RECORD.validate_json(_record_path(folder, plan).read_bytes())
+        same = record.sources == plan.sources and digest_of_file(folder / plan.path) == record.built.digest
+    except (OSError, ValueError):
         return None
-    return built if same else None
+    return record.built if same else None
 
 
 def _engine(manifest: Manifest, choices: _Choices) -> Engine | None:
@@ -337,27 +349,11 @@ def _publish(
 ) -> None:
     """List the plans in the manifest as it is now, in the place of those of the same backend and target."""
     folder = artifact.folder
-    now = Artifact.open(folder).manifest
-    if now.stages != artifact.manifest.stages:
+    read = read_manifest(folder)
+    if read.manifest.stages != artifact.manifest.stages:
         raise ArtifactError(f"{folder}: it has changed while its engines were built: build them again")
-    manifest_bytes = read_small(folder, MANIFEST_NAME, MAX_MANIFEST_BYTES)
-    value = manifest_value(manifest_bytes)
-    old = _engine(now, choices)
+    value, old = read.migrated, _engine(read.manifest, choices)
     replaced = set() if old is None else {*old.stages.values(), *old.combinations.values()}
-    of_stages = {
-        stage: plan for name, plan in wanted.items() if not name.startswith(COMBINATIONS) for stage in plan.sources
-    }
-    engine = Engine.model_validate(
-        {
-            "backend": choices.backend, "version": choices.version, "target": choices.target, "platform": host_platform(),
-            "profile": dict(choices.profile), "workspace_bytes": choices.workspace_bytes,
-            "stages": {stage: plan.path for stage, plan in of_stages.items()},
-            "combinations": {name.removeprefix(COMBINATIONS): plan.path
-                             for name, plan in wanted.items() if name.startswith(COMBINATIONS)},
-            "sources": {stage: plan.sources[stage] for stage, plan in of_stages.items()},
-            "layers": {name: built.layers for name, built in done.items()},
-        }
-    )
     entries = [
         FileEntry(path=wanted[name].path, size_bytes=built.size_bytes, digest=built.digest)
         for name, built in done.items()
@@ -367,7 +363,10 @@ def _publish(
     changed = {
         **value,
         "schema_version": _at_least_ours(value["schema_version"]),
-        "engines": [*_without(value["engines"], choices), engine.model_dump(mode="json")],
+        "engines": [
+            *_without(value.get("engines", []), choices),
+            _describe(choices, wanted, done).model_dump(mode="json"),
+        ],
         "files": sorted(
             [*(entry for entry in value["files"] if entry["path"] not in replaced), *(e.model_dump() for e in entries)],
             key=lambda entry: str(entry["path"]),
@@ -377,12 +376,35 @@ def _publish(
             *(time.model_dump() for time in times),
         ],
     }
-    changed["digest"] = core_digest(changed)
-    Manifest.model_validate(changed)
     if unsign:
         (folder / SIGNATURE_NAME).unlink(missing_ok=True)
-    replace_manifest(folder, changed)
+    write_manifest(folder, seal(changed))
     _remove(folder, replaced - {entry.path for entry in entries})
+
+
+def _describe(choices: _Choices, wanted: Mapping[str, _Wanted], done: Mapping[str, Built]) -> Engine:
+    """The manifest's entry of the plans."""
+    of_stages = {
+        stage: plan for name, plan in wanted.items() if not name.startswith(COMBINATIONS) for stage in plan.sources
+    }
+    return Engine.model_validate(
+        {
+            "backend": choices.backend,
+            "version": choices.version,
+            "target": choices.target,
+            "platform": host_platform(),
+            "profile": dict(choices.profile),
+            "workspace_bytes": choices.workspace_bytes,
+            "stages": {stage: plan.path for stage, plan in of_stages.items()},
+            "combinations": {
+                name.removeprefix(COMBINATIONS): plan.path
+                for name, plan in wanted.items()
+                if name.startswith(COMBINATIONS)
+            },
+            "sources": {stage: plan.sources[stage] for stage, plan in of_stages.items()},
+            "layers": {name: built.layers for name, built in done.items()},
+        }
+    )
 
 
 def _at_least_ours(version: str) -> str:

@@ -12,14 +12,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from otcache.schemas.combinations import COEFS
-from otcache.schemas.combinations import Combination
+from otcache.schemas.combinations import COEFS, Combination
 from otcache.schemas.manifest import TensorInfo
-from otcache.schemas.program import FARTHEST
-from otcache.schemas.program import TINY
-from otcache.schemas.program import position_axes
-
 from otcache.schemas.messages import one_line
+from otcache.schemas.program import FARTHEST, TINY, position_axes
+
 from ..engines.tensorrt_library import TYPES
 
 _NAMES = {trt_name: name for name, trt_name in TYPES.items()}

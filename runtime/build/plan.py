@@ -11,21 +11,14 @@ from typing import Any
 from otcache.schemas.combinations import Combination
 from otcache.schemas.digest import digest_of_bytes
 from otcache.schemas.errors import HostError
-
-from . import timing_cache
-from otcache.schemas.whole_files import write_whole
 from otcache.schemas.messages import one_line
-from .segments import OnnxSegment
-from .segments import joined_file
+from otcache.schemas.whole_files import write_whole
+
 from ..engines.profiles import Range
-from ..engines.tensorrt_library import buildable_targets
-from ..engines.tensorrt_library import error_log
-from ..engines.tensorrt_library import library
-from .network import NetworkError
-from .network import add_combination
-from .network import create_network
-from .network import layers_by_type
-from .network import parse_stage
+from ..engines.tensorrt_library import buildable_targets, error_log, library
+from . import timing_cache
+from .network import NetworkError, add_combination, create_network, layers_by_type, parse_stage
+from .segments import OnnxSegment, joined_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +69,11 @@ def build_plan(job: BuildJob, lock: AbstractContextManager[object] | None = None
             fix = "give it more with --workspace, or build fewer at once with --jobs 1"
         raise _error(job, trt, f"{reason}: {fix}")
     data = memoryview(plan)
-    write_whole(job.output, data)
+    write_whole(job.output, data, alone=True)
     if timings is not None:
         timing_cache.keep(config, timings, job.timing_cache, lock or nullcontext())
     seconds = time.perf_counter() - begin
-    return Built(
-        size_bytes=data.nbytes, digest=digest_of_bytes(data), build_s=seconds, layers=layers_by_type(network)
-    )
+    return Built(size_bytes=data.nbytes, digest=digest_of_bytes(data), build_s=seconds, layers=layers_by_type(network))
 
 
 def _network(job: BuildJob, trt: Any, builder: Any, log: Any, files: ExitStack) -> tuple[Any, Any]:

@@ -41,8 +41,7 @@ def check_onnx() -> None:
 
 @contextmanager
 def joined_file(segment: OnnxSegment, folder: Path) -> Iterator[Path]:
-    """The segment as an ONNX file in `folder`, which is made for it and removed at the end. Raises HostError, OSError.
-    """
+    """The segment as an ONNX file in `folder`, which is made for it and removed at the end. Raises HostError, OSError."""
     import onnx
 
     model = joined_model(segment)

@@ -27,7 +27,7 @@ def keep(config: Any, cache: Any, path: Path, lock: AbstractContextManager[objec
     """
     with lock:
         cache.combine(_stored(config, path), ignore_mismatch=False)
-        write_whole(path, memoryview(cache.serialize()))
+        write_whole(path, memoryview(cache.serialize()), alone=True)
 
 
 def _stored(config: Any, path: Path) -> Any:

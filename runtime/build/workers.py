@@ -15,13 +15,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from multiprocessing.synchronize import Lock
 
-from otcache.schemas.errors import HostError
-from otcache.schemas.errors import OTCacheError
-
+from otcache.schemas.errors import HostError, OTCacheError
 from otcache.schemas.messages import one_line
-from .plan import BuildJob
-from .plan import Built
-from .plan import build_plan
+
+from .plan import BuildJob, Built, build_plan
 
 
 def build_all(jobs: Sequence[BuildJob], workers: int, finished: Callable[[BuildJob, Built], None]) -> None:

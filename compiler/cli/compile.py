@@ -13,7 +13,20 @@ from click.shell_completion import CompletionItem
 
 from .options import call_options, search_options
 
-NEEDED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "ot", "optuna", "skimage", "matplotlib", "jinja2")
+NEEDED = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "ot",
+    "optuna",
+    "skimage",
+    "matplotlib",
+    "jinja2",
+    "filelock",
+    "platformdirs",
+)
 
 
 def check_packages(command: str) -> None:

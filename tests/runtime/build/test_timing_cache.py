@@ -83,13 +83,13 @@ def test_the_library_takes_what_was_kept(artifact_folder, tmp_path, monkeypatch)
     """As for the full library, whose timing cache RTX still has, but fills with nothing."""
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(tensorrt_build, "buildable_targets", lambda trt: ())
-    given, stored = [], timing_cache._stored
+    given, stored = [], timing_cache._load
 
     def watched(config, path):
         given.append(path.read_bytes() if path.is_file() else b"")
         return stored(config, path)
 
-    monkeypatch.setattr(timing_cache, "_stored", watched)
+    monkeypatch.setattr(timing_cache, "_load", watched)
     (one, *_) = combinations(Artifact.open(artifact_folder).manifest)
     kept = []
     for number in range(2):

@@ -63,7 +63,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> ManifestFile:
 
 
 def parse_manifest(data: bytes) -> ManifestFile:
-    """The manifest in the bytes of `manifest.json`, which have the right size. Raises ArtifactError and nothing else."""
+    """The manifest in the bytes of `manifest.json`, whose size was checked. Raises ArtifactError and nothing else."""
     try:
         stated = parse_object(data, MANIFEST_NAME)
         minor = _check_version(stated.get("schema_version"))

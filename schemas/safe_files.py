@@ -61,7 +61,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_small(root: Path, name: str, limit: int) -> bytes:
-    """Content of a file whose digest nothing states, of at most `limit` bytes. Raises ArtifactError and nothing else."""
+    """Content of a file that no digest is known of, of at most `limit` bytes. Raises ArtifactError and nothing else."""
     path, status = locate(root, name)
     if status.st_size > limit:
         raise damaged(name, f"{status.st_size} bytes", f"at most {limit} bytes")

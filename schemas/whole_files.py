@@ -49,7 +49,7 @@ def write_whole(path: Path, data: bytes | memoryview | str, *, alone: bool = Fal
 
 
 def name_part(target: Path) -> Path:
-    """A name for a temporary folder beside `target` that no other process has: `.<name>.<8 hexadecimal digits>.part`."""
+    """A name for a temporary folder beside `target` that no other process has: `.<name>.<8 hex digits>.part`."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
 
 

@@ -41,8 +41,8 @@ def full_disk_named(folder: Path, remedy: str) -> Iterator[None]:
         place = _existing(folder)
         free = shutil.disk_usage(place).free
         raise HostError(
-            f"no space left on the disk of {place} ({free / 1e6:.1f} MB free): free some or {remedy}, then run the same "
-            "command again: it goes on where it stopped"
+            f"no space left on the disk of {place} ({free / 1e6:.1f} MB free): free some or {remedy}, then run the "
+            "same command again: it goes on where it stopped"
         ) from error
 
 

@@ -66,7 +66,11 @@ class Workspace:
 
     @contextlib.contextmanager
     def held(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Keep other compiles out of the folder, and remove what killed ones left. Waits while another one is at work."""
+        """Keep other compiles out of the folder, and remove what killed ones left.
+
+        Waits while another one is at work, and calls `on_wait` once then. Raises HostError for a folder that cannot be
+        written to, or a disk that is full.
+        """
         with self.full_disk_named():
             make_folder(self.folder)
             with locked(self.folder / LOCK, on_wait):

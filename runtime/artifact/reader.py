@@ -1,8 +1,8 @@
 """Opens an artifact: every byte of it is hostile until its digest has been checked.
 
-Consumes a folder as `schemas/README.md` specifies it. `schemas/manifest_file.py` reads and checks the manifest. A file is
-checked in this order: listed, no symbolic link on the way, a regular file, size, digest; an ONNX file then for the
-files that it refers to. Nothing is deserialised before that, and whatever is wrong ends in one `ArtifactError`.
+Consumes a folder as `schemas/README.md` specifies it. `schemas/manifest_file.py` reads the manifest and checks it. A
+file is checked in this order: listed, no symbolic link on the way, a regular file, size, digest; an ONNX file then for
+the files that it refers to. Nothing is deserialised before that, and whatever is wrong ends in one `ArtifactError`.
 
 The path of the folder itself is the caller's and trusted: it may be or contain a symbolic link.
 """
@@ -100,15 +100,15 @@ class Artifact:
             raise damaged(name, error, "a readable file") from None
 
     def check_structure(self) -> Verification:
-        """Every listed file is there with its size (attachments may be absent); no content is read."""
+        """Check that every listed file is there with its size; no content is read. Attachments may be absent."""
         present = self.present()
         for entry in present:
             self._locate(entry)
         size = self.manifest_bytes + sum(entry.size_bytes for entry in present)
-        return Verification(len(present) + 1, size, self.manifest.digest, self._unlisted())
+        return Verification(len(present) + 1, size, self.manifest.digest, self._find_unlisted())
 
     def verify(self) -> Verification:
-        """Structure, then the digest of every listed file, always read anew, then what ONNX files refer to.
+        """Check the structure, then the digest of every listed file, read anew, then what ONNX files refer to.
 
         Raises ArtifactError at the first fault.
         """
@@ -156,7 +156,7 @@ class Artifact:
             raise damaged(entry.path, f"{status.st_size} bytes", f"{entry.size_bytes} bytes", fix)
         return path, status
 
-    def _unlisted(self) -> tuple[str, ...]:
+    def _find_unlisted(self) -> tuple[str, ...]:
         found: list[str] = []
         known = {MANIFEST_NAME, SIGNATURE_NAME, *self._entries}
         for parent, folders, files in os.walk(self.folder):

@@ -89,15 +89,18 @@ def _split(name: str) -> tuple[bytes, bytes]:
 
 
 def padding(size: int) -> int:
-    """Zeros after a member's content."""
+    """How many zeros stand after a member's content of so many bytes.
+
+    >>> padding(512), padding(513)
+    (0, 511)
+    """
     return -size % BLOCK
 
 
 def pack(artifact: Artifact, out: BinaryIO) -> Packed:
-    """Write an artifact to a stream. Raises ArtifactError for a damaged file, with the archive then left without its
-    end.
+    """Write an artifact to a stream; the bytes depend on those of its files alone.
 
-    The bytes depend on those of the artifact's files alone.
+    Raises ArtifactError for a damaged file; the archive is then left without its end.
     """
     read = read_manifest(artifact.folder)
     parts = [(MANIFEST_NAME, read.data)]
@@ -205,6 +208,7 @@ class _Members:
         return b"".join(pieces)
 
     def end_member(self, size: int) -> None:
+        """Go past the zeros after a member of so many bytes. Raises ArtifactError if anything else is there."""
         if self.read(padding(size)) != bytes(padding(size)):
             raise _broken("padding that is not zero, or a cut", "zeros")
 
@@ -246,7 +250,8 @@ def _describe(block: bytes) -> str:
 
 def _broken(found: str, expected: str) -> ArtifactError:
     return ArtifactError(
-        f"archive is damaged or was not made by otc pack: found {found}: expected {expected}: get it again from where it came"
+        f"archive is damaged or was not made by otc pack: found {found}: expected {expected}: get it again from where "
+        "it came"
     )
 
 
@@ -276,7 +281,7 @@ def unpack(stream: BinaryIO, target: Path, *, force: bool = False, public_key: P
         elif key:
             raise not_signed("archive")
         signed = count > 1
-        for entry in _expected(manifest, members):
+        for entry in _entries_to_come(manifest, members):
             _extract(part, entry, members)
             count += 1
         if members.peek() + members.read(BLOCK) != END or members.read(1):
@@ -295,7 +300,7 @@ def _names(members: _Members, name: str) -> bool:
     return members.peek()[:100].rstrip(b"\0") == name.encode("ascii")
 
 
-def _expected(manifest: Manifest, members: _Members) -> Iterator[FileEntry]:
+def _entries_to_come(manifest: Manifest, members: _Members) -> Iterator[FileEntry]:
     """Every file, then the attachments that come."""
     yield from sorted(manifest.files, key=lambda entry: entry.path)
     for entry in sorted(manifest.attachments, key=lambda entry: entry.path):

@@ -30,10 +30,10 @@ MAKE_KEYS = "openssl genpkey -algorithm ed25519 -out key.pem && openssl pkey -in
 
 
 def sign(artifact: Artifact, key: Path, *, force: bool = False) -> Signature:
-    """Sign an artifact whose files have been verified, and write the signature beside its manifest, whole or not at
-    all.
+    """Sign an artifact whose files have been verified, and write the signature beside its manifest.
 
-    Raises UsageError (the key, or a signature that is there without `force`), HostError without cryptography.
+    It is written whole or not at all. Raises UsageError (the key, or a signature that is there without `force`),
+    HostError without cryptography.
     """
     private = _private_key(key)
     public = private.public_key().public_bytes_raw()
@@ -102,6 +102,7 @@ def compare_signature(signature: Signature, digest: str, public: Any, public_key
 
 
 def not_signed(name: object) -> ArtifactError:
+    """The error of an artifact or archive that has no signature."""
     return ArtifactError(
         f"{one_line(name)} is not signed: found no {SIGNATURE_NAME}: expected one: "
         "get it from who made the artifact, or sign it with otc sign"
@@ -127,7 +128,8 @@ def _write(target: Path, signature: Signature, force: bool) -> None:
         write_whole(target, canonical_json(signature.model_dump(mode="json")) + b"\n")
     except OSError as error:
         raise UsageError(
-            f"{one_line(target)} cannot be written: {one_line(error.strerror or error)}: copy the artifact to where it can"
+            f"{one_line(target)} cannot be written: {one_line(error.strerror or error)}: copy the artifact to where it "
+            "can"
         ) from None
 
 

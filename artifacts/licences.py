@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 from collections.abc import Mapping
 from importlib import metadata
@@ -19,6 +18,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from otcache.schemas.whole_files import write_whole
 
 BASE = "base"
 UNKNOWN = "see the package"
@@ -119,9 +120,7 @@ def main() -> None:
     )
     parser.add_argument("output", type=Path)
     options = parser.parse_args()
-    part = options.output.with_name(f".{options.output.name}.part")
-    part.write_text(render(options.report), encoding="utf-8")
-    os.replace(part, options.output)
+    write_whole(options.output, render(options.report))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from otcache.schemas.errors import HostError, UsageError
+from otcache.schemas.whole_files import whole_file
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 SUFFIXES = tuple(_FORMATS)
@@ -118,12 +119,10 @@ def to_uint8(pictures: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 def save_video(frames: NDArray[np.uint8], path: Path, *, fps: int) -> None:
     """Write uint8 (frames, height, width, 3) as GIF or MP4, whole or not at all. Raises UsageError, HostError."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        (_write_gif if path.suffix.lower() == ".gif" else _write_mp4)(frames, partial, fps)
-        partial.replace(path)
+        with whole_file(path) as part:
+            (_write_gif if path.suffix.lower() == ".gif" else _write_mp4)(frames, part, fps)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UsageError(f"-o is {path}: it cannot be written: {error.strerror or error}: choose another") from None
 
 
@@ -160,10 +159,8 @@ def save(picture: NDArray[np.uint8], path: Path) -> None:
     """Write uint8 (height, width, 3), whole or not at all. Raises UsageError if it cannot be written."""
     from PIL import Image
 
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        Image.fromarray(picture).save(partial, _FORMATS[path.suffix.lower()])
-        partial.replace(path)
+        with whole_file(path) as part:
+            Image.fromarray(picture).save(part, _FORMATS[path.suffix.lower()])
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UsageError(f"-o is {path}: it cannot be written: {error.strerror or error}: choose another") from None

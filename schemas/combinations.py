@@ -1,5 +1,6 @@
-"""The linear combinations between the stages of a step, as small engines of their own. `schemas/README.md`,
-"Combinations".
+"""The linear combinations between the stages of a step, as small engines of their own.
+
+`schemas/README.md`, "Combinations", is their specification.
 
 A backend that keeps latents, residuals and outputs on its device needs an engine for each, because no host is there to
 add arrays up. They follow from the manifest alone: which ones there are, and what each reads and writes.
@@ -9,9 +10,9 @@ add arrays up. They follow from the manifest alone: which ones there are, and wh
     forecast_F_M    result of feature F ← source + Σ coefs_m · r_m over M residuals
     guide           v ← Σ coefs_b · output of branch b; with `cfg_norm`, as long as the last branch's
     update_M        x ← coefs₀ · x + Σ coefs_{m+1} · v_m over M outputs
-    follow_M        the same with coefs_i + s · coefs_{i+M+1} instead of coefs_i, where s, of each sample, is how far it
-    is from the
-                    others in what its last two outputs differ (`Slopes`); centre and spread are the last two coefs
+    follow_M        the same with coefs_i + s · coefs_{i+M+1} instead of coefs_i, where s, of each sample, is how far
+                    it is from the others in what its last two outputs differ (`Slopes`); centre and spread are the
+                    last two coefs
     update_means_M  as update_M, plus the mean over positions of a second such sum, with the next M+1 coefs (`Means`)
     follow_means_M  the same of follow_M: 2 · (M+1) coefs, as many slopes in the same order, centre and spread
 
@@ -55,7 +56,7 @@ class Combination:
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
-        """The total."""
+        """What it writes: `total` alone."""
         return (self.total,)
 
     @property
@@ -65,7 +66,7 @@ class Combination:
 
 
 def combinations(manifest: Structure) -> tuple[Combination, ...]:
-    """Those that the artifact's programs need, at all its sizes, in the order of a step."""
+    """The combinations that an artifact's programs need, at all its sizes, in the order of a step."""
     tensors = {tensor.name: tensor for stage in manifest.trunk for tensor in (*stage.inputs, *stage.outputs)}
     output, branches = tensors[manifest.output], manifest.guidance.branches
     steps = [step for entry in manifest.all_programs for step in entry.program.steps]
@@ -108,10 +109,14 @@ def combinations(manifest: Structure) -> tuple[Combination, ...]:
 
 
 def update_name(kind: Kind, means: bool, count: int) -> str:
-    """Of the combination that updates the latents from so many outputs."""
+    """The name of the combination that updates the latents from `count` outputs.
+
+    >>> update_name("follow", True, 3)
+    'follow_means_3'
+    """
     return f"{kind}_means_{count}" if means else f"{kind}_{count}"
 
 
 def in_float32(tensor: TensorInfo) -> TensorInfo:
-    """The same tensor as latents, guided outputs and residuals are held."""
+    """The same tensor in float32, in which latents, guided outputs and residuals are kept."""
     return tensor.model_copy(update={"dtype": "float32"})

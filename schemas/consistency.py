@@ -21,7 +21,7 @@ MAX_ELEMENTS = 1 << 40
 
 
 def check(manifest: Structure) -> None:
-    """Everything below. Raises ValueError."""
+    """Check all parts of a manifest against each other. Raises ValueError at the first fault."""
     check_files(manifest)
     check_programs(manifest)
     check_wiring(manifest)
@@ -29,7 +29,7 @@ def check(manifest: Structure) -> None:
 
 
 def check_files(manifest: Structure) -> None:
-    """No two paths collide on any file system, and everything that is used is listed."""
+    """Check that no two paths collide on any file system, and that everything that is used is listed."""
     paths = [entry.path for entry in (*manifest.files, *manifest.attachments)]
     folded = {path.casefold() for path in paths}
     if len(folded) != len(paths):
@@ -57,7 +57,7 @@ def check_files(manifest: Structure) -> None:
 
 
 def _check_engines(manifest: Structure) -> None:
-    """Every stage has an engine, made from the ONNX file that the artifact holds; only consecutive blocks share one."""
+    """Check that every stage has an engine, made from the artifact's own ONNX file, and who shares one."""
     digests = {entry.path: entry.digest for entry in manifest.files}
     expected = {
         stage.name: tuple(digests[path] for path in (stage.onnx, *stage.external_data)) for stage in manifest.stages
@@ -68,16 +68,19 @@ def _check_engines(manifest: Structure) -> None:
         _check_shared(manifest, engine)
         if odd := sorted(name for name, sizes in engine.profile.items() if list(sizes) != sorted(sizes)):
             raise ValueError(
-                f"engines: {odd[0]} for {engine.target} is {engine.profile[odd[0]]}: expected increasing sizes: build it again"
+                f"engines: {odd[0]} for {engine.target} is {engine.profile[odd[0]]}: expected increasing sizes: build "
+                "it again"
             )
         for stage, source in engine.sources.items():
             if source != expected.get(stage):
                 raise ValueError(
-                    f"engines: {stage} for {engine.target} was built from another ONNX file than the artifact's: build it again"
+                    f"engines: {stage} for {engine.target} was built from another ONNX file than the artifact's: build "
+                    "it again"
                 )
 
 
 def _check_shared(manifest: Structure, engine: Engine) -> None:
+    """Check that only consecutive blocks have an engine together."""
     seen: set[str] = set()
     for path, run in itertools.groupby(manifest.stages, key=lambda stage: engine.stages[stage.name]):
         kinds = [stage.kind for stage in run]
@@ -89,7 +92,7 @@ def _check_shared(manifest: Structure, engine: Engine) -> None:
 
 
 def check_programs(manifest: Structure) -> None:
-    """One program for each budget, within the steps of the sampler, with as many computed steps as the budget says."""
+    """Check that there is one program for each budget, within the sampler's steps, that computes as many as it says."""
     for programs in (
         manifest.programs,
         *(entry.programs for entry in (manifest.shapes.sizes if manifest.shapes else ())),
@@ -116,13 +119,13 @@ def _check_program(manifest: Structure, entry: BudgetProgram) -> None:
         raise ValueError(f"programs: budget {entry.budget} caches residuals but no features are declared")
     if entry.program.payload == "banded" and not position_axes(1 + len(manifest.latents.shape)):
         raise ValueError(
-            f"programs: budget {entry.budget} weighs means over positions, and latents of shape {manifest.latents.shape} have none: "
-            "expected two axes or more"
+            f"programs: budget {entry.budget} weighs means over positions, and latents of shape "
+            f"{manifest.latents.shape} have none: expected two axes or more"
         )
 
 
 def check_wiring(manifest: Structure) -> None:
-    """Every tensor that a stage reads is there before it, with its type and shape, on every path through the loop."""
+    """Check that what a stage reads is there before it, with its type and shape, on every path through the loop."""
     names = [stage.name for stage in manifest.stages]
     if len(set(names)) != len(names):
         raise ValueError("stages: two have the same name")
@@ -157,7 +160,7 @@ def _check_tensors(stage: Stage) -> None:
 
 
 def elements(tensor: TensorInfo) -> int:
-    """Elements of one sample."""
+    """How many elements one sample of a tensor has, at the artifact's own size."""
     count = 1
     for size in tensor.shape:
         count *= size if isinstance(size, int) else 1
@@ -208,7 +211,7 @@ def _check_features(manifest: Structure, known: dict[str, TensorInfo], request: 
 
 
 def check_encoder(manifest: Structure) -> None:
-    """Tokens in, and out everything that the trunk needs besides latents and timestep."""
+    """Check that the text encoder takes tokens, and gives all that the trunk needs besides latents and timestep."""
     encoder = _only(manifest, "text_encoder")
     lengths = {tokenizer.input_name: tokenizer.length for tokenizer in manifest.tokenizers}
     if len(lengths) != len(manifest.tokenizers) or set(lengths) != {
@@ -229,7 +232,7 @@ def check_encoder(manifest: Structure) -> None:
 
 
 def check_decoder(manifest: Structure) -> None:
-    """Latents in, pictures of the artifact's size out."""
+    """Check that the decoder takes latents, and gives pictures of the artifact's size."""
     decoder = _only(manifest, "decoder")
     if decoder is None:
         return
@@ -263,7 +266,7 @@ def _expect(tensor: TensorInfo, dtypes: frozenset[str] | None, *shapes: tuple[in
 
 
 def check_golden(manifest: Structure) -> None:
-    """The golden request is one that the artifact serves, and its latents are a listed file of the right size."""
+    """Check that the artifact serves its golden request, and that its latents are a listed file of the right size."""
     golden, guidance = manifest.golden, manifest.guidance
     if golden is None:
         return

@@ -38,8 +38,12 @@ class Slopes(Frozen):
 
 
 def position_axes(rank: int) -> tuple[int, ...]:
-    """Axes of latents (n, …) of a rank along which positions lie: 1 of packed tokens (n, tokens, channels), the last
-    two of (n, …, height, width); none of a lower rank.
+    """The axes of latents (n, …) of a rank along which positions lie.
+
+    They are 1 of packed tokens (n, tokens, channels), the last two of (n, …, height, width), and none of a lower rank.
+
+    >>> position_axes(3), position_axes(4), position_axes(5), position_axes(2)
+    ((1,), (2, 3), (3, 4), ())
     """
     return () if rank < 3 else (1,) if rank == 3 else (rank - 2, rank - 1)
 
@@ -109,46 +113,51 @@ class Program(Frozen):
                 raise ValueError(f"steps[{position}].step_index is {step.step_index}: expected more than {previous}")
             previous = step.step_index
             computed += step.compute
-            if step.compute == bool(step.residual_coefs):
-                raise ValueError(f"steps[{position}] must either compute the blocks or forecast their residual")
-            if not step.compute and self.payload != "residual":
-                raise ValueError(
-                    f"steps[{position}] is not computed: an {self.payload} program has computed steps only"
-                )
-            if len(step.residual_coefs) > computed:
-                raise ValueError(f"steps[{position}] forecasts from more residuals than were computed ({computed})")
-            if len(step.output_coefs) > position + 1:
-                raise ValueError(f"steps[{position}] weighs more outputs than there are ({position + 1})")
-            if step.slopes is not None and self.payload not in ("adaptive", "banded"):
-                raise ValueError(
-                    f"steps[{position}] has slopes: only an adaptive or a banded program has, and this one is {self.payload}"
-                )
-            if step.means is not None and self.payload != "banded":
-                raise ValueError(
-                    f"steps[{position}] has means: only a banded program has, and this one is {self.payload}"
-                )
-            if step.slopes is not None and len(step.slopes.output_coefs) != len(step.output_coefs):
-                raise ValueError(
-                    f"steps[{position}] has slopes of {len(step.slopes.output_coefs)} output_coefs: expected "
-                    f"{len(step.output_coefs)}, as many as it weighs"
-                )
-            if step.means is not None:
-                slopes = len(step.output_coefs) if step.slopes is not None else 0
-                found = len(step.means.output_coefs), len(step.means.output_slopes)
-                if found != (len(step.output_coefs), slopes):
-                    raise ValueError(
-                        f"steps[{position}] has means of {found[0]} output_coefs and {found[1]} output_slopes: expected "
-                        f"{len(step.output_coefs)}, as many as it weighs, and {slopes}"
-                    )
-                if step.means.latent_slope and step.slopes is None:
-                    raise ValueError(f"steps[{position}] has means with a latent_slope, and no slopes: expected 0")
+            if fault := self._fault_of_sums(step, position, computed) or self._fault_of_slopes(step):
+                raise ValueError(f"steps[{position}] {fault}")
         if not self.steps[0].compute:
             raise ValueError("steps[0] must be computed")
         return self
 
+    def _fault_of_sums(self, step: Step, position: int, computed: int) -> str | None:
+        """What a step weighs that is not there, or the payload does not have; None if nothing is wrong.
+
+        computed: how many steps were, this one among them.
+        """
+        if step.compute == bool(step.residual_coefs):
+            return "must either compute the blocks or forecast their residual"
+        if not step.compute and self.payload != "residual":
+            return f"is not computed: an {self.payload} program has computed steps only"
+        if len(step.residual_coefs) > computed:
+            return f"forecasts from more residuals than were computed ({computed})"
+        if len(step.output_coefs) > position + 1:
+            return f"weighs more outputs than there are ({position + 1})"
+        return None
+
+    def _fault_of_slopes(self, step: Step) -> str | None:
+        """What slopes and means of a step do not fit to; None if nothing is wrong."""
+        slopes, means, count = step.slopes, step.means, len(step.output_coefs)
+        if slopes is not None and self.payload not in ("adaptive", "banded"):
+            return f"has slopes: only an adaptive or a banded program has, and this one is {self.payload}"
+        if means is not None and self.payload != "banded":
+            return f"has means: only a banded program has, and this one is {self.payload}"
+        if slopes is not None and len(slopes.output_coefs) != count:
+            return f"has slopes of {len(slopes.output_coefs)} output_coefs: expected {count}, as many as it weighs"
+        if means is None:
+            return None
+        found, expected = (len(means.output_coefs), len(means.output_slopes)), (count, count if slopes else 0)
+        if found != expected:
+            return (
+                f"has means of {found[0]} output_coefs and {found[1]} output_slopes: expected {expected[0]}, as many "
+                f"as it weighs, and {expected[1]}"
+            )
+        if means.latent_slope and slopes is None:
+            return "has means with a latent_slope, and no slopes: expected 0"
+        return None
+
     @property
     def nfe(self) -> int:
-        """Full runs of the blocks."""
+        """The number of function evaluations: full runs of the blocks."""
         return sum(step.compute for step in self.steps)
 
     @property

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 from .manifest import Manifest
+from .whole_files import write_whole
 
 
 def main() -> None:
+    """Write the file that the command line names."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise SystemExit("usage: python -m otcache.schemas.publish FILE")
-    Path(sys.argv[1]).write_text(
-        json.dumps(Manifest.model_json_schema(), indent=1, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    write_whole(Path(sys.argv[1]), json.dumps(Manifest.model_json_schema(), indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -36,13 +36,18 @@ def segments_of(engine: Engine, manifest: Structure) -> tuple[Segment, ...]:
 
 
 def name_of(segment: Segment) -> str:
-    """`block_0`, or `block_0..block_3`, which no stage is called."""
+    """What a segment's stage is called; no stage of a manifest has such a name.
+
+    >>> name_of(("block_0",)), name_of(("block_0", "block_1", "block_2"))
+    ('block_0', 'block_0..block_2')
+    """
     return segment[0] if len(segment) == 1 else f"{segment[0]}..{segment[-1]}"
 
 
 def coarsened(manifest: M, segments: tuple[Segment, ...]) -> M:
-    """The manifest with a stage for every segment in the place of its blocks; `onnx` of such a stage is its first
-    block's.
+    """The manifest with a stage for every segment in the place of its blocks.
+
+    `onnx` of such a stage is its first block's.
     """
     stages = {stage.name: stage for stage in manifest.stages}
     first = {segment[0]: segment for segment in segments}

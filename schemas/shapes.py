@@ -70,7 +70,12 @@ class Symbol(Frozen):
     divisor: Extent = 1
 
     def size(self, request: Request) -> int:
-        """Raises ValueError where it is no whole number from 1 to 2³¹."""
+        """The size at a request. Raises ValueError where it is no whole number from 1 to 2³¹.
+
+        >>> tokens = Symbol(name="tokens", terms=(Term(factor=1, axes=("height", "width")),), divisor=256)
+        >>> str(tokens), tokens.size({"height": 512, "width": 768})
+        ('height*width/256', 1536)
+        """
         total = 0
         for term in self.terms:
             product = term.factor
@@ -94,7 +99,11 @@ class Symbol(Frozen):
 
 
 def described(request: Request) -> str:
-    """`512x768`, `512x768, 16 frames, 77 tokens`: as many of the axes as there are."""
+    """A request in words, with as many of the axes as there are.
+
+    >>> described({"height": 512, "width": 768, "num_frames": 16, "max_sequence_length": 77})
+    '512x768, 16 frames, 77 tokens'
+    """
     parts = []
     if "height" in request and "width" in request:
         parts.append(f"{request['height']}x{request['width']}")
@@ -108,6 +117,10 @@ def described(request: Request) -> str:
 
 
 def corners(axes: tuple[Axis, ...]) -> Iterator[dict[AxisName, int]]:
-    """Every combination of smallest and largest values."""
+    """Every combination of smallest and largest values.
+
+    >>> list(corners((Axis(name="height", minimum=16, maximum=32, step=16),)))
+    [{'height': 16}, {'height': 32}]
+    """
     for values in itertools.product(*({axis.minimum: 0, axis.maximum: 0} for axis in axes)):
         yield {axis.name: value for axis, value in zip(axes, values, strict=True)}

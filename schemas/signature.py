@@ -1,4 +1,7 @@
-"""`manifest.sig`: an Ed25519 signature of an artifact's digest. `schemas/README.md`, "Signature", is its specification."""
+"""`manifest.sig`: an Ed25519 signature of an artifact's digest.
+
+`schemas/README.md`, "Signature", is its specification.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ PREFIX = b"otcache artifact signature v1\0"
 
 
 class Signature(Frozen):
+    """What `manifest.sig` says."""
+
     algorithm: Literal["ed25519"]
     digest: Digest
     """Of the artifact that was signed."""
@@ -25,5 +30,5 @@ class Signature(Frozen):
 
 
 def signed_message(digest: str) -> bytes:
-    """The bytes that are signed."""
+    """The bytes that are signed for an artifact of this digest (`sha256:…`)."""
     return PREFIX + digest.encode("ascii")

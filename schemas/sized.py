@@ -1,4 +1,4 @@
-"""An artifact's manifest for another size than its own: `sized`. With it, readers know fixed shapes only.
+"""An artifact's manifest for another size than its own (`sized`), so that readers know fixed shapes only.
 
 What a request's size changes: dimensions that follow symbols, the layout of the noise, lengths of tokens, `conditions`,
 and where a listed size has programs of its own, those. A decoder or text encoder that is fixed to the artifact's own
@@ -114,7 +114,7 @@ def _shape(shape: Shape, symbols: Symbols, sizes: Mapping[str, int]) -> Shape:
 
 
 def check_shapes(manifest: Structure) -> None:
-    """Dimensions follow from every size that is served, and fit together there; the artifact's own size is one of them."""
+    """Check that dimensions follow from every size that is served, among them the artifact's own, and fit together."""
     shapes, own = manifest.shapes, own_size(manifest)
     if shapes is None:
         if any(tensor.symbols for stage in manifest.stages for tensor in (*stage.inputs, *stage.outputs)):
@@ -142,8 +142,9 @@ def check_shapes(manifest: Structure) -> None:
 
 
 def _check_sizes(manifest: Structure, shapes: Shapes, own: Request) -> None:
-    """Of sizes that are listed one by one: each within the ranges, with its constants' files; each is checked again
-    when it is served.
+    """Check of sizes that are listed one by one that each is within the ranges, with its constants' files.
+
+    Whether dimensions fit together there is checked when one is served: there can be a thousand.
     """
     axes = {axis.name: axis for axis in shapes.axes}
     held = {tensor.name: tensor for tensor in manifest.held}

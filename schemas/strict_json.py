@@ -23,7 +23,11 @@ _STRUCTURE = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
 
 
 def parse_object(data: bytes, name: str) -> dict[str, Any]:
-    """The JSON object in `data`; `name` is what messages call it. Raises ArtifactError."""
+    """The JSON object in `data`; `name` is what messages call it. Raises ArtifactError.
+
+    >>> parse_object(b'{"a": [1, 1.0]}', "a.json")
+    {'a': [1, 1.0]}
+    """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -30,7 +30,8 @@ def _check_path(path: str) -> str:
     parts = path.split("/")
     if len(path) > 255 or len(parts) > 8 or not all(_PART.match(part) and not _DEVICE.match(part) for part in parts):
         raise ValueError(
-            f"{path[:80]!r} is no plain relative path (letters, digits, '._+-' and '/', no part starts or ends with a dot)"
+            f"{path[:80]!r} is no plain relative path (letters, digits, '._+-' and '/', no part starts or ends with a "
+            "dot)"
         )
     return path
 
@@ -87,7 +88,7 @@ class Stage(Frozen):
 
 
 class Feature(Frozen):
-    """A tensor that the blocks turn from `source` into `result`; `result − source` is what a residual program caches."""
+    """A tensor that the blocks turn from `source` into `result`; a residual program caches `result − source`."""
 
     source: Name
     result: Name
@@ -168,10 +169,15 @@ class Guidance(Frozen):
 
     @property
     def branches(self) -> int:
+        """How often the trunk runs for a sample: once, or for the negative and the positive prompt."""
         return 1 if self.kind == "none" else 2
 
     def weights(self, scale: float) -> tuple[float, ...]:
-        """Weight of each branch's output at a guidance scale."""
+        """The weight of each branch's output at a guidance scale, the negative one first.
+
+        >>> Guidance(kind="cfg", scale=4.0, minimum=2.0, maximum=6.0).weights(4.0)
+        (-3.0, 4.0)
+        """
         return (1.0,) if self.kind == "none" else (1.0 - scale, scale)
 
 
@@ -184,6 +190,8 @@ class Sampler(Frozen):
 
 
 class Model(Frozen):
+    """The diffusers pipeline that was compiled."""
+
     name: Annotated[str, Field(min_length=1, max_length=256)]
     pipeline: str
     transformer: str
@@ -227,6 +235,8 @@ class Policy(Frozen):
 
 
 class Statistic(Frozen):
+    """Mean, standard deviation and worst value over prompts."""
+
     mean: float
     std: float
     worst: float
@@ -424,6 +434,7 @@ class Structure(Frozen):
         return (*self.programs, *(entry for programs in own for entry in programs))
 
     def program(self, budget: int | str) -> BudgetProgram | None:
+        """The program of a budget at the artifact's own size, or None."""
         return next((entry for entry in self.programs if entry.budget == str(budget)), None)
 
 

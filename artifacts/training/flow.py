@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from otcache.artifacts.training import scenes
+from otcache.schemas.whole_files import whole_file
 
 CAPTION_DROPOUT = 0.1
 CHECKPOINT_STEPS = 250
@@ -177,18 +178,15 @@ def train_transformer(
             recent = losses[-100:]
             print(f"transformer: step {step + 1}/{steps}, loss {sum(recent) / len(recent):.4f}", flush=True)
         if (step + 1) % CHECKPOINT_STEPS == 0:
-            part = checkpoint.with_suffix(".part")
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "average": average.state_dict(),
-                    "step": step + 1,
-                    "random": torch.get_rng_state(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                },
-                part,
-            )
-            part.replace(checkpoint)
+            state = {
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "step": step + 1,
+                "random": torch.get_rng_state(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            }
+            with whole_file(checkpoint) as part:
+                torch.save(state, part)
     return average.eval()
 
 

@@ -13,7 +13,20 @@ from click.shell_completion import CompletionItem
 
 from .options import call_options, search_options
 
-NEEDED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "ot", "optuna", "skimage", "matplotlib", "jinja2")
+NEEDED = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "ot",
+    "optuna",
+    "skimage",
+    "matplotlib",
+    "jinja2",
+    "filelock",
+    "platformdirs",
+)
 
 
 def check_packages(command: str) -> None:
@@ -153,7 +166,7 @@ def _compile(
         folder, manifest = compile_model(options, reporter)
         added = engines.build(folder, *plans, reporter)
         if added:
-            manifest, _ = read_manifest(folder)
+            manifest = read_manifest(folder).manifest
     finally:
         reporter.close()
     seconds = time.monotonic() - start

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-NEEDED = ("matplotlib", "jinja2", "ot")
+NEEDED = ("matplotlib", "jinja2", "ot", "filelock")
 
 
 @click.command("report", short_help="Draw an artifact's report again.")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from otcache.schemas.whole_files import whole_file, write_whole
 
 from .cells import AHEAD_DB, DEFAULT, FURTHER, WORST_DB, AtScale, Claim, Comparison, Robustness
 
@@ -14,14 +15,8 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     """Write comparison.json (last: its presence means that all is there), comparison.md and comparison.png."""
     folder.mkdir(parents=True, exist_ok=True)
     draw(comparison, folder / "comparison.png")
-    _write(folder / "comparison.md", markdown(comparison))
-    _write(folder / "comparison.json", json.dumps(comparison.json(), indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_whole(folder / "comparison.md", markdown(comparison))
+    write_whole(folder / "comparison.json", json.dumps(comparison.json(), indent=1) + "\n")
 
 
 def markdown(comparison: Comparison) -> str:
@@ -225,7 +220,6 @@ def draw(comparison: Comparison, path: Path) -> None:
         axis.grid(alpha=0.25)
     axes[1].legend(fontsize=8, loc="lower right")
     figure.suptitle(f"{Path(comparison.model).name}: {comparison.prompts} held-out prompts", fontsize=11)
-    part = path.with_name(f".{path.name}.part.png")
-    figure.savefig(part, dpi=140)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=140, format="png")
     pyplot.close(figure)
-    os.replace(part, path)

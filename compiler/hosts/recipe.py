@@ -33,7 +33,7 @@ class Recipe(Frozen):
 
 def recipe_from_artifact(folder: str | Path, budget: int | str) -> Recipe:
     """Read the manifest and nothing else. Raises ArtifactError; RequestError for a budget that it does not hold."""
-    return recipe_from_manifest(read_manifest(Path(folder))[0], budget)
+    return recipe_from_manifest(read_manifest(folder).manifest, budget)
 
 
 def recipe_from_manifest(manifest: Manifest, budget: int | str) -> Recipe:

@@ -7,19 +7,17 @@ system can exchange two folders (Linux), there is no moment without an artifact.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from otcache.schemas.digest import digest_of_file
 from otcache.schemas.errors import ArtifactError
-from otcache.schemas.manifest import MANIFEST_NAME, FileEntry, Manifest, core_digest
+from otcache.schemas.manifest import MANIFEST_NAME, FileEntry, Manifest
+from otcache.schemas.manifest_file import seal, write_manifest
+from otcache.schemas.whole_files import publish_folder, recover_folder
 
 from ..workspace.whole_files import full_disk_named, part_folder, remove_leftovers
 
@@ -68,12 +66,17 @@ def emit(
                 fill(work)
                 whole = _finish(work, manifest, attachments)
                 check_target(target, force=force)  # another compile may have finished meanwhile
-                _swap(work, target)
+                publish_folder(work, target)
     except OSError as error:
         raise ArtifactError(
             f"artifact {target} could not be written: {error.strerror or error}; nothing was left behind"
         ) from error
     return whole
+
+
+def recover(target: Path) -> None:
+    """Put an artifact back that a process killed while it replaced it left under another name."""
+    recover_folder(target, MANIFEST_NAME)
 
 
 def _finish(work: Path, manifest: dict[str, Any], attachments: frozenset[str]) -> Manifest:
@@ -83,11 +86,7 @@ def _finish(work: Path, manifest: dict[str, Any], attachments: frozenset[str]) -
     outside = [entry for entry in entries if entry["path"].split("/")[0] in attachments]
     stages = [{**stage, "external_data": _external_data(work, stage["onnx"])} for stage in manifest["stages"]]
     fields = {**manifest, "stages": stages, "files": inside, "attachments": outside, "digest": "sha256:" + "0" * 64}
-    value = Manifest.model_validate(fields).model_dump(mode="json")
-    value["digest"] = core_digest(value)
-    whole = Manifest.model_validate(value)
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    (work / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    whole = write_manifest(work, seal(Manifest.model_validate(fields).model_dump(mode="json"))).manifest
     work.chmod(0o755)
     return whole
 
@@ -106,41 +105,3 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
         ).model_dump(mode="json")
         for path in paths
     ]
-
-
-def _swap(work: Path, target: Path) -> None:
-    """Put `work` in the place of `target`; the old folder is then where `work` was, and goes with it."""
-    if not target.exists() or not any(target.iterdir()):
-        os.rename(work, target)  # fails if something has appeared there since
-    elif not _exchange(work, target):
-        old = _old(target)
-        os.rename(target, old)
-        try:
-            os.rename(work, target)
-        except OSError:
-            os.rename(old, target)
-            raise
-        os.rename(old, work)
-
-
-def _old(target: Path) -> Path:
-    """Where the old artifact stands between the two renames of a system that cannot exchange folders."""
-    return target.with_name(f".{target.name}.old")
-
-
-def recover(target: Path) -> None:
-    """Put an artifact back that a process killed between two renames left under another name."""
-    old = _old(target.absolute())
-    if (old / MANIFEST_NAME).is_file() and not target.exists():
-        os.rename(old, target)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two folders in one step; False where the system or the file system cannot."""
-    if not sys.platform.startswith("linux"):
-        return False
-    with contextlib.suppress(OSError, AttributeError):
-        # renameat2(AT_FDCWD, first, AT_FDCWD, second, RENAME_EXCHANGE)
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-        return bool(rename(-100, os.fsencode(first), -100, os.fsencode(second), ctypes.c_uint(2)) == 0)
-    return False

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from otcache.schemas.errors import ModelError
 from otcache.schemas.manifest_file import read_manifest
+from otcache.schemas.whole_files import whole_file
 
 from ..models.load import load_model
 from ..pipelines.call import call_options
@@ -32,7 +33,7 @@ def encode(
     Sizes, lengths and guidance are the artifact's. Raises ModelError for a model that it was not compiled from, and
     ArtifactError.
     """
-    manifest, _ = read_manifest(artifact)
+    manifest = read_manifest(artifact).manifest
     loaded = load_model(model, revision=revision, trust_remote_code=trust_remote_code, lora=lora)
     if loaded.weights_digest != manifest.model.weights_digest:
         raise ModelError(
@@ -51,5 +52,6 @@ def encode(
     )
     interface = probe(loaded.pipeline, options, scale, loaded.prompts or prompts)
     tensors = conditioning_of(loaded.pipeline, interface, options, scale, prompts)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, output)
+    with whole_file(output) as part:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, part)
     return {name: list(value.shape) for name, value in tensors.items()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -11,10 +9,11 @@ from typing import Any
 
 from otcache.schemas.digest import digest_of_file
 from otcache.schemas.errors import ArtifactError
-from otcache.schemas.manifest import MANIFEST_NAME, FileEntry, Manifest
-from otcache.schemas.manifest_file import read_manifest
+from otcache.schemas.manifest import FileEntry, Manifest
+from otcache.schemas.manifest_file import read_manifest, write_manifest
+from otcache.schemas.whole_files import write_whole
 
-from ..workspace.whole_files import full_disk_named, part_folder, write_whole
+from ..workspace.whole_files import full_disk_named, part_folder
 from .data import LATENCY
 from .page import ATTACHMENTS, FOLDER, PAGE, draw_report
 
@@ -25,20 +24,23 @@ def redraw(artifact: Path) -> tuple[Path, list[str]]:
     The manifest first lets go of the attachments that change and lists them again when they are in place, so the
     artifact is whole at every moment. Raises ArtifactError.
     """
-    manifest, value = read_manifest(artifact)
+    read = read_manifest(artifact)
+    manifest = read.manifest
     try:
         with full_disk_named(artifact, "free some of it"), part_folder(artifact.absolute()) as work:
             _copy_evidence(artifact, manifest, work)
-            draw_report(work, value)
+            draw_report(work, manifest.model_dump(mode="json"))
             drawn = {path.relative_to(work).as_posix(): path for path in work.rglob("*") if path.is_file()}
             changed = {name: path for name, path in drawn.items() if not _same(artifact / name, path)}
             entries = [_entry(work, name) for name in drawn]
-            kept = [entry for entry in value["attachments"] if entry["path"].split("/")[0] not in ATTACHMENTS]
-            stays = [entry for entry in value["attachments"] if entry["path"] not in changed]
-            _write(artifact, {**value, "attachments": stays})
+            listed = read.stated.get("attachments", [])
+            kept = [entry for entry in listed if entry["path"].split("/")[0] not in ATTACHMENTS]
+            stays = [entry for entry in listed if entry["path"] not in changed]
+            write_manifest(artifact, {**read.stated, "attachments": stays})
             for name, path in changed.items():
-                os.replace(path, artifact / name)
-            _write(artifact, {**value, "attachments": sorted(kept + entries, key=lambda entry: entry["path"])})
+                write_whole(artifact / name, path.read_bytes())
+            new = sorted(kept + entries, key=lambda entry: entry["path"])
+            write_manifest(artifact, {**read.stated, "attachments": new})
     except OSError as error:
         raise ArtifactError(f"artifact {artifact}: its report cannot be written: {error.strerror or error}") from error
     return artifact / PAGE, [m.name.removeprefix(LATENCY) for m in manifest.measurements if m.name.startswith(LATENCY)]
@@ -75,9 +77,3 @@ def _entry(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     entry = FileEntry(path=name, size_bytes=path.stat().st_size, digest=digest_of_file(path))
     return entry.model_dump(mode="json")
-
-
-def _write(artifact: Path, value: dict[str, Any]) -> None:
-    """As `emit` writes it."""
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    write_whole(artifact / MANIFEST_NAME, lambda part: part.write_text(text, encoding="utf-8"))

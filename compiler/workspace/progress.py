@@ -1,4 +1,7 @@
-"""How a compile reports what it is doing: one context per pass, shown as bars, as lines, as JSON events, or not at all."""
+"""How a compile reports what it is doing: one context per pass.
+
+It is shown as bars, as lines, as JSON events, or not at all.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ class Pass:
 
     @property
     def seconds(self) -> float:
+        """Since it began."""
         return time.monotonic() - self.started
 
     def seconds_left(self, done: int, total: int) -> float | None:
@@ -155,7 +159,7 @@ class BarReporter(Reporter):
 
 
 def reporter_for(*, as_json: bool, verbose: bool) -> Reporter:
-    """Events with `as_json`; bars on a terminal; elsewhere a line per pass if `verbose`, else only what must be said."""
+    """The reporter of events with `as_json`, of a line per pass with `verbose`, of bars on a terminal, or of notes."""
     if as_json:
         return JsonReporter()
     if verbose:

@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all, and that say so clearly when the disk is full.
+"""What a compile needs beside the one writer (`otcache.schemas.whole_files`): locks, leftovers, full disks.
 
-A temporary name ends in `.part`. Whoever writes a `.part` folder holds a lock on it that the kernel drops with the
-process, however it ends: a `.part` without one is a leftover, and the next run removes it.
+A temporary name ends in `.part`. Whoever fills a `.part` folder holds the lock `.part.lock` beside it, which the kernel
+drops with the process, however it ends: a `.part` folder whose lock is free is a leftover, and the next run removes it.
+A `.part` file names its process instead.
 """
 
 from __future__ import annotations
@@ -10,21 +11,21 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from otcache.schemas.errors import HostError
+from filelock import BaseFileLock, FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # Windows: no locks; leftovers stay, and two compiles at once are told apart by their names alone
-    fcntl = None  # type: ignore[assignment]
+from otcache.schemas import whole_files
+from otcache.schemas.errors import HostError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FULL_TEXTS = (*(os.strerror(number) for number in FULL), "database or disk is full")
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+"""What a file system without locks answers."""
+_LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -40,8 +41,8 @@ def full_disk_named(folder: Path, remedy: str) -> Iterator[None]:
         place = _existing(folder)
         free = shutil.disk_usage(place).free
         raise HostError(
-            f"no space left on the disk of {place} ({free / 1e6:.1f} MB free): free some or {remedy}, then run the same "
-            "command again: it goes on where it stopped"
+            f"no space left on the disk of {place} ({free / 1e6:.1f} MB free): free some or {remedy}, then run the "
+            "same command again: it goes on where it stopped"
         ) from error
 
 
@@ -64,71 +65,63 @@ def _existing(folder: Path) -> Path:
     return next(each for each in (folder, *folder.parents) if each.exists())
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` write a file under a temporary name, then put it in place."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def part_folder(target: Path) -> Iterator[Path]:
-    """An empty, locked folder `.<name>.<random>.part` beside `target`; what is left of it afterwards is removed."""
-    part, lock = _new_name(target), None  # named before it is made: a signal may come at any time
+    """An empty folder `.<name>.<random>.part` beside `target`, locked before it is made.
+
+    What is left of it when the context ends is removed, and so is its lock. Raises OSError.
+    """
+    part = whole_files.name_part(target)
+    lock = _lock_of(part)
     try:
-        while (lock := _made_and_locked(part)) is None:
-            part = _new_name(target)
-        yield part
+        while not _try_lock(lock):  # another process took the new lock for a leftover in this moment
+            part = whole_files.name_part(target)
+            lock = _lock_of(part)
+        with whole_files.part_folder(target, part) as made:
+            yield made
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-        if lock is not None and lock >= 0:
-            os.close(lock)
-
-
-def _new_name(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-
-
-def _made_and_locked(part: Path) -> int | None:
-    """Make a folder; `_try_lock` of it, or None if another process took it for a leftover in the moment before."""
-    part.mkdir(mode=0o700)
-    try:
-        lock = _try_lock(part)
-    except FileNotFoundError:
-        return None
-    if lock is None or part.exists():
-        return lock
-    if lock >= 0:
-        os.close(lock)
-    return None
+        _drop(lock)
 
 
 def remove_leftovers(folder: Path, name: str) -> list[Path]:
-    """Remove `.<name>.<random>.part` folders, and `.<name>.<pid>.part` files, of processes that are gone.
+    """Remove `.<name>.<random>.part` folders and `.<name>.<process>.part` files whose process is gone.
 
-    name: regular expression. Folders that cannot be locked, because their process lives, stay.
+    Folders that cannot be locked, because their process lives, stay.
+
+    Args:
+        folder: where to look; it may be missing.
+        name: regular expression of the names.
+
+    Returns the folders and files that are gone.
     """
-    pattern = re.compile(rf"\.(?:{name})\.(?:[a-z0-9_]{{8}}|[0-9]+)\.part\Z")
+    pattern = re.compile(rf"(\.(?:{name})\.(?:[a-z0-9_]{{8}}|[0-9]+)\.part)(?:{re.escape(_LOCK)})?\Z")
+    names = os.listdir(folder) if folder.is_dir() else []
+    parts = {folder / match.group(1) for match in map(pattern.match, names) if match}
     removed = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if fcntl is None or not pattern.match(path.name) or path.is_symlink():
+    for part in sorted(parts):
+        if part.is_symlink():
             continue
-        if path.is_file() and not _runs(path.name.split(".")[-2]):
-            path.unlink(missing_ok=True)
-            removed.append(path)
-        elif path.is_dir() and (lock := _try_lock(path)) is not None and lock >= 0:
-            shutil.rmtree(path, ignore_errors=True)
-            os.close(lock)
-            removed.append(path)
+        if part.is_file():
+            if not _runs(part.name.split(".")[-2]):
+                part.unlink(missing_ok=True)
+                removed.append(part)
+            continue
+        lock = _lock_of(part)
+        with contextlib.suppress(OSError):  # where another user's lock is, that user's process cleans up
+            if _try_lock(lock):
+                try:
+                    if part.is_dir() and lock.is_locked:  # without locks, nobody knows whether its process lives
+                        shutil.rmtree(part, ignore_errors=True)
+                        removed.append(part)
+                finally:
+                    _drop(lock)
     return removed
 
 
-def _runs(pid: str) -> bool:
+def _runs(process: str) -> bool:
+    """Whether the process of a number lives."""
     try:
-        os.kill(int(pid), 0)
+        os.kill(int(process), 0)
     except (ProcessLookupError, OverflowError, ValueError):
         return False
     except PermissionError:
@@ -136,34 +129,41 @@ def _runs(pid: str) -> bool:
     return True
 
 
-def _try_lock(path: Path) -> int | None:
-    """A descriptor that holds a lock on a file or folder; None when another holds it; −1 where there are no locks."""
-    if fcntl is None:
-        return -1
-    descriptor = os.open(path, os.O_RDONLY)
+def _lock_of(part: Path) -> BaseFileLock:
+    return FileLock(part.with_name(part.name + _LOCK))
+
+
+def _try_lock(lock: BaseFileLock) -> bool:
+    """Take a lock at once: False when another process holds it, True also where the file system has no locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return -1
-    return descriptor
+        lock.acquire(blocking=False)
+    except Timeout:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
+def _drop(lock: BaseFileLock) -> None:
+    """Release a lock and remove its file, in the order in which nobody can take a file that is going to be removed."""
+    if lock.is_locked:
+        with contextlib.suppress(OSError):
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 @contextlib.contextmanager
 def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock file `path`; while another process does, wait, and call `on_wait` once."""
-    if fcntl is None:
+    """Hold the lock file `path`; while another process does, wait, and call `on_wait` once.
+
+    Where the file system has no locks, nothing is held: whole files still do not mix.
+    """
+    lock = FileLock(path)
+    if not _try_lock(lock):
+        on_wait()
+        lock.acquire()
+    try:
         yield
-        return
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: whole files still do not mix
-            pass
-        yield
+    finally:
+        lock.release()

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 
 from otcache.schemas.digest import digest_of_value
 from otcache.schemas.errors import HostError
+from otcache.schemas.whole_files import publish_folder, whole_file
 
-from .whole_files import full_disk_named, is_full_disk, locked, part_folder, remove_leftovers, write_whole
+from .whole_files import full_disk_named, is_full_disk, locked, part_folder, remove_leftovers
 
 RESULT = r"[a-z-]+-[0-9a-f]{24}(?:\.\w+)?"
 """Names of results, as a regular expression."""
@@ -31,10 +33,12 @@ ELSEWHERE = "name another folder in OTC_CACHE"
 
 
 def default_workspace() -> Path:
-    """`$OTC_CACHE`, or `otcache` in the user's cache folder."""
+    """`$OTC_CACHE`, `$XDG_CACHE_HOME/otcache`, or `otcache` in the cache folder that the system gives the user."""
     if folder := os.environ.get("OTC_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "otcache"
+    if folder := os.environ.get("XDG_CACHE_HOME"):  # on every system, although only some know it
+        return Path(folder) / "otcache"
+    return platformdirs.user_cache_path("otcache", appauthor=False)
 
 
 def make_folder(folder: Path) -> None:
@@ -62,7 +66,11 @@ class Workspace:
 
     @contextlib.contextmanager
     def held(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Keep other compiles out of the folder, and remove what killed ones left. Waits while another one is at work."""
+        """Keep other compiles out of the folder, and remove what killed ones left.
+
+        Waits while another one is at work, and calls `on_wait` once then. Raises HostError for a folder that cannot be
+        written to, or a disk that is full.
+        """
         with self.full_disk_named():
             make_folder(self.folder)
             with locked(self.folder / LOCK, on_wait):
@@ -118,7 +126,7 @@ class Workspace:
             with part_folder(path) as part:
                 compute(part)
                 try:
-                    os.rename(part, path)
+                    publish_folder(part, path, replace=False)
                 except OSError:
                     if not path.is_dir():  # else another compile was faster, where the file system has no locks
                         raise
@@ -133,7 +141,7 @@ class Workspace:
         write: Callable[[Path, Any], None],
     ) -> Any:
         if path.exists():
-            # A power cut can leave a file that was renamed before its content was on the disk: it is made again.
+            # A result that the disk has damaged is made again.
             with contextlib.suppress(ValueError, EOFError, KeyError, zipfile.BadZipFile):
                 value = read(path)
                 self._reuse(name)
@@ -142,7 +150,8 @@ class Workspace:
         with self.full_disk_named():
             value = compute()
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda part: write(part, value))
+            with whole_file(path) as part:
+                write(part, value)
         return value
 
     def _reuse(self, name: str) -> None:

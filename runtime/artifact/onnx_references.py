@@ -41,9 +41,10 @@ _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
 
 
 def external_locations(path: Path, name: str) -> tuple[str, ...]:
-    """Every path that an ONNX file names as external data, in order, as it names them. `name`: what messages call it.
+    """Every path that an ONNX file names as external data, in order, as it names them.
 
-    Raises ArtifactError for a file that is no protobuf message, or holds an operator that reads files by itself.
+    `name` is what messages call the file. Raises ArtifactError for a file that is no protobuf message, or holds an
+    operator that reads files by itself.
     """
     try:
         with open(path, "rb") as file:
@@ -55,6 +56,8 @@ def external_locations(path: Path, name: str) -> tuple[str, ...]:
 
 
 class _Walk:
+    """A walk over the fields of a protobuf message, as they stand in the file."""
+
     def __init__(self, file: BinaryIO, name: str) -> None:
         self.file, self.name, self.fields = file, name, 0
 
@@ -99,6 +102,7 @@ class _Walk:
                 raise damaged(self.name, f"a broken field at byte {place}", "an ONNX model")
 
     def varint(self, end: int) -> int:
+        """The number of up to 64 bits that stands here, in groups of seven bits, the lowest first."""
         value = 0
         for shift in range(0, 70, 7):
             byte = self.file.read(1)

@@ -1,9 +1,8 @@
 """Opens an artifact: every byte of it is hostile until its digest has been checked.
 
-Consumes a folder as `schemas/README.md` specifies it. The manifest is checked in this order: a regular file, its size,
-strict JSON, major version, digest, structure and consistency. A file is checked in this order: listed, no symbolic link
-on the way, a regular file, size, digest; an ONNX file then for the files that it refers to. Nothing is deserialised
-before that, and whatever is wrong ends in one `ArtifactError`.
+Consumes a folder as `schemas/README.md` specifies it. `schemas/manifest_file.py` reads the manifest and checks it. A
+file is checked in this order: listed, no symbolic link on the way, a regular file, size, digest; an ONNX file then for
+the files that it refers to. Nothing is deserialised before that, and whatever is wrong ends in one `ArtifactError`.
 
 The path of the folder itself is the caller's and trusted: it may be or contain a symbolic link.
 """
@@ -12,27 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from otcache.schemas.errors import ArtifactError
-from otcache.schemas.manifest import (
-    MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
-    SIGNATURE_NAME,
-    FileEntry,
-    Manifest,
-)
-from otcache.schemas.manifest_file import parse_manifest
+from otcache.schemas.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest
+from otcache.schemas.manifest_file import read_manifest
 from otcache.schemas.messages import AGAIN, damaged, one_line
+from otcache.schemas.safe_files import locate, open_regular
 
 from ..messages import MODULES, build_command
 from .onnx_references import external_locations
-
-_READ_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 
 _verified: set[tuple[Any, ...]] = set()
 """Identities of the files whose digest this process has checked."""
@@ -64,15 +54,9 @@ class Artifact:
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Artifact:
         """Read and check the manifest; no other file is touched. Raises ArtifactError and nothing else."""
-        root = Path(folder)
-        try:
-            _check_folder(root)
-            data = read_small(root, MANIFEST_NAME, MAX_MANIFEST_BYTES)
-            manifest = parse_manifest(data)
-        except (MemoryError, RecursionError, OSError, ValueError) as error:
-            raise damaged(MANIFEST_NAME, error, "a readable manifest") from None
-        entries = {entry.path: entry for entry in (*manifest.files, *manifest.attachments)}
-        return cls(root, manifest, len(data), entries)
+        read = read_manifest(folder)
+        entries = {entry.path: entry for entry in (*read.manifest.files, *read.manifest.attachments)}
+        return cls(Path(folder), read.manifest, len(read.data), entries)
 
     def path(self, name: str) -> Path:
         """Path of a listed file whose size and digest are right; checked once in a process. Raises ArtifactError."""
@@ -99,7 +83,7 @@ class Artifact:
         entry = self._entry(name)
         path, _ = self._locate(entry)
         try:
-            with _open(path) as file:
+            with open_regular(path) as file:
                 data = file.read(entry.size_bytes + 1)
         except (OSError, MemoryError) as error:
             raise damaged(name, error, "a readable file") from None
@@ -111,20 +95,20 @@ class Artifact:
         entry = self._entry(name)
         path, _ = self._locate(entry)
         try:
-            return entry, _open(path)
+            return entry, open_regular(path)
         except OSError as error:
             raise damaged(name, error, "a readable file") from None
 
     def check_structure(self) -> Verification:
-        """Every listed file is there with its size (attachments may be absent); no content is read."""
+        """Check that every listed file is there with its size; no content is read. Attachments may be absent."""
         present = self.present()
         for entry in present:
             self._locate(entry)
         size = self.manifest_bytes + sum(entry.size_bytes for entry in present)
-        return Verification(len(present) + 1, size, self.manifest.digest, self._unlisted())
+        return Verification(len(present) + 1, size, self.manifest.digest, self._find_unlisted())
 
     def verify(self) -> Verification:
-        """Structure, then the digest of every listed file, always read anew, then what ONNX files refer to.
+        """Check the structure, then the digest of every listed file, read anew, then what ONNX files refer to.
 
         Raises ArtifactError at the first fault.
         """
@@ -167,12 +151,12 @@ class Artifact:
 
     def _locate(self, entry: FileEntry) -> tuple[Path, os.stat_result]:
         fix = self._fix(entry.path)
-        path, status = _locate(self.folder, entry.path, fix)
+        path, status = locate(self.folder, entry.path, fix)
         if status.st_size != entry.size_bytes:
             raise damaged(entry.path, f"{status.st_size} bytes", f"{entry.size_bytes} bytes", fix)
         return path, status
 
-    def _unlisted(self) -> tuple[str, ...]:
+    def _find_unlisted(self) -> tuple[str, ...]:
         found: list[str] = []
         known = {MANIFEST_NAME, SIGNATURE_NAME, *self._entries}
         for parent, folders, files in os.walk(self.folder):
@@ -189,55 +173,10 @@ def _identity(status: os.stat_result, entry: FileEntry) -> tuple[Any, ...]:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, entry.digest)
 
 
-def _check_folder(root: Path) -> None:
-    name = one_line(root)
-    if not root.is_dir():
-        found = "a file" if root.exists() else "nothing there"
-        raise ArtifactError(f"{name} is no artifact: found {found}: expected a folder: `otc compile` makes one")
-    if not os.path.lexists(root / MANIFEST_NAME):
-        raise ArtifactError(
-            f"{name} is no artifact: found no {MANIFEST_NAME}: expected one, it is written last: "
-            "name another folder, or let `otc compile` finish"
-        )
-
-
-def _locate(root: Path, name: str, fix: str = AGAIN) -> tuple[Path, os.stat_result]:
-    """Path and status of a regular file inside `root`, with no symbolic link on the way."""
-    path = root
-    parts = name.split("/")
-    for index, part in enumerate(parts):
-        path = path / part
-        is_last = index == len(parts) - 1
-        try:
-            status = os.lstat(path)
-        except FileNotFoundError:
-            raise damaged(name, "nothing there", "a file", fix) from None
-        except (OSError, ValueError) as error:
-            raise damaged(name, error, "a file", fix) from None
-        if not (stat.S_ISREG if is_last else stat.S_ISDIR)(status.st_mode):
-            expected = "a regular file" if is_last else f"{part} to be a folder"
-            raise damaged(name, f"{_kind(status.st_mode)} at {part}", expected, fix)
-    return path, status
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file"}
-    return kinds.get(stat.S_IFMT(mode), "a special file")
-
-
-def _open(path: Path) -> BinaryIO:
-    """Opened for reading, bytes; a link or special file that took its place since it was looked at is refused."""
-    descriptor = os.open(path, _READ_FLAGS)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(f"{path.name} is no regular file")
-    return os.fdopen(descriptor, "rb")
-
-
 def _check_digest(entry: FileEntry, path: Path, fix: str) -> None:
     running, left = hashlib.sha256(), entry.size_bytes + 1  # a file that grows meanwhile has another digest
     try:
-        with _open(path) as file:
+        with open_regular(path) as file:
             while piece := file.read(min(1 << 20, left)):
                 running.update(piece)
                 left -= len(piece)
@@ -249,15 +188,3 @@ def _check_digest(entry: FileEntry, path: Path, fix: str) -> None:
 def _compare_digest(entry: FileEntry, found: str, fix: str) -> None:
     if f"sha256:{found}" != entry.digest:
         raise damaged(entry.path, f"digest sha256:{found}", entry.digest, fix)
-
-
-def read_small(root: Path, name: str, limit: int) -> bytes:
-    """Content of a file that is not listed, of at most `limit` bytes. Raises ArtifactError and OSError."""
-    path, status = _locate(root, name)
-    if status.st_size > limit:
-        raise damaged(name, f"{status.st_size} bytes", f"at most {limit} bytes")
-    with _open(path) as file:
-        data: bytes = file.read(limit + 1)
-    if len(data) > limit:
-        raise damaged(name, "a growing file", f"at most {limit} bytes")
-    return data

@@ -1,8 +1,7 @@
-"""Networks for TensorRT: a stage from its ONNX file, a combination from its description. Strongly typed on every
-version.
+"""Networks for TensorRT: a stage from its ONNX file, a combination from its description.
 
-`trt` is the module of either library; types in a network are those of the file or the manifest, and nothing changes
-them.
+They are strongly typed on every version: types in a network are those of the file or the manifest, and nothing changes
+them. `trt` is the module of either library.
 """
 
 from __future__ import annotations
@@ -12,14 +11,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from otcache.schemas.combinations import COEFS
-from otcache.schemas.combinations import Combination
+from otcache.schemas.combinations import COEFS, Combination
 from otcache.schemas.manifest import TensorInfo
-from otcache.schemas.program import FARTHEST
-from otcache.schemas.program import TINY
-from otcache.schemas.program import position_axes
-
 from otcache.schemas.messages import one_line
+from otcache.schemas.program import FARTHEST, TINY, position_axes
+
 from ..engines.tensorrt_library import TYPES
 
 _NAMES = {trt_name: name for name, trt_name in TYPES.items()}
@@ -36,9 +32,10 @@ def create_network(builder: Any, trt: Any) -> Any:
 
 
 def parse_stage(trt: Any, network: Any, path: Path, logger: Any) -> Any:
-    """Fill the network from an ONNX file. The parser, which owns the weights: the network has pointers to them only.
+    """Fill the network from an ONNX file, and return the parser.
 
-    Raises NetworkError with the node that cannot be expressed.
+    The parser owns the weights, to which the network has pointers only: it must live until the plan is built. Raises
+    NetworkError with the node that cannot be expressed.
     """
     parser = trt.OnnxParser(network, logger)
     if parser.parse_from_file(str(path)):
@@ -52,8 +49,9 @@ def parse_stage(trt: Any, network: Any, path: Path, logger: Any) -> Any:
 
 
 def add_combination(trt: Any, network: Any, combination: Combination) -> Any:
-    """Fill the network with a linear combination; see `otcache.schemas.combinations`. Its constants: the network has
-    pointers only.
+    """Fill the network with a linear combination (`otcache.schemas.combinations`), and return its constants.
+
+    The network has pointers to them only: they must live until the plan is built.
     """
     inputs = {
         tensor.name: network.add_input(
@@ -66,20 +64,20 @@ def add_combination(trt: Any, network: Any, combination: Combination) -> Any:
     ops = _Operations(trt, network, inputs.pop(COEFS, None), rank=len(combination.total.shape))
     terms = [ops.cast(term, trt.DataType.FLOAT) for term in inputs.values()]
     if combination.kind == "spread":
-        total = ops.joined([ops.times(terms[0], 0)] * combination.branches)
+        total = ops.join([ops.times(terms[0], 0)] * combination.branches)
     elif combination.kind == "residual":
         total = ops.apply(terms[0], terms[1], trt.ElementWiseOperation.SUB)
     elif combination.kind == "forecast":
-        total = ops.add(terms[0], ops.weighed(terms[1:], first_coef=0))
+        total = ops.add(terms[0], ops.weigh(terms[1:], first_coef=0))
     elif combination.kind == "guide":
         each = ops.parts(terms[0], combination.branches)
-        total = ops.weighed(each, first_coef=0)
+        total = ops.weigh(each, first_coef=0)
         if combination.keep_norm:
             total = ops.as_long_as(total, each[-1])
     else:
         count = len(terms) * (2 if combination.means else 1)
         if combination.kind == "follow":
-            coefs = ops.followed_coefs(terms[-2], terms[-1], count=count)
+            coefs = ops.follow_coefs(terms[-2], terms[-1], count=count)
         else:
             coefs = [ops.coef(index) for index in range(count)]
         total = ops.products(terms, coefs[: len(terms)])
@@ -116,24 +114,30 @@ class _Operations:
         self.constants: list[Any] = []
 
     def constant(self, array: Any) -> Any:
+        """An array as a tensor; the network has a pointer to it only, so it is kept in `constants`."""
         self.constants.append(array)
         return self.network.add_constant(array.shape, array).get_output(0)
 
     def cast(self, tensor: Any, dtype: Any) -> Any:
+        """The tensor in a type; itself where it has it."""
         return tensor if tensor.dtype == dtype else self.network.add_cast(tensor, dtype).get_output(0)
 
     def apply(self, a: Any, b: Any, operation: Any) -> Any:
+        """An operation of two tensors, element by element."""
         return self.network.add_elementwise(a, b, operation).get_output(0)
 
     def add(self, a: Any, b: Any) -> Any:
+        """a + b."""
         return self.apply(a, b, self.trt.ElementWiseOperation.SUM)
 
     def reshape(self, tensor: Any, shape: tuple[int, ...]) -> Any:
+        """The same values in a shape."""
         layer = self.network.add_shuffle(tensor)
         layer.reshape_dims = shape
         return layer.get_output(0)
 
     def product(self, a: Any, b: Any) -> Any:
+        """a · b, element by element."""
         return self.apply(a, b, self.trt.ElementWiseOperation.PROD)
 
     def coef(self, index: int) -> Any:
@@ -159,11 +163,11 @@ class _Operations:
         """Σ terms, in order."""
         return functools.reduce(self.add, terms)
 
-    def weighed(self, terms: list[Any], *, first_coef: int) -> Any:
+    def weigh(self, terms: list[Any], *, first_coef: int) -> Any:
         """Σ coefs · terms, in order."""
         return self.sum([self.times(term, index) for index, term in enumerate(terms, start=first_coef)])
 
-    def followed_coefs(self, before: Any, output: Any, *, count: int) -> list[Any]:
+    def follow_coefs(self, before: Any, output: Any, *, count: int) -> list[Any]:
         """coefs_i + s · coefs_{count + i} for each sample, with s its place among the samples:
         `loop.place_among_samples`.
         """
@@ -190,7 +194,8 @@ class _Operations:
 
         return self.constant(np.full((1,) * self.rank, value, np.float32))
 
-    def joined(self, tensors: list[Any]) -> Any:
+    def join(self, tensors: list[Any]) -> Any:
+        """The rows of all tensors, one after the other."""
         layer = self.network.add_concatenation(tensors)
         layer.axis = 0
         return layer.get_output(0)

@@ -1,4 +1,4 @@
-"""One plan: ONNX files or a combination, a target and shapes → a file. Runs in a worker process (`build_workers`)."""
+"""One plan: ONNX files or a combination, a target and shapes → a file. Runs in a worker process (`workers`)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,14 @@ from typing import Any
 from otcache.schemas.combinations import Combination
 from otcache.schemas.digest import digest_of_bytes
 from otcache.schemas.errors import HostError
-
-from . import timing_cache
-from otcache.schemas.whole_files import write_whole
 from otcache.schemas.messages import one_line
-from .segments import OnnxSegment
-from .segments import joined_file
+from otcache.schemas.whole_files import write_whole
+
 from ..engines.profiles import Range
-from ..engines.tensorrt_library import buildable_targets
-from ..engines.tensorrt_library import error_log
-from ..engines.tensorrt_library import library
-from .network import NetworkError
-from .network import add_combination
-from .network import create_network
-from .network import layers_by_type
-from .network import parse_stage
+from ..engines.tensorrt_library import buildable_targets, error_log, library
+from . import timing_cache
+from .network import NetworkError, add_combination, create_network, layers_by_type, parse_stage
+from .segments import OnnxSegment, file_from_segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +39,7 @@ class BuildJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Built:
+class BuiltPlan:
     """A plan that was written."""
 
     size_bytes: int
@@ -56,9 +49,10 @@ class Built:
     """Number of layers by the type of what they write."""
 
 
-def build_plan(job: BuildJob, lock: AbstractContextManager[object] | None = None) -> Built:
-    """Build and write the plan, whole or not at all. lock: of builds that share a timing cache. Raises HostError,
-    OSError.
+def build_plan(job: BuildJob, lock: AbstractContextManager[object] | None = None) -> BuiltPlan:
+    """Build and write the plan, whole or not at all.
+
+    lock: held by one at a time of the builds that share a timing cache. Raises HostError, OSError.
     """
     begin = time.perf_counter()
     trt = library(job.backend)
@@ -76,18 +70,19 @@ def build_plan(job: BuildJob, lock: AbstractContextManager[object] | None = None
             fix = "give it more with --workspace, or build fewer at once with --jobs 1"
         raise _error(job, trt, f"{reason}: {fix}")
     data = memoryview(plan)
-    write_whole(job.output, data)
+    write_whole(job.output, data, alone=True)
     if timings is not None:
         timing_cache.keep(config, timings, job.timing_cache, lock or nullcontext())
     seconds = time.perf_counter() - begin
-    return Built(
+    return BuiltPlan(
         size_bytes=data.nbytes, digest=digest_of_bytes(data), build_s=seconds, layers=layers_by_type(network)
     )
 
 
 def _network(job: BuildJob, trt: Any, builder: Any, log: Any, files: ExitStack) -> tuple[Any, Any]:
-    """The job's network, and what owns its weights: to be kept until the plan is built. `files` closes what is
-    temporary.
+    """The job's network, and what owns its weights, which must live until the plan is built.
+
+    files: closes what is temporary when it is closed.
     """
     network = create_network(builder, trt)
     try:
@@ -95,7 +90,7 @@ def _network(job: BuildJob, trt: Any, builder: Any, log: Any, files: ExitStack) 
             return network, add_combination(trt, network, job.source)
         path = job.source
         if isinstance(path, OnnxSegment):
-            path = files.enter_context(joined_file(path, job.output.with_name(f".{job.output.name}.onnx")))
+            path = files.enter_context(file_from_segment(path, job.output.with_name(f".{job.output.name}.onnx")))
         return network, parse_stage(trt, network, path, log)
     except NetworkError as error:
         fix = "serve it with --backend onnxruntime, or replace the operator in the model and compile it again"

@@ -34,18 +34,20 @@ def check_onnx() -> None:
         import onnx  # noqa: F401
     except ImportError:
         raise HostError(
-            "onnx is not installed, which puts several blocks into one graph: expected its package: pip install onnx, or use "
-            "--granularity block"
+            "onnx is not installed, which puts several blocks into one graph: expected its package: pip install onnx, "
+            "or use --granularity block"
         ) from None
 
 
 @contextmanager
-def joined_file(segment: OnnxSegment, folder: Path) -> Iterator[Path]:
-    """The segment as an ONNX file in `folder`, which is made for it and removed at the end. Raises HostError, OSError.
+def file_from_segment(segment: OnnxSegment, folder: Path) -> Iterator[Path]:
+    """The segment as an ONNX file in `folder`, which is made for it and removed at the end.
+
+    Raises HostError for graphs that do not go together, OSError.
     """
     import onnx
 
-    model = joined_model(segment)
+    model = model_from_segment(segment)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -58,7 +60,7 @@ def joined_file(segment: OnnxSegment, folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def joined_model(segment: OnnxSegment) -> Any:
+def model_from_segment(segment: OnnxSegment) -> Any:
     """The segment as one `onnx.ModelProto`, weights in memory. Raises HostError for graphs that do not go together."""
     import onnx
 
@@ -81,25 +83,26 @@ def _check_alike(stages: Sequence[Stage], models: Sequence[Any]) -> None:
     versions = [{entry.domain: entry.version for entry in model.opset_import} for model in models]
     for stage, model, version in zip(stages, models, versions, strict=True):
         if version != versions[0] or model.functions or model.graph.sparse_initializer:
-            found = f"operators {version}, {len(model.functions)} functions, {len(model.graph.sparse_initializer)} sparse weights"
+            sparse = len(model.graph.sparse_initializer)
             raise HostError(
-                f"{stage.name}: found {found}: expected operators {versions[0]} and none of the others, to put it into one graph "
-                f"with {stages[0].name}: build it with --granularity block"
+                f"{stage.name}: found operators {version}, {len(model.functions)} functions, {sparse} sparse weights: "
+                f"expected operators {versions[0]} and none of the others, to put it into one graph with "
+                f"{stages[0].name}: build it with --granularity block"
             )
 
 
 def _prefix(graph: Any, prefix: str, keep: set[str]) -> None:
     """Put the prefix before every name in the graph, and in those inside it, except before `keep`."""
 
-    def renamed(name: str) -> str:
+    def rename(name: str) -> str:  # an empty name stands for an input that is left out
         return prefix + name if name and name not in keep else name
 
     for node in graph.node:
-        node.name = renamed(node.name)
-        node.input[:] = map(renamed, node.input)
-        node.output[:] = map(renamed, node.output)
+        node.name = rename(node.name)
+        node.input[:] = map(rename, node.input)
+        node.output[:] = map(rename, node.output)
         for attribute in node.attribute:
             for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
                 _prefix(inner, prefix, keep)
     for named in (*graph.initializer, *graph.input, *graph.output):
-        named.name = renamed(named.name)
+        named.name = rename(named.name)

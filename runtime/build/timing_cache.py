@@ -1,5 +1,6 @@
-"""The timing cache of a target's plans: what the library has measured of kernels, in one file that all workers read and
-add to.
+"""The timing cache of a target's plans: what the library has measured of kernels.
+
+It is one file that all workers read and add to.
 
 Identical blocks have the same kernels, so that all but the first are built from it. The library for RTX measures
 nothing and has none.
@@ -15,20 +16,21 @@ from otcache.schemas.whole_files import write_whole
 
 
 def attach(config: Any, path: Path) -> Any:
-    """Let a build use what the file has, and add to it. The cache, for `keep`."""
-    cache = _stored(config, path)
+    """Let a build use what the file has, and add to it. Returns the cache, for `keep`. Raises OSError."""
+    cache = _load(config, path)
     config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
 
 
 def keep(config: Any, cache: Any, path: Path, lock: AbstractContextManager[object]) -> None:
-    """Write what a build has measured, and with it what others have written since it began. lock: of all that write the
-    file.
+    """Write what a build has measured, and with it what others have written since it began.
+
+    lock: held by one at a time of those that write the file. Raises OSError.
     """
     with lock:
-        cache.combine(_stored(config, path), ignore_mismatch=False)
-        write_whole(path, memoryview(cache.serialize()))
+        cache.combine(_load(config, path), ignore_mismatch=False)
+        write_whole(path, memoryview(cache.serialize()), alone=True)
 
 
-def _stored(config: Any, path: Path) -> Any:
+def _load(config: Any, path: Path) -> Any:
     return config.create_timing_cache(path.read_bytes() if path.is_file() else b"")

@@ -1,5 +1,6 @@
-"""Builds in processes of their own: one that is killed for its memory, or crashes, ends in a message that names its
-engine.
+"""Builds in processes of their own.
+
+One that is killed for its memory, or crashes, ends in a message that names its engine.
 
 A worker builds one plan after another and ignores Ctrl-C, which its parent answers by ending it.
 """
@@ -15,16 +16,13 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from multiprocessing.synchronize import Lock
 
-from otcache.schemas.errors import HostError
-from otcache.schemas.errors import OTCacheError
-
+from otcache.schemas.errors import HostError, OTCacheError
 from otcache.schemas.messages import one_line
-from .plan import BuildJob
-from .plan import Built
-from .plan import build_plan
+
+from .plan import BuildJob, BuiltPlan, build_plan
 
 
-def build_all(jobs: Sequence[BuildJob], workers: int, finished: Callable[[BuildJob, Built], None]) -> None:
+def build_all(jobs: Sequence[BuildJob], workers: int, finished: Callable[[BuildJob, BuiltPlan], None]) -> None:
     """Build every job, `workers` at a time; `finished` is called in this process as each is done.
 
     Raises HostError at the first that cannot be built; those that were running then are ended.
@@ -51,7 +49,10 @@ def build_all(jobs: Sequence[BuildJob], workers: int, finished: Callable[[BuildJ
 
 
 class _Worker:
+    """A process that builds one plan after another."""
+
     job: BuildJob
+    """What it was given last."""
 
     def __init__(self, context: SpawnContext, lock: Lock) -> None:
         self.connection, other = context.Pipe()
@@ -60,31 +61,34 @@ class _Worker:
         other.close()
 
     def give(self, job: BuildJob) -> None:
+        """Have it begin a plan."""
         self.job = job
         with suppress(BrokenPipeError):  # it has died; `result` says so
             self.connection.send(job)
 
-    def result(self) -> Built:
+    def result(self) -> BuiltPlan:
+        """The plan that it was given last; waits for it. Raises HostError, also where the process has died."""
         try:
             found = self.connection.recv()
         except EOFError:
             self.process.join()
             raise HostError(
-                f"{self.job.name}: its build for {self.job.target} ended with code {self.process.exitcode}: expected a plan: "
-                "if memory ran out, use --jobs 1 or a host with more; what is finished is kept"
+                f"{self.job.name}: its build for {self.job.target} ended with code {self.process.exitcode}: expected a "
+                "plan: if memory ran out, use --jobs 1 or a host with more; what is finished is kept"
             ) from None
         if isinstance(found, str):
             raise HostError(found)
         return found  # type: ignore[no-any-return]
 
     def end(self) -> None:
+        """End the process, whatever it is doing."""
         self.connection.close()
         self.process.terminate()
         self.process.join()
 
 
 def _serve(connection: Connection, lock: Lock) -> None:
-    """Answer jobs with `Built`, or with the message of what went wrong, until the parent closes the connection."""
+    """Answer jobs with `BuiltPlan`, or with the message of what went wrong, until the parent closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         try:
@@ -92,7 +96,7 @@ def _serve(connection: Connection, lock: Lock) -> None:
         except EOFError:
             return
         try:
-            answer: Built | str = build_plan(job, lock)
+            answer: BuiltPlan | str = build_plan(job, lock)
         except OTCacheError as error:
             answer = str(error)
         except MemoryError:

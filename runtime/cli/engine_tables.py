@@ -10,7 +10,7 @@ from otcache.schemas.segments import Granularity, coarsened, segments, segments_
 from otcache.schemas.shapes import described
 from otcache.schemas.sized import whole_size
 
-from ..build.build_engines import BUILD_TIME
+from ..build.listing import BUILD_TIME
 from ..loop.address_plan import AddressPlan, plan_addresses
 from ..messages import readable_size
 

@@ -5,7 +5,6 @@ Requests of all budgets and batches take turns, round by round, so that a distur
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from otcache.schemas.errors import ArtifactError, UsageError
-from otcache.schemas.manifest import MANIFEST_NAME, core_digest
-from otcache.schemas.manifest_file import replace_manifest
+from otcache.schemas.manifest import MANIFEST_NAME
+from otcache.schemas.manifest_file import read_manifest, write_manifest
 from otcache.schemas.messages import one_line
 
 from ..artifact.reader import Artifact
@@ -110,17 +109,14 @@ def save_latencies(artifact: Artifact, latencies_s: Mapping[str, float]) -> None
     Whole or not at all. Raises ArtifactError if the artifact is another one by now, UsageError if it cannot be written.
     """
     target = artifact.folder / MANIFEST_NAME
-    if Artifact.open(artifact.folder).manifest.digest != artifact.manifest.digest:
+    read = read_manifest(artifact.folder)
+    if read.manifest.digest != artifact.manifest.digest:
         raise ArtifactError(f"{artifact.folder}: it has changed while it was measured: measure it again")
+    names = {LATENCY + budget for budget in latencies_s}
+    kept = [entry for entry in read.stated.get("measurements", []) if entry["name"] not in names]
+    new = [{"name": LATENCY + name, "value": seconds, "unit": "s"} for name, seconds in latencies_s.items()]
     try:
-        value = json.loads(target.read_bytes())
-        names = {LATENCY + budget for budget in latencies_s}
-        kept = [entry for entry in value.get("measurements", []) if entry["name"] not in names]
-        new = [{"name": LATENCY + name, "value": seconds, "unit": "s"} for name, seconds in latencies_s.items()]
-        value["measurements"] = kept + new
-        if core_digest(value) != artifact.manifest.digest:
-            raise ArtifactError(f"{artifact.folder}: it has changed while it was measured: measure it again")
-        replace_manifest(artifact.folder, value)
+        write_manifest(artifact.folder, {**read.stated, "measurements": kept + new})
     except OSError as error:
         raise UsageError(
             f"--save: {target} cannot be written: {one_line(error.strerror or error)}: copy the artifact to where it can"

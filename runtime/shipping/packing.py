@@ -13,8 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +20,13 @@ from typing import BinaryIO
 
 from otcache.schemas.errors import ArtifactError, HostError, UsageError
 from otcache.schemas.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNATURE_NAME, FileEntry, Manifest
-from otcache.schemas.manifest_file import parse_manifest
+from otcache.schemas.manifest_file import parse_manifest, read_manifest
 from otcache.schemas.messages import damaged, one_line
+from otcache.schemas.safe_files import read_small
 from otcache.schemas.signature import MAX_SIGNATURE_BYTES
+from otcache.schemas.whole_files import part_folder, publish_folder, recover_folder, whole_file
 
-from ..artifact.reader import Artifact, read_small
+from ..artifact.reader import Artifact
 from .signing import compare_signature, load_public_key, not_signed, parse_signature
 
 BLOCK = 512
@@ -89,18 +89,22 @@ def _split(name: str) -> tuple[bytes, bytes]:
 
 
 def padding(size: int) -> int:
-    """Zeros after a member's content."""
+    """How many zeros stand after a member's content of so many bytes.
+
+    >>> padding(512), padding(513)
+    (0, 511)
+    """
     return -size % BLOCK
 
 
 def pack(artifact: Artifact, out: BinaryIO) -> Packed:
-    """Write an artifact to a stream. Raises ArtifactError for a damaged file, with the archive then left without its
-    end.
+    """Write an artifact to a stream; the bytes depend on those of its files alone.
 
-    The bytes depend on those of the artifact's files alone.
+    Raises ArtifactError for a damaged file; the archive is then left without its end.
     """
-    parts = [(MANIFEST_NAME, read_small(artifact.folder, MANIFEST_NAME, MAX_MANIFEST_BYTES))]
-    if parse_manifest(parts[0][1]) != artifact.manifest:
+    read = read_manifest(artifact.folder)
+    parts = [(MANIFEST_NAME, read.data)]
+    if read.manifest != artifact.manifest:
         raise ArtifactError(f"{one_line(artifact.folder)}: it has changed while it was packed: pack it again")
     signed = os.path.lexists(artifact.folder / SIGNATURE_NAME)
     if signed:
@@ -145,17 +149,11 @@ def _copy(read: Callable[[int], bytes], entry: FileEntry, write: Callable[[bytes
 def pack_file(artifact: Artifact, target: Path, *, force: bool) -> Packed:
     """Write an artifact's archive to a file, whole or not at all. Raises ArtifactError, UsageError, HostError."""
     _check_file(target, force)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with _named(target), open(partial, "xb") as out:
+    with _naming(target), whole_file(target) as part:
+        with open(part, "wb") as out:
             packed = pack(artifact, out)
-            os.fsync(out.fileno())
-        with _named(target):
-            _check_file(target, force)
-            os.replace(partial, target)
-        return packed
-    finally:
-        partial.unlink(missing_ok=True)
+        _check_file(target, force)  # something may have appeared there meanwhile
+    return packed
 
 
 def _check_file(target: Path, force: bool) -> None:
@@ -168,7 +166,7 @@ def _check_file(target: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def _named(target: Path) -> Iterator[None]:
+def _naming(target: Path) -> Iterator[None]:
     """Turn the system's errors of writing into one that names the target."""
     try:
         yield
@@ -210,6 +208,7 @@ class _Members:
         return b"".join(pieces)
 
     def end_member(self, size: int) -> None:
+        """Go past the zeros after a member of so many bytes. Raises ArtifactError if anything else is there."""
         if self.read(padding(size)) != bytes(padding(size)):
             raise _broken("padding that is not zero, or a cut", "zeros")
 
@@ -251,7 +250,8 @@ def _describe(block: bytes) -> str:
 
 def _broken(found: str, expected: str) -> ArtifactError:
     return ArtifactError(
-        f"archive is damaged or was not made by otc pack: found {found}: expected {expected}: get it again from where it came"
+        f"archive is damaged or was not made by otc pack: found {found}: expected {expected}: get it again from where "
+        "it came"
     )
 
 
@@ -262,37 +262,36 @@ def unpack(stream: BinaryIO, target: Path, *, force: bool = False, public_key: P
     kill, which leaves a folder `.<name>.….part`). With `public_key` the signature is checked before any file is read.
     Raises ArtifactError, UsageError, HostError.
     """
+    with _naming(target):
+        recover_folder(target, MANIFEST_NAME)
     _check_folder(target, force)
     key = load_public_key(public_key) if public_key else None
-    with _named(target), _part_folder(target) as part:
+    with _naming(target), part_folder(target) as part:
         members = _Members(stream)
-        manifest_bytes = members.small(MANIFEST_NAME, MAX_MANIFEST_BYTES)
-        try:
-            manifest = parse_manifest(manifest_bytes)
-        except (MemoryError, RecursionError, ValueError) as error:
-            raise damaged(MANIFEST_NAME, error, "a readable manifest") from None
+        read = parse_manifest(members.small(MANIFEST_NAME, MAX_MANIFEST_BYTES))
+        manifest = read.manifest
         count = 1
         if _names(members, SIGNATURE_NAME):
             data = members.small(SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
             signature = parse_signature(data)
             if key and public_key:
                 compare_signature(signature, manifest.digest, key, public_key)
-            _store(part, SIGNATURE_NAME, [data])
+            (part / SIGNATURE_NAME).write_bytes(data)
             count += 1
         elif key:
             raise not_signed("archive")
         signed = count > 1
-        for entry in _expected(manifest, members):
+        for entry in _entries_to_come(manifest, members):
             _extract(part, entry, members)
             count += 1
         if members.peek() + members.read(BLOCK) != END or members.read(1):
             raise _broken(f"{_describe(members.peek())} after the last file", "the end of the archive")
-        _store(part, MANIFEST_NAME, [manifest_bytes])
+        (part / MANIFEST_NAME).write_bytes(read.data)
         if Artifact.open(part).manifest != manifest:
             raise damaged(MANIFEST_NAME, "another manifest on the disk", "that of the archive")
         part.chmod(0o755)
         _check_folder(target, force)
-        _replace(part, target)
+        publish_folder(part, target)
     return Packed(digest=manifest.digest, files=count, size_bytes=members.consumed, signed=signed)
 
 
@@ -301,7 +300,7 @@ def _names(members: _Members, name: str) -> bool:
     return members.peek()[:100].rstrip(b"\0") == name.encode("ascii")
 
 
-def _expected(manifest: Manifest, members: _Members) -> Iterator[FileEntry]:
+def _entries_to_come(manifest: Manifest, members: _Members) -> Iterator[FileEntry]:
     """Every file, then the attachments that come."""
     yield from sorted(manifest.files, key=lambda entry: entry.path)
     for entry in sorted(manifest.attachments, key=lambda entry: entry.path):
@@ -315,16 +314,7 @@ def _extract(part: Path, entry: FileEntry, members: _Members) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "xb") as file:
         _copy(members.read, entry, file.write)
-        file.flush()
-        os.fsync(file.fileno())
     members.end_member(entry.size_bytes)
-
-
-def _store(part: Path, name: str, pieces: list[bytes]) -> None:
-    with open(part / name, "xb") as file:
-        file.writelines(pieces)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _check_folder(target: Path, force: bool) -> None:
@@ -339,29 +329,3 @@ def _check_folder(target: Path, force: bool) -> None:
             raise UsageError(
                 f"-o is {one_line(target)}: it is no artifact, so --force will not remove it: choose another"
             )
-
-
-@contextlib.contextmanager
-def _part_folder(target: Path) -> Iterator[Path]:
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.absolute().parent))
-    try:
-        yield part
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _replace(part: Path, target: Path) -> None:
-    """Put `part` in the place of `target`; an artifact that was there is removed afterwards, or put back."""
-    if not target.exists() or not any(target.iterdir()):
-        os.rename(part, target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.absolute().parent)) / "old"
-    try:
-        os.rename(target, old)
-        try:
-            os.rename(part, target)
-        except OSError:
-            os.rename(old, target)
-            raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)

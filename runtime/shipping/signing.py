@@ -18,20 +18,22 @@ from otcache.schemas.digest import canonical_json
 from otcache.schemas.errors import ArtifactError, HostError, UsageError
 from otcache.schemas.manifest import SIGNATURE_NAME
 from otcache.schemas.messages import damaged, one_line
+from otcache.schemas.safe_files import read_small
 from otcache.schemas.signature import MAX_SIGNATURE_BYTES, Signature, signed_message
 from otcache.schemas.strict_json import parse_object
+from otcache.schemas.whole_files import write_whole
 
-from ..artifact.reader import Artifact, read_small
+from ..artifact.reader import Artifact
 
 MAX_KEY_BYTES = 1 << 16
 MAKE_KEYS = "openssl genpkey -algorithm ed25519 -out key.pem && openssl pkey -in key.pem -pubout -out key.pub.pem"
 
 
 def sign(artifact: Artifact, key: Path, *, force: bool = False) -> Signature:
-    """Sign an artifact whose files have been verified, and write the signature beside its manifest, whole or not at
-    all.
+    """Sign an artifact whose files have been verified, and write the signature beside its manifest.
 
-    Raises UsageError (the key, or a signature that is there without `force`), HostError without cryptography.
+    It is written whole or not at all. Raises UsageError (the key, or a signature that is there without `force`),
+    HostError without cryptography.
     """
     private = _private_key(key)
     public = private.public_key().public_bytes_raw()
@@ -50,10 +52,7 @@ def read_signature(artifact: Artifact) -> Signature:
     """The signature beside the manifest, whoever made it. Raises ArtifactError if there is none or it is damaged."""
     if not os.path.lexists(artifact.folder / SIGNATURE_NAME):
         raise not_signed(artifact.folder)
-    try:
-        return parse_signature(read_small(artifact.folder, SIGNATURE_NAME, MAX_SIGNATURE_BYTES))
-    except OSError as error:
-        raise damaged(SIGNATURE_NAME, error, "a readable file") from None
+    return parse_signature(read_small(artifact.folder, SIGNATURE_NAME, MAX_SIGNATURE_BYTES))
 
 
 def parse_signature(data: bytes) -> Signature:
@@ -103,6 +102,7 @@ def compare_signature(signature: Signature, digest: str, public: Any, public_key
 
 
 def not_signed(name: object) -> ArtifactError:
+    """The error of an artifact or archive that has no signature."""
     return ArtifactError(
         f"{one_line(name)} is not signed: found no {SIGNATURE_NAME}: expected one: "
         "get it from who made the artifact, or sign it with otc sign"
@@ -124,19 +124,13 @@ def _write(target: Path, signature: Signature, force: bool) -> None:
         raise UsageError(
             f"{one_line(target)} exists: the artifact is signed already: replace the signature with --force"
         )
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "xb") as file:
-            file.write(canonical_json(signature.model_dump(mode="json")) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
+        write_whole(target, canonical_json(signature.model_dump(mode="json")) + b"\n")
     except OSError as error:
         raise UsageError(
-            f"{one_line(target)} cannot be written: {one_line(error.strerror or error)}: copy the artifact to where it can"
+            f"{one_line(target)} cannot be written: {one_line(error.strerror or error)}: copy the artifact to where it "
+            "can"
         ) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _private_key(path: Path) -> Any:

@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 import onnxruntime as ort
 
-from otcache.runtime.build.segments import OnnxSegment, joined_model
+from otcache.runtime.build.segments import OnnxSegment, model_from_segment
 from otcache.runtime.loop.address_plan import ALIGNMENT
 from otcache.runtime.loop.backend import DTYPES, Part
 from otcache.runtime.loop.device_loop import resident_denoiser
@@ -222,7 +222,7 @@ class HostBackend:
         if len(stages) == 1:
             return paths[0].read_bytes()
         outputs = tuple(tensor.name for tensor in part.contract.outputs)
-        return joined_model(OnnxSegment(stages, paths, outputs)).SerializeToString()
+        return model_from_segment(OnnxSegment(stages, paths, outputs)).SerializeToString()
 
     def empty(self, shape, dtype):
         return HostTensor(shape, dtype)

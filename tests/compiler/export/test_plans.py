@@ -58,7 +58,7 @@ def test_plans_are_added(tmp_path):
     pytest.importorskip("tensorrt_rtx")
     folder, reporter = Path(shutil.copytree(GOLDEN, tmp_path / "flux")), Recorder()
     (added,) = engines.build(folder, ("tensorrt-rtx",), ("sm_120",), reporter)
-    manifest, _ = read_manifest(folder)
+    manifest = read_manifest(folder).manifest
     assert manifest.engines[-1].stages["embed"] == f"{added}/embed.plan"
     assert reporter.seen[-1][:2] == ("build tensorrt-rtx", "plans for sm_120")
     plans = len(manifest.stages) + len(combinations(manifest))

@@ -238,7 +238,7 @@ def test_branches_in_one_batch_as_the_cut_stages_do_it(tmp_path):
     stages = cut(pipeline.transformer, tensors, constants=constants)
     ((source, result),) = stages.features
     latents, outputs, residuals = tape.samples[0], [], []
-    program = read_manifest(artifact)[0].programs[0].program
+    program = read_manifest(artifact).manifest.programs[0].program
     for step in program.steps:
         values = {**tensors, "hidden_states": latents.repeat(2, 1, 1, 1), "timestep": torch.full((2,), step.timestep)}
         for stage in stages.stages:

@@ -8,9 +8,9 @@ import threading
 
 import pytest
 
-from otcache.compiler.passes import emit as module
 from otcache.compiler.passes.emit import check_target, emit, recover
 from otcache.runtime.artifact.reader import Artifact
+from otcache.schemas import whole_files
 from otcache.schemas.errors import ArtifactError, HostError, OTCacheError
 from otcache.schemas.manifest import core_digest
 
@@ -114,7 +114,7 @@ def test_a_reader_always_finds_an_artifact_while_it_is_replaced(parts, tmp_path)
 def test_without_exchange_an_artifact_is_put_back_after_a_kill(parts, tmp_path, monkeypatch):
     """The moment between the two renames of a system that cannot exchange folders."""
     fill, fields = parts
-    monkeypatch.setattr(module, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(whole_files, "_exchange", lambda first, second: False)
     emit(tmp_path / "a", fill, fields, force=False, attachments=frozenset())
     emit(tmp_path / "a", fill, fields, force=True, attachments=frozenset())
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -22,7 +22,7 @@ from PIL import Image
 from report_samples import EXPLODING, EXTREME, FLOW, STEPS, sample, written
 from skimage.color import deltaE_ciede2000, rgb2lab
 
-from otcache.compiler.report import figures, redraw
+from otcache.compiler.report import figures
 from otcache.compiler.report.data import report_from
 from otcache.compiler.report.evidence import Evidence, Recorder, read_evidence
 from otcache.compiler.report.page import pictures_sheet, worst_sheet
@@ -30,6 +30,7 @@ from otcache.compiler.report.sheets import AMPLIFICATION, COLOURS, Sheet, cell_o
 from otcache.compiler.workspace.progress import Reporter
 from otcache.runtime.artifact.reader import Artifact
 from otcache.runtime.serving.bench import save_latencies
+from otcache.schemas import whole_files
 from otcache.schemas.errors import ArtifactError
 from otcache.schemas.manifest import FULL
 
@@ -319,7 +320,7 @@ def test_a_report_is_drawn_again_with_latencies(artifact):
 
 def test_a_redraw_that_is_cut_off_leaves_a_whole_artifact(artifact, monkeypatch):
     save_latencies(Artifact.open(artifact), {"2": 0.25})
-    replace, calls = redraw.os.replace, []
+    replace, calls = whole_files.os.replace, []
 
     def failing(source, target):
         calls.append(target)
@@ -327,7 +328,7 @@ def test_a_redraw_that_is_cut_off_leaves_a_whole_artifact(artifact, monkeypatch)
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(redraw.os, "replace", failing)
+    monkeypatch.setattr(whole_files.os, "replace", failing)
     result = otc("report", str(artifact))
     assert result.exit_code in (4, 6) and len(result.stderr.strip().splitlines()) == 1 and calls
     monkeypatch.undo()
@@ -342,7 +343,7 @@ def test_a_report_is_not_drawn_from_what_is_not_the_artifacts(artifact, tmp_path
         assert result.exit_code == 4 and expected in result.stderr, result.output
         assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.output
 
-    refused(tmp_path, "manifest.json cannot be read")
+    refused(tmp_path, "is no artifact: found no manifest.json")
     path = artifact / "report" / "evidence.json"
     text = path.read_text()
     path.write_text(text.replace('"shown":', '"showm":'))
@@ -350,7 +351,7 @@ def test_a_report_is_not_drawn_from_what_is_not_the_artifacts(artifact, tmp_path
     path.unlink()
     refused(artifact, "is missing")
     (artifact / "manifest.json").write_text("{")
-    refused(artifact, "is no manifest")
+    refused(artifact, "manifest.json: found Expecting")
 
 
 @pytest.mark.parametrize(

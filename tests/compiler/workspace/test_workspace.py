@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
-from otcache.compiler.workspace import whole_files as disk
 from otcache.compiler.workspace.interrupts import Interrupted
 from otcache.compiler.workspace.whole_files import is_full_disk, part_folder, remove_leftovers
-from otcache.compiler.workspace.workspace import Workspace
+from otcache.compiler.workspace.workspace import Workspace, default_workspace
+from otcache.schemas import whole_files
 from otcache.schemas.errors import HostError
 
 
@@ -78,7 +81,8 @@ workspace.tree("tree", 1, fill)
 def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_stay(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout and process.stdout.readline() == b"filling\n"
-    (part,) = tmp_path.iterdir()
+    part, lock = sorted(tmp_path.iterdir())
+    assert lock.name == part.name + ".lock"
     mine = tmp_path / f".pass-{'0' * 24}.json.{os.getpid()}.part"
     foreign = [tmp_path / ".notes.part", tmp_path / "pass.123.part", tmp_path / f".pass-{'0' * 24}.json.part"]
     gone = tmp_path / f".pass-{'0' * 24}.json.{process.pid}.part"
@@ -91,7 +95,7 @@ def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_stay
     process.wait()
     assert (part / "half").exists()
     with workspace.held():
-        assert not part.exists() and not gone.exists() and mine.exists()
+        assert not part.exists() and not lock.exists() and not gone.exists() and mine.exists()
     assert all(path.exists() for path in foreign)
 
 
@@ -156,26 +160,100 @@ def test_a_full_disk_is_seen_behind_other_exceptions(tmp_path):
 
 
 def test_a_signal_while_a_part_folder_is_made_leaves_none(tmp_path, monkeypatch):
-    def interrupted(path):
-        assert path.is_dir()
+    real = Path.mkdir
+
+    def interrupted(path, *arguments, **options):
+        real(path, *arguments, **options)
         raise Interrupted(signal.SIGINT)
 
-    monkeypatch.setattr(disk, "_try_lock", interrupted)
+    monkeypatch.setattr(Path, "mkdir", interrupted)
     with pytest.raises(Interrupted), part_folder(tmp_path / "artifact"):
         pass
     assert not list(tmp_path.iterdir())
 
 
-def test_a_part_folder_that_is_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch):
-    real, taken = disk._try_lock, []
+def test_a_lock_that_is_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    real, taken = whole_files.name_part, []
 
-    def stolen(path):
+    def stolen(target):
+        part = real(target)
         if not taken:
-            taken.append(path)
-            path.rmdir()
-        return real(path)
+            taken.append(FileLock(f"{part}.lock"))
+            taken[0].acquire()
+        return part
 
-    monkeypatch.setattr(disk, "_try_lock", stolen)
+    monkeypatch.setattr(whole_files, "name_part", stolen)
     with part_folder(tmp_path / "artifact") as part:
-        assert part.is_dir() and part != taken[0]
+        assert part.is_dir() and f"{part}.lock" != taken[0].lock_file
+        assert remove_leftovers(tmp_path, "artifact") == [] and part.is_dir()
+    taken[0].release()
+    remove_leftovers(tmp_path, "artifact")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_a_folder_that_was_never_made_is_removed(tmp_path):
+    lock = tmp_path / ".artifact.0123abcd.part.lock"
+    lock.touch()
+    assert remove_leftovers(tmp_path, "other") == [] and lock.exists()
+    assert remove_leftovers(tmp_path, "artifact") == [] and not lock.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_still_works(tmp_path, monkeypatch, number):
+    """Folders are made and published, a workspace is held, and nobody's folder is taken for a leftover."""
+
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    left = tmp_path / ".tree-000000000000000000000000.0123abcd.part"
+    left.mkdir()
+    workspace = Workspace(tmp_path)
+    with workspace.held(lambda: pytest.fail("nobody holds it")):
+        path = workspace.tree("tree", 1, lambda folder: (folder / "whole").write_text("x"))
+    assert (path / "whole").is_file() and left.is_dir()
+    assert workspace.json("pass", 1, lambda: 1) == 1
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from otcache.compiler.workspace.workspace import Workspace
+
+with Workspace(Path(sys.argv[1])).held():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_compile_waits_for_the_first_and_says_so(tmp_path):
+    """Until the kernel drops the lock of a process that was killed."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout and process.stdout.readline() == b"held\n"
+    notes = []
+
+    def wait():
+        notes.append("waits")
+        process.send_signal(signal.SIGKILL)
+
+    with Workspace(tmp_path).held(wait):
+        assert notes == ["waits"] and process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "home/.cache/otcache"),
+        ({"XDG_CACHE_HOME": "xdg"}, "xdg/otcache"),
+        ({"XDG_CACHE_HOME": "xdg", "OTC_CACHE": "own"}, "own"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have their own place for caches")
+def test_the_place_of_the_workspace(tmp_path, monkeypatch, variables, expected):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("XDG_CACHE_HOME", "OTC_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / value))
+    assert default_workspace() == tmp_path / expected

@@ -102,7 +102,7 @@ def flips(folder, places, masks):
     """Flip bits of a manifest one at a time: (detected, harmless) counts; a third kind fails."""
     path = folder / MANIFEST_NAME
     data = path.read_bytes()
-    expected = core(parse_manifest(data))
+    expected = core(parse_manifest(data).manifest)
     counts: Counter[str] = Counter()
     for place in places:
         for mask in masks:
@@ -171,7 +171,7 @@ def damage(choice, contents):
 def damages(tmp_path, count):
     folder = whole(tmp_path)
     contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    expected = core(parse_manifest(contents[MANIFEST_NAME]))
+    expected = core(parse_manifest(contents[MANIFEST_NAME]).manifest)
     choice, counts = random.Random(0), Counter()
     assert not isinstance(outcome(folder), str)
     for _ in range(count):

@@ -1,5 +1,4 @@
-"""`otc build-engines` with the real library for RTX, which needs no GPU: plans, the manifest, interruptions, bad input.
-"""
+"""`otc build-engines` with the real library for RTX, which needs no GPU: plans, the manifest, interruptions, bad input."""
 
 from __future__ import annotations
 
@@ -16,17 +15,14 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 
 from otcache.runtime import Sampler
-from otcache.runtime.cli import main as cli
 from otcache.runtime.artifact.reader import Artifact
 from otcache.runtime.build.build_engines import build_engines
-from otcache.runtime.build.plan import BuildJob
-from otcache.runtime.build.plan import build_plan
+from otcache.runtime.build.plan import BuildJob, build_plan
+from otcache.runtime.cli import main as cli
 from otcache.runtime.engines.tensorrt import plan_parts
 from otcache.runtime.shipping.verify import verify
 from otcache.schemas.combinations import combinations
-from otcache.schemas.errors import ArtifactError
-from otcache.schemas.errors import HostError
-from otcache.schemas.errors import UsageError
+from otcache.schemas.errors import ArtifactError, HostError, UsageError
 from otcache.schemas.manifest import SCHEMA_VERSION
 from otcache.schemas.segments import segments_of
 
@@ -186,8 +182,10 @@ def test_a_stage_that_cannot_be_built_names_its_node(damaged):
     hidden = helper.make_tensor_value_info
     node = helper.make_node("Det", ["h1"], ["d"], name="the_determinant")
     graph = helper.make_graph(
-        [node, helper.make_node("Add", ["h1", "d"], ["h2"])], "block_1",
-        [hidden("h1", TensorProto.FLOAT, list(small.HIDDEN))], [hidden("h2", TensorProto.FLOAT, list(small.HIDDEN))],
+        [node, helper.make_node("Add", ["h1", "d"], ["h2"])],
+        "block_1",
+        [hidden("h1", TensorProto.FLOAT, list(small.HIDDEN))],
+        [hidden("h2", TensorProto.FLOAT, list(small.HIDDEN))],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     (damaged / "engines/onnx/block_1.onnx").write_bytes(model.SerializeToString())
@@ -257,10 +255,18 @@ def test_a_stage_of_half_precision(tmp_path, dtype):
     path.write_bytes(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
     )
-    plan = build_plan(BuildJob(
-        name="block", source=path, backend=RTX, target="sm_86", shapes={"h0": ((1, 4, 8), (2, 4, 8), (4, 4, 8))},
-        workspace_bytes=None, output=tmp_path / "block.plan", timing_cache=tmp_path / "cache",
-    ))
+    plan = build_plan(
+        BuildJob(
+            name="block",
+            source=path,
+            backend=RTX,
+            target="sm_86",
+            shapes={"h0": ((1, 4, 8), (2, 4, 8), (4, 4, 8))},
+            workspace_bytes=None,
+            output=tmp_path / "block.plan",
+            timing_cache=tmp_path / "cache",
+        )
+    )
     assert plan.layers[dtype] >= 3 and "float32" not in plan.layers
 
 
@@ -276,10 +282,18 @@ def test_sums_between_stages_of_half_precision(artifact_folder, tmp_path, dtype)
     )
     for one in combinations(manifest.model_copy(update={"stages": stages})):
         rows = ((2, 4, 12), (2, 4, 12), (8, 4, 12))
-        plan = build_plan(BuildJob(
-            name=one.name, source=one, backend=RTX, target="sm_89", shapes={term.name: rows for term in one.terms},
-            workspace_bytes=None, output=tmp_path / f"{one.name}.plan", timing_cache=tmp_path / "cache",
-        ))
+        plan = build_plan(
+            BuildJob(
+                name=one.name,
+                source=one,
+                backend=RTX,
+                target="sm_89",
+                shapes={term.name: rows for term in one.terms},
+                workspace_bytes=None,
+                output=tmp_path / f"{one.name}.plan",
+                timing_cache=tmp_path / "cache",
+            )
+        )
         assert plan.layers["float32"] >= 1, one.name
         touches_a_stage = one.kind in ("spread", "forecast")
         assert (dtype in plan.layers) == touches_a_stage, (one.name, plan.layers)

@@ -9,18 +9,20 @@ import small_artifact as small
 from sized_artifact import with_sizes
 
 from otcache.runtime.artifact.reader import Artifact
-from otcache.runtime.loop.backend import DTYPES
+from otcache.runtime.build.network import add_combination, create_network
 from otcache.runtime.engines.tensorrt_library import error_log
-from otcache.runtime.build.network import add_combination
-from otcache.runtime.build.network import create_network
-from otcache.schemas.combinations import COEFS
-from otcache.schemas.combinations import combinations
+from otcache.runtime.loop.backend import DTYPES
+from otcache.schemas.combinations import COEFS, combinations
 
 trt = pytest.importorskip("tensorrt_rtx")
 ELEMENTWISE = {
-    trt.ElementWiseOperation.SUM: np.add, trt.ElementWiseOperation.SUB: np.subtract, trt.ElementWiseOperation.PROD: np.multiply,
-    trt.ElementWiseOperation.DIV: np.divide, trt.ElementWiseOperation.MAX: np.maximum,
-    trt.ElementWiseOperation.MIN: np.minimum, trt.ElementWiseOperation.FLOOR_DIV: np.floor_divide,
+    trt.ElementWiseOperation.SUM: np.add,
+    trt.ElementWiseOperation.SUB: np.subtract,
+    trt.ElementWiseOperation.PROD: np.multiply,
+    trt.ElementWiseOperation.DIV: np.divide,
+    trt.ElementWiseOperation.MAX: np.maximum,
+    trt.ElementWiseOperation.MIN: np.minimum,
+    trt.ElementWiseOperation.FLOOR_DIV: np.floor_divide,
 }
 UNARY = {trt.UnaryOperation.SQRT: np.sqrt, trt.UnaryOperation.LOG: np.log}
 TYPES = {trt.DataType.FLOAT: np.float32, trt.DataType.HALF: np.float16}
@@ -91,7 +93,8 @@ def test_a_network_computes_its_combination(tmp_path, guidance, dtype):
         for samples, tokens in ((1, 1), (3, 5)):
             rows = samples if one.counts_samples else samples * one.branches
             inputs = {
-                term.name: random.standard_normal((rows, tokens, small.WIDTH)).astype(DTYPES[term.dtype]) for term in one.terms
+                term.name: random.standard_normal((rows, tokens, small.WIDTH)).astype(DTYPES[term.dtype])
+                for term in one.terms
             }
             if one.coefs:
                 inputs[COEFS] = random.standard_normal(one.coefs).astype(np.float32)

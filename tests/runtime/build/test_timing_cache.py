@@ -9,11 +9,10 @@ from contextlib import nullcontext
 
 import pytest
 
+from otcache.runtime.artifact.reader import Artifact
 from otcache.runtime.build import plan as tensorrt_build
 from otcache.runtime.build import timing_cache
-from otcache.runtime.artifact.reader import Artifact
-from otcache.runtime.build.plan import BuildJob
-from otcache.runtime.build.plan import build_plan
+from otcache.runtime.build.plan import BuildJob, build_plan
 from otcache.schemas.combinations import combinations
 
 RTX = "tensorrt-rtx"
@@ -84,19 +83,27 @@ def test_the_library_takes_what_was_kept(artifact_folder, tmp_path, monkeypatch)
     """As for the full library, whose timing cache RTX still has, but fills with nothing."""
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(tensorrt_build, "buildable_targets", lambda trt: ())
-    given, stored = [], timing_cache._stored
+    given, stored = [], timing_cache._load
 
     def watched(config, path):
         given.append(path.read_bytes() if path.is_file() else b"")
         return stored(config, path)
 
-    monkeypatch.setattr(timing_cache, "_stored", watched)
+    monkeypatch.setattr(timing_cache, "_load", watched)
     (one, *_) = combinations(Artifact.open(artifact_folder).manifest)
     kept = []
     for number in range(2):
-        build_plan(BuildJob(
-            name="spread", source=one, backend=RTX, target="any", shapes={"term_0": ((1, 4, 12), (1, 4, 12), (4, 4, 12))},
-            workspace_bytes=None, output=tmp_path / f"{number}.plan", timing_cache=tmp_path / "cache",
-        ))
+        build_plan(
+            BuildJob(
+                name="spread",
+                source=one,
+                backend=RTX,
+                target="any",
+                shapes={"term_0": ((1, 4, 12), (1, 4, 12), (4, 4, 12))},
+                workspace_bytes=None,
+                output=tmp_path / f"{number}.plan",
+                timing_cache=tmp_path / "cache",
+            )
+        )
         kept.append((tmp_path / "cache").read_bytes())
     assert given == [b"", b"", kept[0], kept[0]] and kept[0], "read before a build, and again before it is written"

@@ -20,6 +20,7 @@ from torch import Tensor
 from otcache.schemas.program import FARTHEST, Means, Payload, Program, Slopes, Step, position_axes
 
 from ..pipelines.trajectory import Trajectory
+from ..programs.arrays import float64_from_array
 from ..programs.update import log_change, mean
 
 FloatArray = NDArray[np.float64]
@@ -224,15 +225,8 @@ def _combined(coefs: FloatArray, places: FloatArray | None, values: Sequence[Ten
 
 def _rows(value: Any) -> FloatArray:
     """(n, …) → float64 (n, d)."""
-    array = _float64(value)
+    array = float64_from_array(value)
     return array.reshape(len(array), -1)
-
-
-def _float64(value: Any) -> FloatArray:
-    """An array or a torch tensor as float64; numpy itself reads no bfloat16, no gradients and no GPU."""
-    if hasattr(value, "detach"):
-        value = value.detach().double().cpu().numpy()
-    return np.asarray(value, dtype=np.float64)
 
 
 def _recent(coefs: ArrayLike, count: int) -> FloatArray:

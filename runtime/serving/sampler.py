@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from otcache.schemas.arithmetic import latents_from_noise, noise_from_latents
 from otcache.schemas.errors import HostError, RequestError, UsageError
 from otcache.schemas.manifest import BudgetProgram, Latents, Manifest, Stage, TensorInfo
 from otcache.schemas.messages import one_line
@@ -261,7 +262,8 @@ class Sampler:
         layout = manifest.latents
         latents = _check_latents(latents, layout.shape)
         if layout.decoded_as == "noise":
-            latents = as_noise(latents, layout).reshape(-1, *stage.inputs[0].shape[1:])
+            latents = noise_from_latents(latents, layout.split, layout.permutation)
+            latents = latents.reshape(-1, *stage.inputs[0].shape[1:])
         with timer.part("decode"):
             decoded = self._run(stage, {stage.inputs[0].name: latents}, timer)[stage.outputs[0].name]
             if decoded.ndim == 4 and decoded.shape[1] == 3 and decoded.shape[3] != 3:
@@ -382,8 +384,7 @@ class Sampler:
     @staticmethod
     def _initial_latents(layout: Latents, seed: int | Sequence[int], latents: Array | None, n: int) -> Float32:
         if latents is None:
-            drawn = noise(layout.noise_shape, seed, n).reshape(n, *layout.split)
-            drawn = drawn.transpose(0, *(axis + 1 for axis in layout.permutation))
+            drawn = latents_from_noise(noise(layout.noise_shape, seed, n), layout.split, layout.permutation)
         else:
             drawn = np.asarray(latents, np.float32)
         return np.float32(layout.initial_scale) * drawn.reshape(n, *layout.shape)
@@ -445,14 +446,6 @@ class Sampler:
             return statistics.median(own)
         stated = [m.value for m in self.manifest.measurements if m.name == LATENCY + budget]
         return stated[-1] if stated else None
-
-
-def as_noise(latents: Array, layout: Latents) -> Array:
-    """Latents (n, *shape) back in the order in which their noise was drawn: (n, elements)."""
-    order = layout.permutation
-    packed = latents.reshape(-1, *(layout.split[axis] for axis in order))
-    inverse = [order.index(axis) + 1 for axis in range(len(order))]
-    return packed.transpose(0, *inverse).reshape(len(latents), -1)
 
 
 def _size(height: int | None, width: int | None, num_frames: int | None, max_sequence_length: int | None) -> Given:

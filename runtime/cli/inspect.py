@@ -55,7 +55,7 @@ def inspect(
     manifest = whole.manifest
     if memory:
         size = {"height": height, "width": width, "num_frames": num_frames, "max_sequence_length": max_sequence_length}
-        sized = Sizes(whole).manifest(size)
+        sized = Sizes(whole).at(size).manifest
         if as_json:
             _print_json(memory_summary(sized, images, granularity))
         else:

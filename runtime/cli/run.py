@@ -121,7 +121,7 @@ def run(
         "num_frames": num_frames,
         "max_sequence_length": max_sequence_length,
     }
-    manifest = Sizes(whole).manifest(size)
+    manifest = Sizes(whole).at(size).manifest
     request = read_conditioning(conditioning, manifest) if conditioning else None
     budgets = [name.strip() for name in budget.split(",")]
     count = images * len(prompt) if request is None else next(iter(request.values())).shape[1]

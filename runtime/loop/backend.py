@@ -62,7 +62,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Run:
     """What is to be sampled, checked."""
 
     manifest: Manifest
@@ -71,7 +71,7 @@ class Request:
     program: Program
     latents: NDArray[np.float32]
     """The first ones, (n, …)."""
-    held: Mapping[str, Array]
+    inputs: Mapping[str, Array]
     """Conditioning and constants of the size: with a batch (g, n, …), others as the manifest has them."""
     guidance_weights: Sequence[float]
     timer: Timer
@@ -84,7 +84,7 @@ class Request:
 class Denoiser(Protocol):
     """Runs programs on a device."""
 
-    def __call__(self, request: Request) -> NDArray[np.float32]:
+    def __call__(self, run: Run) -> NDArray[np.float32]:
         """The final latents of a request, (n, …)."""
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The sampling loop: executes a `Program` over a `Model`. No solver lives here, only the program's coefficients.
+"""The sampling loop: executes a `Program` over a `SplitModel`. No solver lives here, only the program's coefficients.
 
 Shapes: n samples, g branches of guidance stacked on the batch (negative first). Latents x and guided outputs v are
 float32 (n, *latents.shape) on the host; features and residuals r have the batch g·n.
@@ -23,7 +23,7 @@ Callback = Callable[[int, int], None]
 T = TypeVar("T")
 
 
-class Model(Protocol):
+class SplitModel(Protocol):
     """The denoiser in three parts, with the conditioning already in place."""
 
     def embed(self, x: Float32, timestep: float) -> None:
@@ -43,7 +43,7 @@ class Model(Protocol):
 
 
 def sample(
-    model: Model,
+    model: SplitModel,
     program: Program,
     latents: Float32,
     *,

@@ -257,7 +257,7 @@ def test_requests_within_and_beyond(planned, narrow, on_sm_89, monkeypatch):
     sizes, (engine,) = Sizes(Artifact.open(planned[0])), narrow.engines
     backend = TensorrtBackend(engine, narrow)
     for size in ({}, {"height": 8}, {"height": 6}):
-        backend.check(4, sizes.manifest(size))
+        backend.check(4, sizes.at(size).manifest)
     for samples, size, words in (
         (
             1,
@@ -274,7 +274,7 @@ def test_requests_within_and_beyond(planned, narrow, on_sm_89, monkeypatch):
         (1, {"width": 8}, "width is 8: expected 4, which plans"),
     ):
         with pytest.raises(RequestError) as error:
-            backend.check(samples, sizes.manifest(size))
+            backend.check(samples, sizes.at(size).manifest)
         assert str(error.value).startswith(words)
         profile_for(narrow, dict(cli_profile(str(error.value))))
 
@@ -290,9 +290,9 @@ def test_plans_that_name_no_axes_are_for_the_own_size(planned, narrow):
     (engine,) = narrow.engines
     old = engine.model_copy(update={"profile": {"batch": (1, 1, 4)}})
     sizes = Sizes(Artifact.open(planned[0]))
-    assert why_outside(old, narrow, request_of(sizes.manifest({}), 1)) is None
+    assert why_outside(old, narrow, request_of(sizes.at({}).manifest, 1)) is None
     assert "height is 6: expected 4, which plans" in why_outside(
-        old, narrow, request_of(sizes.manifest({"height": 6}), 1)
+        old, narrow, request_of(sizes.at({"height": 6}).manifest, 1)
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,11 +22,12 @@ Array = NDArray[Any]
 DTYPES: dict[str, Any] = {
     "float32": np.float32,
     "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
     "int64": np.int64,
     "int32": np.int32,
     "bool": np.bool_,
 }
-"""numpy's types of the manifest's; numpy has no bfloat16."""
+"""numpy's types of the manifest's."""
 
 
 class Tensor(Protocol):

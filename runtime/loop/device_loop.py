@@ -344,11 +344,10 @@ def _tables(plan: AddressPlan, run: Run) -> tuple[dict[Value, int], bytes]:
 
 
 def as_type(array: Array, dtype: str) -> Array:
-    """In C order and in one of the manifest's types; bfloat16, which numpy has not, as the 16 bits of each value."""
-    if dtype != "bfloat16":
-        return np.ascontiguousarray(array, DTYPES[dtype])
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
+    """In C order and in one of the manifest's types, rounded to nearest."""
+    if dtype == "bfloat16":
+        array = np.asarray(array, np.float32)  # rounded twice from float64, as torch does
+    return np.ascontiguousarray(array, DTYPES[dtype])
 
 
 def resident_denoiser(

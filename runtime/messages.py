@@ -28,12 +28,12 @@ def profile_text(profile: Mapping[str, Sequence[int]]) -> str:
 def readable_size(size_bytes: int) -> str:
     """A size in words, in powers of 1000.
 
-    >>> readable_size(14_123_456)
-    '14.1 MB'
+    >>> readable_size(14_123_456), readable_size(815)
+    ('14.1 MB', '815 B')
     """
     from rich.filesize import decimal
 
-    return decimal(size_bytes)
+    return f"{size_bytes} B" if size_bytes < 1000 else decimal(size_bytes)
 
 
 OPTIONS = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import artifact_argument, granularity_option, json_option, print_json
-from .run import _progress_bar
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     from otcache.schemas.segments import Granularity
@@ -66,7 +66,7 @@ def build_command(
     from ..build.build_engines import build_engines
     from ..messages import readable_size
 
-    with _progress_bar("engines") as bar:
+    with progress_bar("engines") as bar:
 
         def progress(event: Progress) -> None:
             if as_json:

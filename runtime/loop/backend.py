@@ -114,6 +114,10 @@ class Backend(Protocol):
         """Raise RequestError if engines do not serve so many samples at once, or not at the size of `manifest`."""
 
 
+MOST_THREADS = 1024
+"""CPU threads of a stage that may be asked for: more than the largest hosts have cores. Each costs memory."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How a backend shall run."""

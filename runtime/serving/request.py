@@ -85,17 +85,14 @@ def parse_request(
         guidance_scale: within the calibrated range; None for the artifact's.
         most_samples: pictures that the request may be for.
     """
-    if not is_whole(images_per_prompt) or images_per_prompt < 1:
-        raise RequestError(f"images_per_prompt is {images_per_prompt!r}: expected a whole number of at least 1")
     at_size = sizes.at(size)
     manifest = at_size.manifest
     program = _program(budget, manifest).program
     weights = _guidance_weights(guidance_scale, manifest.guidance)
     texts: tuple[tuple[str, ...], ...] = ()
     if conditioning is None:
-        texts = parse_texts(prompt, negative_prompt, manifest.guidance)
-        samples = len(texts[-1]) * int(images_per_prompt)
-        conditioning = {}
+        texts, conditioning = parse_texts(prompt, negative_prompt, manifest.guidance), {}
+        samples = len(texts[-1]) * _check_images(images_per_prompt)
     else:
         samples = _check_conditioning(conditioning, latents, seed, manifest)
     if samples > most_samples:
@@ -151,6 +148,14 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> Array:
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number, Python's or numpy's; True and False are none."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check_images(images_per_prompt: Any) -> int:
+    if not is_whole(images_per_prompt) or images_per_prompt < 1:
+        raise RequestError(
+            f"images_per_prompt is {one_line(repr(images_per_prompt), 40)}: expected a whole number of at least 1"
+        )
+    return int(images_per_prompt)
 
 
 def _program(budget: Any, manifest: Manifest) -> BudgetProgram:

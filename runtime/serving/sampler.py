@@ -25,7 +25,7 @@ from otcache.schemas.messages import one_line
 
 from ..artifact.reader import Artifact
 from ..engines.choose import Selection, select_backend
-from ..loop.backend import Array, Denoiser, Engine, Options, Run
+from ..loop.backend import MOST_THREADS, Array, Denoiser, Engine, Options, Run
 from ..loop.host_loop import check_trunk, run_stage
 from ..loop.loop import Callback, Float32
 from ..loop.timing import Timer
@@ -92,8 +92,8 @@ class Sampler:
         a GPU, record each budget's loop on its first use and replay it as a whole after that; such requests cannot be
         cancelled between steps. Raises ArtifactError, HostError, UsageError.
         """
-        if threads is not None and (not is_whole(threads) or threads < 1):
-            raise UsageError(f"threads is {threads!r}: expected a whole number of at least 1")
+        if threads is not None and not (is_whole(threads) and 1 <= threads <= MOST_THREADS):
+            raise UsageError(f"threads is {threads!r}: expected a whole number of at least 1, at most {MOST_THREADS}")
         artifact = Artifact.open(folder)
         options = Options(threads=threads, cuda_graph=cuda_graph)
         return cls(artifact, select_backend(backend, artifact.manifest, options))
@@ -151,7 +151,10 @@ class Sampler:
         """The pictures of a request that `request` has made, as those that calling the sampler gives."""
         watched = progress is not None or timer is not None
         timer = timer or Timer()
-        conditioning = self._encode(request.manifest, request.texts, request.samples, timer)
+        self._backend.check(request.samples, request.manifest)
+        conditioning = request.conditioning
+        if request.texts:
+            conditioning = self._encode(request.manifest, request.texts, request.samples, timer)
         latents = self._sample(request, conditioning, progress, timer, watched=watched)
         pictures = self._decode(request.manifest, latents, timer)
         if request.samples == 1 and request.manifest.conditions == self.manifest.conditions:

@@ -82,10 +82,10 @@ def entry(**changes):
     [
         (entry(), 95, "safetensors"),
         (entry(), 97, "safetensors"),
-        (entry(dtype="F9"), 96, "F9"),
+        (entry(dtype="F9"), 96, "safetensors"),
         (entry(dtype=["F32"]), 96, "safetensors"),
         (entry(dtype="U64", shape=[1, 1, 12]), 96, "text of type U64: expected one of F64, F32, F16, BF16"),
-        (entry(shape=[2, 1, -12]), 96, "-12"),
+        (entry(shape=[2, 1, -12]), 96, "safetensors"),
         (entry(shape=[2, 1, 1 << 40]), 96, "safetensors"),
         (entry(shape=[1 << 40, 1 << 40]), 96, "safetensors"),
         (entry(shape=None), 96, "safetensors"),

@@ -32,8 +32,8 @@ Examples:
   otc build-engines artifacts/shapes --backend tensorrt --granularity trunk
 
 \b
-tensorrt-rtx builds for sm_75 to sm_121 on any host, without a GPU; tensorrt builds for the GPU of the host only. A build that
-was stopped goes on where it was when it is started again. Engines for other targets stay.
+tensorrt-rtx builds for sm_75 to sm_121 on any host, without a GPU; tensorrt builds for the GPU of the host only.
+A build that was stopped goes on where it was when it is started again. Engines for other targets stay.
 """,
 )
 @artifact_argument
@@ -62,7 +62,10 @@ def build_command(
     unsign: bool,
     as_json: bool,
 ) -> None:
-    """Build TensorRT engines of ARTIFACT from its ONNX files and list them in its manifest. Needs no torch, no model."""
+    """Build TensorRT engines of ARTIFACT from its ONNX files and list them in its manifest.
+
+    Needs no torch, no model.
+    """
     from ..build.build_engines import build_engines
     from ..messages import readable_size
 

@@ -87,7 +87,10 @@ def _local_places(
     *,
     stable: bool,
 ) -> dict[Value, Place]:
-    """Places of all values that live within a step. stable: slots count as taken for ever, so that all steps are alike."""
+    """Places of all values that live within a step.
+
+    stable: slots count as taken for ever, so that all steps are alike.
+    """
     local: dict[int, list[Value]] = {}
     for value, (first, _) in lives.items():
         if value not in held:

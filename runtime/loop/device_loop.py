@@ -315,7 +315,10 @@ def _shapes(inputs: Sequence[TensorInfo], rows: int) -> tuple[tuple[str, Shape],
 
 
 def _tables(plan: AddressPlan, run: Run) -> tuple[dict[Value, int], bytes]:
-    """Offset of every constant of a program, and their content: timesteps, coefficients, room for guidance's weights."""
+    """Offset of every constant of a program, and their content.
+
+    They are timesteps, coefficients and room for guidance's weights.
+    """
     manifest = run.manifest
     info = {tensor.name: tensor for tensor in manifest.trunk[0].inputs}.get(manifest.timestep_input) or next(
         tensor for stage in manifest.trunk for tensor in stage.inputs if tensor.name == manifest.timestep_input

@@ -123,7 +123,8 @@ def save_latencies(artifact: Artifact, latencies_s: Mapping[str, float]) -> None
         replace_manifest(artifact.folder, value)
     except OSError as error:
         raise UsageError(
-            f"--save: {target} cannot be written: {one_line(error.strerror or error)}: copy the artifact to where it can"
+            f"--save: {target} cannot be written: {one_line(error.strerror or error)}: "
+            "copy the artifact to where it can"
         ) from None
 
 

@@ -260,7 +260,10 @@ class Sampler:
         num_frames: int | None = None,
         timer: Timer | None = None,
     ) -> Float32:
-        """Pictures, float32 (n, [frames,] height, width, 3) in [0, 1], from latents (n, *latents.shape at that size)."""
+        """Pictures, float32 (n, [frames,] height, width, 3) in [0, 1], from latents (n, *latents.shape at that size).
+
+        Raises RequestError where the artifact has no decoder or the latents have another shape.
+        """
         manifest = self._sizes.at(_size(height, width, num_frames, None)).manifest
         _stage(manifest, *_DECODER)
         return self._decode(manifest, check_latents(latents, manifest.latents.shape), timer or Timer())
@@ -286,7 +289,10 @@ class Sampler:
         return fitting[-1]
 
     def close(self) -> None:
-        """Free engines and tokenizers, once the request that is running has ended. Calls after it raise RequestError."""
+        """Free engines and tokenizers, once the request that is running has ended.
+
+        Calls after it raise RequestError.
+        """
         with self._lock:
             if self._denoise is not None:
                 self._denoise.close()

@@ -149,14 +149,16 @@ def test_extremes_of_listed_sizes_are_those_of_one_size_where_there_is_one():
     [
         (
             "height=1:4:8",
-            "--profile height=1:4:8: height is 1: expected 2 to 12 in steps of 2: choose from that, or compile with --sizes that hold it",
+            "--profile height=1:4:8: height is 1: expected 2 to 12 in steps of 2: choose from that, or compile with "
+            "--sizes that hold it",
         ),
         ("batch=1:1:2,height=4:5:8", "height is 5: expected 2 to 12 in steps of 2"),
         ("width=4:4:16", "width is 16: expected 4 to 8 in steps of 4"),
         ("height=8:4:8", "expected increasing sizes"),
         (
             "num_frames=1:1:4",
-            "expected batch, height, width, which the artifact leaves open: compile with --frame-counts to leave it open",
+            "expected batch, height, width, which the artifact leaves open: compile with --frame-counts to leave it "
+            "open",
         ),
         ("tokens=1:1:4", "expected batch, height, width, which the artifact leaves open"),
         ("height=4:4:8,", "expected NAME=MIN:OPT:MAX"),
@@ -268,8 +270,8 @@ def test_requests_within_and_beyond(planned, narrow, on_sm_89, monkeypatch):
         (
             8,
             {"width": 8},
-            f"8 pictures at once: expected 1 to 4, which plans of tensorrt-rtx for sm_89 cover: ask for that, serve it with "
-            f"--backend onnxruntime, or otc build-engines {MENDED} batch=1:1:8,height=4:4:8,width=4:4:8",
+            "8 pictures at once: expected 1 to 4, which plans of tensorrt-rtx for sm_89 cover: ask for that, serve it "
+            f"with --backend onnxruntime, or otc build-engines {MENDED} batch=1:1:8,height=4:4:8,width=4:4:8",
         ),
         (1, {"width": 8}, "width is 8: expected 4, which plans"),
     ):

@@ -1,4 +1,6 @@
-"""The resident loop on a device that is this host's memory: its results, its bindings, and what a step costs the host."""
+"""The resident loop on a device that is this host's memory: its results, its bindings, and what a
+step costs the host.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,7 @@ def counts(backend):
 
 
 def test_a_step_costs_the_host_the_same_every_time(artifact_folder):
-    """Per step: a launch for each stage and combination, a few addresses, no copy, and no wait unless somebody watches."""
+    """Per step: a launch for each stage and combination, a few addresses, no copy, no wait unless somebody watches."""
     sampler, backend = resident(artifact_folder)
     seen = []
 

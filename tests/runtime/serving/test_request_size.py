@@ -90,7 +90,7 @@ def test_a_decoder_of_one_size_is_absent_at_others(folder):
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "resident"])
 def test_a_size_with_another_sampler_serves_its_own_programs(folder, backend):
-    """Its last step adds three outputs, as no step of the artifact's own programs does: such a sum has an engine, too."""
+    """Its last step adds three outputs, as no step of the artifact's own programs does: that sum has an engine, too."""
     program = output_program((0, 1))
     program["steps"][1]["output_coefs"] = [0.5, -1.5]
     program["steps"].append({"step_index": 4, "timestep": 300.0, "latent_coef": 1.0, "output_coefs": [0.1, 0.2, -0.4]})

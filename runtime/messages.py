@@ -26,11 +26,14 @@ def profile_text(profile: Mapping[str, Sequence[int]]) -> str:
 
 
 def readable_size(size_bytes: int) -> str:
-    """`14.1 MB`."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size_bytes >= scale:
-            return f"{size_bytes / scale:.1f} {unit}"
-    return f"{size_bytes} B"
+    """A size in words, in powers of 1000.
+
+    >>> readable_size(14_123_456), readable_size(815)
+    ('14.1 MB', '815 B')
+    """
+    from rich.filesize import decimal
+
+    return f"{size_bytes} B" if size_bytes < 1000 else decimal(size_bytes)
 
 
 OPTIONS = {

@@ -151,7 +151,8 @@ def _av() -> Any:
         return importlib.import_module("av")
     except ImportError as error:
         raise HostError(
-            f"-o names an MP4, which needs a package that is missing ({error}): run pip install 'otcache[video]', or write a GIF"
+            f"-o names an MP4, which needs a package that is missing ({error}): run pip install 'otcache[video]', "
+            "or write a GIF"
         ) from None
 
 

@@ -19,6 +19,8 @@ from skimage.metrics import structural_similarity
 
 from otcache.schemas.errors import HostError, UsageError
 
+from ..programs.arrays import float64_from_array
+
 FloatArray = NDArray[np.float64]
 Metric = Callable[[ArrayLike, ArrayLike], FloatArray]
 
@@ -95,7 +97,7 @@ def ssim(images: ArrayLike, references: ArrayLike) -> FloatArray:
 
 def relative_latent_error(latents: ArrayLike, references: ArrayLike) -> FloatArray:
     """‖latents − references‖ / ‖references‖ per sample, of arrays (n, …); (n,), lower is better."""
-    found, expected = _array(latents), _array(references)
+    found, expected = float64_from_array(latents), float64_from_array(references)
     if found.shape != expected.shape or found.ndim < 2:
         raise UsageError(
             f"latents of shape {found.shape} against references of shape {expected.shape}: expected two arrays of the "
@@ -152,17 +154,9 @@ def lpips_metric(net: str = "alex", *, batch_size: int = 8) -> Metric:
     return metric
 
 
-def _array(values: Any) -> FloatArray:
-    """float64 array of anything array-like, tensors on a device included."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        values = (values.float() if values.is_floating_point() else values).numpy()  # numpy has no bfloat16
-    return np.asarray(values, dtype=np.float64)
-
-
 def _image_pair(images: Any, references: Any) -> tuple[FloatArray, FloatArray]:
     """Both as float64 arrays of the same shape (n, …, height, width, 3) in [0, 1], or UsageError."""
-    found, expected = _array(images), _array(references)
+    found, expected = float64_from_array(images), float64_from_array(references)
     if found.shape != expected.shape:
         raise UsageError(
             f"images of shape {found.shape} against references of shape {expected.shape}: expected the same shape"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from otcache.schemas import manifest as schema
+from otcache.schemas.arithmetic import noise_from_latents
 from otcache.schemas.digest import digest_of_bytes
 from otcache.schemas.errors import ModelError
 from otcache.schemas.shapes import Symbol, described
@@ -53,10 +54,9 @@ def decoder_at(pipeline: Any, sizes: Sizes) -> tuple[nn.Module | None, OtherSize
 
 
 def _as_noise(latents: Tensor, interface: Interface) -> Tensor:
-    """Latents (n, …) with their elements in the order in which noise is drawn."""
-    order = interface.noise_permutation
-    packed = latents.reshape(-1, *(interface.noise_split[axis] for axis in order))
-    return packed.permute(0, *(order.index(axis) + 1 for axis in range(len(order)))).flatten(1)
+    """Latents (n, …) with their elements in the order in which noise is drawn, (n, elements)."""
+    noise: Tensor = noise_from_latents(latents, interface.noise_split, interface.noise_permutation)
+    return noise
 
 
 def constant_files(sizes: Sizes) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from otcache.schemas.arithmetic import latents_from_noise
 from otcache.schemas.errors import ModelError
 
 
@@ -42,9 +43,7 @@ def find_layout(noise_shape: tuple[int, ...], samples: Tensor, name: str) -> tup
     order = sorted(loops, reverse=True)
     split = tuple(size for _, size in order)
     permutation = tuple(order.index(loop) for loop in reversed(loops))
-    arranged = (
-        noise.view(-1, *split).permute(0, *[axis + 1 for axis in permutation]) if math.prod(split) == count else None
-    )
+    arranged = latents_from_noise(noise, split, permutation) if math.prod(split) == count else None
     if arranged is None or not proportional(arranged.reshape(samples.shape), samples):
         raise unknown
     return split, permutation

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import numpy as np
+
+def lagrange_weights(nodes: Sequence[float], at: float) -> tuple[float, ...]:
+    """Weights of the values at distinct nodes in the polynomial through them, at another place.
+
+        w_k = Π_{j≠k} (at − node_j) / (node_k − node_j)
+
+    They sum to 1 and are exact for polynomials of a degree below the number of nodes.
+
+    >>> lagrange_weights([0.0, 1.0], 3.0)
+    (-2.0, 3.0)
+    """
+    return tuple(
+        math.prod((float(at - other) / float(node - other) for j, other in enumerate(nodes) if j != k), start=1.0)
+        for k, node in enumerate(nodes)
+    )
 
 
 def forecast_coefs(computed: Sequence[int], step_index: int, order: int) -> tuple[float, ...]:
@@ -12,10 +27,8 @@ def forecast_coefs(computed: Sequence[int], step_index: int, order: int) -> tupl
 
     Order 0 reuses the newest value; order k is exact for polynomials of degree k in the step index (TaylorSeer,
     arXiv 2503.06923, in Lagrange's form). Fewer values give a lower order.
+
+    >>> forecast_coefs([0, 4, 6], 7, order=1)
+    (-0.5, 1.5)
     """
-    nodes = [float(node) for node in computed[-(order + 1) :]]
-    weights = []
-    for i, node in enumerate(nodes):
-        others = [other for j, other in enumerate(nodes) if j != i]
-        weights.append(float(np.prod([(step_index - other) / (node - other) for other in others])))
-    return tuple(weights)
+    return lagrange_weights([float(node) for node in computed[-(order + 1) :]], step_index)

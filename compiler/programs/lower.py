@@ -29,6 +29,7 @@ import torch
 from otcache.schemas.errors import ModelError, UsageError
 from otcache.schemas.program import MAX_STEPS
 
+from .arrays import float64_from_array
 from .solver_table import _TESTED, FloatArray, SolverTable, _dropped
 
 TOLERANCE = 1e-4
@@ -98,12 +99,12 @@ def lower(scheduler: Any, *, step_options: Mapping[str, Any] | None = None) -> S
     if sigmas is not None and len(sigmas) != num_steps + 1:
         sigmas = None
     return SolverTable(
-        timesteps=_numpy(scheduler.timesteps),
+        timesteps=float64_from_array(scheduler.timesteps),
         input_scales=input_scales,
         initial_scale=float(getattr(scheduler, "init_noise_sigma", 1.0)),
         latent_coefs=latent_coefs,
         output_coefs=output_coefs,
-        sigmas=None if sigmas is None else _numpy(sigmas),
+        sigmas=None if sigmas is None else float64_from_array(sigmas),
         scheduler=name,
         prediction_type="flow_prediction" if is_flow(scheduler) else scheduler.config.get("prediction_type"),
         order=int(getattr(scheduler, "order", 1)),
@@ -163,7 +164,7 @@ def _probe_basis(scheduler: Any, options: Mapping[str, Any]) -> tuple[FloatArray
     for i, timestep in enumerate(fresh.timesteps):
         _scaled(fresh, basis[i], timestep)
         stepped = fresh.step(basis[num_steps + i].clone(), timestep, basis[i].clone(), return_dict=False, **options)[0]
-        rows[i] = _numpy(stepped).reshape(-1)
+        rows[i] = float64_from_array(stepped).reshape(-1)
     return rows[:, :num_steps], rows[:, num_steps:]
 
 
@@ -227,9 +228,9 @@ def _check(
     states: torch.Tensor,
 ) -> None:
     """ModelError unless the table repeats the run of the scheduler at every step."""
-    history = _numpy(outputs).reshape(len(outputs), -1)
-    latents = _numpy(initial).reshape(-1)
-    for i, expected in enumerate(_numpy(states).reshape(len(states), -1)):
+    history = float64_from_array(outputs).reshape(len(outputs), -1)
+    latents = float64_from_array(initial).reshape(-1)
+    for i, expected in enumerate(float64_from_array(states).reshape(len(states), -1)):
         latents = latent_coefs[i] * latents + output_coefs[i] @ history
         error = np.linalg.norm(latents - expected) / max(float(np.linalg.norm(expected)), 1e-30)
         if not error <= TOLERANCE:
@@ -287,10 +288,3 @@ def _refusal(name: str, received: str, expected: str = "a deterministic, linear 
         f"scheduler {name} cannot be compiled: {received}; expected {expected}. {fix} "
         f"These are tested: {', '.join(_TESTED)}."
     )
-
-
-def _numpy(values: Any) -> FloatArray:
-    """float64 copy of a tensor or array of any dtype, on any device."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().double().numpy()
-    return np.array(values, dtype=np.float64)

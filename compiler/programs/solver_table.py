@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from otcache.schemas.errors import ModelError, UsageError
 from otcache.schemas.program import Payload, Program, Step
 
+from .forecasts import lagrange_weights
 from .schedule import checked_schedule
 
 FloatArray = NDArray[np.float64]
@@ -217,12 +218,7 @@ def _lagrange(table: SolverTable, nodes: Sequence[int], at: int, coordinate: Coo
     position = np.arange(table.num_inference_steps, dtype=np.float64)
     if coordinate == "sigma" and table.sigmas is not None and len(set(table.sigmas[list(nodes)])) == len(nodes):
         position = table.sigmas[:-1]
-    weights = np.ones(len(nodes))
-    for k, node in enumerate(nodes):
-        for other in nodes:
-            if other != node:
-                weights[k] *= (position[at] - position[other]) / (position[node] - position[other])
-    return weights
+    return np.array(lagrange_weights(position[list(nodes)].tolist(), float(position[at])))
 
 
 def _dropped(coefs: FloatArray) -> FloatArray:

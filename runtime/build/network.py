@@ -169,7 +169,7 @@ class _Operations:
 
     def follow_coefs(self, before: Any, output: Any, *, count: int) -> list[Any]:
         """coefs_i + s · coefs_{count + i} for each sample, with s its place among the samples:
-        `loop.place_among_samples`.
+        `arithmetic.place_among_samples`.
         """
         operation = self.trt.ElementWiseOperation
         moved, size = self._log_square(self.apply(output, before, operation.SUB)), self._log_square(output)

@@ -10,8 +10,8 @@ import click
 
 from otcache.schemas.errors import UsageError
 
-from .options import artifact_argument, json_option, print_json
-from .run import _progress_bar
+from .options import artifact_argument, backend_option, json_option, print_json, threads_option
+from .progress import progress_bar
 
 
 @click.command(
@@ -35,8 +35,8 @@ Examples:
     show_default=True,
     help="Requests of each before that, which do not count.",
 )
-@click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt or tensorrt-rtx.")
-@click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads; default: one for each core.")
+@backend_option
+@threads_option
 @click.option("--cuda-graph", is_flag=True, help="Replay each budget's loop as one CUDA graph; TensorRT backends only.")
 @click.option("--save", is_flag=True, help="Write the median latency of one picture into the manifest's measurements.")
 @json_option
@@ -67,7 +67,7 @@ def bench(
     with Sampler.load(artifact, backend, threads, cuda_graph=cuda_graph) as sampler:
         load_s = time.perf_counter() - start
         budgets = [name.strip() for name in budget.split(",")] if budget else list(sampler.budgets)
-        with _progress_bar("requests") as progress:
+        with progress_bar("requests") as progress:
             found = measure(
                 sampler, list(dict.fromkeys(budgets)), batches, repeat=repeat, warmup=warmup, progress=progress
             )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import artifact_argument, granularity_option, json_option, print_json
-from .run import _progress_bar
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     from otcache.schemas.segments import Granularity
@@ -32,8 +32,8 @@ Examples:
   otc build-engines artifacts/shapes --backend tensorrt --granularity trunk
 
 \b
-tensorrt-rtx builds for sm_75 to sm_121 on any host, without a GPU; tensorrt builds for the GPU of the host only. A build that
-was stopped goes on where it was when it is started again. Engines for other targets stay.
+tensorrt-rtx builds for sm_75 to sm_121 on any host, without a GPU; tensorrt builds for the GPU of the host only.
+A build that was stopped goes on where it was when it is started again. Engines for other targets stay.
 """,
 )
 @artifact_argument
@@ -62,11 +62,14 @@ def build_command(
     unsign: bool,
     as_json: bool,
 ) -> None:
-    """Build TensorRT engines of ARTIFACT from its ONNX files and list them in its manifest. Needs no torch, no model."""
+    """Build TensorRT engines of ARTIFACT from its ONNX files and list them in its manifest.
+
+    Needs no torch, no model.
+    """
     from ..build.build_engines import build_engines
     from ..messages import readable_size
 
-    with _progress_bar("engines") as bar:
+    with progress_bar("engines") as bar:
 
         def progress(event: Progress) -> None:
             if as_json:

@@ -40,10 +40,7 @@ def inspect(
     artifact: Path,
     memory: bool,
     images: int,
-    height: int | None,
-    width: int | None,
-    num_frames: int | None,
-    max_sequence_length: int | None,
+    size: dict[str, int | None],
     granularity: Granularity,
     as_json: bool,
 ) -> None:
@@ -54,8 +51,7 @@ def inspect(
     whole = Artifact.open(artifact)
     manifest = whole.manifest
     if memory:
-        size = {"height": height, "width": width, "num_frames": num_frames, "max_sequence_length": max_sequence_length}
-        sized = Sizes(whole).manifest(size)
+        sized = Sizes(whole).at(size).manifest
         if as_json:
             _print_json(memory_summary(sized, images, granularity))
         else:

@@ -47,7 +47,10 @@ class _Handler(logging.Handler):
 
 
 def configure(*, as_json: bool = False) -> None:
-    """Send the records of `otcache.*` from the level of OTC_LOG upwards to stderr. Raises UsageError for another word."""
+    """Send the records of `otcache.*` from the level of OTC_LOG upwards to stderr.
+
+    Raises UsageError for another word.
+    """
     word = os.environ.get(VARIABLE, "").strip().lower() or DEFAULT
     if word not in LEVELS:
         raise UsageError(

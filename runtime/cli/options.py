@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any, get_args
 import click
 
 from otcache.schemas.segments import SEGMENT_BLOCKS, Granularity
+from otcache.schemas.shapes import AxisName
 
-from .completion import complete_artifacts
+from ..loop.backend import MOST_THREADS
+from .completion import complete_artifacts, complete_backends
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -30,7 +33,13 @@ def granularity_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def size_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--height`, `--width`, `--num-frames`, `--max-sequence-length`: the size of a request."""
+    """`--height`, `--width`, `--num-frames`, `--max-sequence-length`: the argument `size`, by axis."""
+
+    @functools.wraps(function)
+    def command(**options: Any) -> Any:
+        size = {name: options.pop(name) for name in get_args(AxisName)}
+        return function(size=size, **options)
+
     for name, what in (
         ("--max-sequence-length", "Text tokens"),
         ("--num-frames", "Frames of a video"),
@@ -38,8 +47,21 @@ def size_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ("--height", "Pixels"),
     ):
         text = f"{what}; `otc inspect` shows the range.  [default: the artifact's]"
-        function = click.option(name, type=click.IntRange(min=1), default=None, help=text)(function)
-    return function
+        command = click.option(name, type=click.IntRange(min=1), default=None, help=text)(command)
+    return command
+
+
+def backend_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--backend`: which engine serves; the shell completes those that there are."""
+    text = "auto, onnxruntime, tensorrt or tensorrt-rtx."
+    option = click.option("--backend", default="auto", show_default=True, shell_complete=complete_backends, help=text)
+    return option(function)
+
+
+def threads_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--threads`: of each stage on the CPU."""
+    kind = click.IntRange(min=1, max=MOST_THREADS)
+    return click.option("--threads", type=kind, default=None, help="CPU threads; default: one for each core.")(function)
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress
 
 from otcache.schemas.errors import UsageError
 
 from ..loop.timing import Timing
-from .completion import complete_backends, complete_budgets
-from .options import artifact_argument, json_option, size_options
-from .options import print_json as _print_json
+from .completion import complete_budgets
+from .options import artifact_argument, backend_option, json_option, print_json, size_options, threads_option
+from .progress import progress_bar
 from .timing_table import parts_table, steps_table
+
+if TYPE_CHECKING:
+    from ..artifact.reader import Artifact
+    from ..loop.loop import Float32
+    from ..serving.request import Request
+    from ..serving.sampler import Sampler
 
 _log = logging.getLogger(__name__)
 
@@ -66,14 +67,8 @@ Examples:
 )
 @click.option("--fps", type=click.IntRange(1, 50), default=15, show_default=True, help="Frames a second of a video.")
 @click.option("--separate", is_flag=True, help="Write numbered files instead of a contact sheet.")
-@click.option(
-    "--backend",
-    default="auto",
-    show_default=True,
-    shell_complete=complete_backends,
-    help="auto, onnxruntime, tensorrt or tensorrt-rtx.",
-)
-@click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads; default: one for each core.")
+@backend_option
+@threads_option
 @click.option("--force", is_flag=True, help="Overwrite an existing output file.")
 @click.option("--profile", is_flag=True, help="Say on stderr where the time goes; with --json, by step.")
 @json_option
@@ -86,10 +81,7 @@ def run(
     seed: int,
     images: int,
     guidance_scale: float | None,
-    height: int | None,
-    width: int | None,
-    num_frames: int | None,
-    max_sequence_length: int | None,
+    size: dict[str, int | None],
     output: Path,
     fps: int,
     separate: bool,
@@ -100,88 +92,98 @@ def run(
     as_json: bool,
 ) -> None:
     """Draw pictures from ARTIFACT, without torch."""
-
-    from .. import pictures
     from ..artifact.reader import Artifact
     from ..engines.choose import Options, select_backend
     from ..engines.profiles import request_of
-    from ..loop.timing import Timer
+    from ..pictures import save_all
     from ..serving.conditioning import read_conditioning
     from ..serving.request_size import Sizes
     from ..serving.sampler import Sampler
 
+    _check_source(prompt, conditioning, negative_prompt, images)
+    whole = Artifact.open(artifact)
+    source: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt, "images_per_prompt": images}
+    if conditioning is not None:
+        source = {"conditioning": read_conditioning(conditioning, Sizes(whole).at(size).manifest)}
+    requests = _parse_requests(whole, budget, source, size=size, seed=seed, guidance_scale=guidance_scale)
+    some = next(iter(requests.values()))
+    total = some.samples * len(requests)
+    targets = _check_targets(output, total, some.manifest.conditions.num_frames, separate=separate, force=force)
+    begin = time.perf_counter()
+    options = Options(threads=threads, request=request_of(some.manifest, some.samples))
+    with Sampler(whole, select_backend(backend, whole.manifest, options)) as sampler:
+        load_s = time.perf_counter() - begin
+        _log_backend(sampler, artifact, load_s)
+        drawn, timings = _draw(sampler, requests)
+        used, load_stages_s = sampler.backend, sampler.load_s
+    save_all(drawn, targets, separate=separate, fps=fps)
+    seconds = {name: round(timing.total_s, 4) for name, timing in timings.items()}
+    if as_json:
+        asked = {"outputs": [str(target) for target in targets], "images": total, "budget": budget, "seed": seed}
+        spent = {"load_s": round(load_s, 4), "request_s": round(sum(seconds.values()), 4), "budget_s": seconds}
+        more = {"profile": _profile(load_s, load_stages_s, timings)} if profile else {}
+        print_json({**asked, "backend": used, **spent, **more})
+        return
+    if profile:
+        _print_profile(load_s, timings)
+    names = ", ".join(str(target) for target in targets)
+    times = ", ".join(f"budget {name} {value:.2f} s" for name, value in seconds.items())
+    click.echo(f"{names}: {total} picture{'s' * (total > 1)}, {times} ({used})")
+
+
+def _check_source(prompt: tuple[str, ...], conditioning: Path | None, negative_prompt: str | None, images: int) -> None:
     if bool(prompt) == (conditioning is not None):
         raise UsageError("expected --prompt or --conditioning, and not both: `otc encode` writes the latter")
     if conditioning and (images > 1 or negative_prompt is not None):
         raise UsageError("--conditioning holds its negative prompt and its samples: leave out --negative-prompt and -n")
-    whole = Artifact.open(artifact)
-    size: dict[str, Any] = {
-        "height": height,
-        "width": width,
-        "num_frames": num_frames,
-        "max_sequence_length": max_sequence_length,
-    }
-    manifest = Sizes(whole).manifest(size)
-    request = read_conditioning(conditioning, manifest) if conditioning else None
-    budgets = [name.strip() for name in budget.split(",")]
-    count = images * len(prompt) if request is None else next(iter(request.values())).shape[1]
-    total = count * len(budgets)
+
+
+def _parse_requests(artifact: Artifact, budgets: str, source: dict[str, Any], **given: Any) -> dict[str, Request]:
+    """A request for each of the budgets, in the order in which they are listed. Raises RequestError."""
+    from ..serving.request import parse_request
+    from ..serving.request_size import Sizes
+
+    sizes = Sizes(artifact)
+    names = [name.strip() for name in budgets.split(",")]
+    return {name: parse_request(sizes, budget=name, **source, **given) for name in names}
+
+
+def _check_targets(output: Path, total: int, frames: int | None, *, separate: bool, force: bool) -> list[Path]:
+    """The files that are going to be written, after a check that they can be. Raises UsageError.
+
+    Args:
+        output: as the user gave it.
+        total: pictures or videos that are going to be drawn.
+        frames: of a video; None for pictures.
+        separate: a file for each rather than a sheet.
+        force: overwrite what is there.
+    """
+    from .. import pictures
+
     targets = pictures.numbered(output, total) if separate and total > 1 else [output]
-    frames = manifest.conditions.num_frames
     if frames is not None and output.suffix.lower() in pictures.SUFFIXES:
         targets = [path for target in targets for path in pictures.numbered_frames(target, frames)]
     pictures.check_targets(targets, force=force, video=frames is not None)
-    begin = time.perf_counter()
-    drawn, seconds, timings = {}, {}, {}
-    options = Options(threads=threads, request=request_of(manifest, count))
-    with Sampler(whole, select_backend(backend, whole.manifest, options)) as sampler:
-        loaded = time.perf_counter()
-        _log.info("serves %s on %s, loaded in %.2f s", artifact, sampler.backend, loaded - begin)
-        for passed_over, reason in sampler.passed_over.items():
-            _log.debug("%s was passed over: %s", passed_over, reason)
-        for name in budgets:
-            start, timer = time.perf_counter(), Timer()
-            with _progress_bar(f"budget {name}") as progress:
-                settings: dict[str, Any] = {
-                    "budget": name,
-                    "seed": seed,
-                    "guidance_scale": guidance_scale,
-                    "progress": progress,
-                    "timer": timer,
-                }
-                if request is None:
-                    drawn[name] = sampler(
-                        list(prompt), negative_prompt=negative_prompt, images_per_prompt=images, **size, **settings
-                    )
-                else:
-                    latents = sampler.sample(request, **size, **settings)
-                    drawn[name] = sampler.decode(
-                        latents, height=height, width=width, num_frames=num_frames, timer=timer
-                    )
-                timings[name] = timer.timing()
-            seconds[name] = time.perf_counter() - start
-        used, load_stages_s = sampler.backend, sampler.load_s
-    pictures.save_all(drawn, targets, separate=separate, fps=fps)
-    if as_json:
-        _print_json(
-            {
-                "outputs": [str(target) for target in targets],
-                "images": total,
-                "budget": budget,
-                "seed": seed,
-                "backend": used,
-                "load_s": round(loaded - begin, 4),
-                "request_s": round(sum(seconds.values()), 4),
-                "budget_s": {name: round(value, 4) for name, value in seconds.items()},
-                **({"profile": _profile(loaded - begin, load_stages_s, timings)} if profile else {}),
-            }
-        )
-    else:
-        if profile:
-            _print_profile(loaded - begin, timings)
-        names = ", ".join(str(target) for target in targets)
-        times = ", ".join(f"budget {name} {value:.2f} s" for name, value in seconds.items())
-        click.echo(f"{names}: {total} picture{'s' * (total > 1)}, {times} ({used})")
+    return targets
+
+
+def _draw(sampler: Sampler, requests: dict[str, Request]) -> tuple[dict[str, Float32], dict[str, Timing]]:
+    """The pictures of each budget, and where the time went."""
+    from ..loop.timing import Timer
+
+    drawn, timings = {}, {}
+    for name, request in requests.items():
+        timer = Timer()
+        with progress_bar(f"budget {name}") as progress:
+            drawn[name] = sampler.draw(request, progress=progress, timer=timer)
+        timings[name] = timer.timing()
+    return drawn, timings
+
+
+def _log_backend(sampler: Sampler, artifact: Path, load_s: float) -> None:
+    _log.info("serves %s on %s, loaded in %.2f s", artifact, sampler.backend, load_s)
+    for passed_over, reason in sampler.passed_over.items():
+        _log.debug("%s was passed over: %s", passed_over, reason)
 
 
 def _profile(load_s: float, stages_s: dict[str, float], timings: dict[str, Timing]) -> dict[str, Any]:
@@ -191,19 +193,6 @@ def _profile(load_s: float, stages_s: dict[str, float], timings: dict[str, Timin
 
 
 def _print_profile(load_s: float, timings: dict[str, Timing]) -> None:
-
     console = Console(stderr=True, highlight=False)
     console.print(parts_table(timings, load_s))
     console.print(steps_table(timings))
-
-
-@contextmanager
-def _progress_bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr if that is a terminal, else nothing."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(escape(title))
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -63,9 +63,9 @@ def _why_not_onnxruntime(provider: str | None) -> Callable[[Manifest, Options], 
         if importlib.util.find_spec("onnxruntime") is None:
             return "it is not installed: pip install onnxruntime"
         tensors = [tensor for stage in manifest.stages for tensor in (*stage.inputs, *stage.outputs)]
-        if odd := [tensor for tensor in tensors if tensor.dtype not in DTYPES]:
+        if odd := [tensor for tensor in tensors if tensor.dtype not in _SERVED]:
             return (
-                f"{odd[0].name} is {odd[0].dtype}, and it serves {', '.join(DTYPES)}: build plans for a GPU with "
+                f"{odd[0].name} is {odd[0].dtype}, and it serves {', '.join(_SERVED)}: build plans for a GPU with "
                 "otc build-engines, or compile with --dtype float16"
             )
         if provider is not None:
@@ -105,6 +105,8 @@ _PROVIDERS = {
     "onnxruntime-tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
     "onnxruntime-tensorrt": "TensorrtExecutionProvider",
 }
+_SERVED = tuple(dtype for dtype in DTYPES if dtype != "bfloat16")
+"""What ONNX Runtime computes with on every host."""
 _RESIDENT = ("tensorrt-rtx", "tensorrt")
 _ON_REQUEST = ("onnxruntime-tensorrt-rtx", "onnxruntime-tensorrt")
 _SLOW_TO_LOAD = "it builds its engines while it loads: ask for it by name"

@@ -45,8 +45,8 @@ def profile_for(manifest: Manifest, asked: Profile) -> dict[str, Triple]:
     if manifest.shapes and manifest.shapes.sizes and served_size(manifest, usual) is None:
         listed = "; ".join(described(entry.size) for entry in manifest.shapes.sizes)
         raise UsageError(
-            f"--profile {profile_text(profile)}: its most frequent size is {described(usual)}: expected one of {one_line(listed)}: "
-            "name the other axes as well"
+            f"--profile {profile_text(profile)}: its most frequent size is {described(usual)}: expected one of "
+            f"{one_line(listed)}: name the other axes as well"
         )
     return profile
 
@@ -62,7 +62,8 @@ def _check_asked(manifest: Manifest, name: str, sizes: Triple) -> None:
     axis = axes.get(name)
     if axis and (odd := [size for size in sizes if size not in axis]):
         raise UsageError(
-            f"{text}: {name} is {odd[0]}: expected {axis}: choose from that, or compile with {OPTIONS[axis.name]} that hold it"
+            f"{text}: {name} is {odd[0]}: expected {axis}: choose from that, or compile with {OPTIONS[axis.name]} "
+            "that hold it"
         )
 
 
@@ -139,8 +140,8 @@ def at_usual_size(plans: Engine, manifest: Manifest) -> tuple[Manifest, int]:
     except ValueError as error:
         whole = profile_for(manifest, {BATCH: profile[BATCH]})
         raise ArtifactError(
-            f"artifact is damaged: manifest.json: plans for {plans.target} are for {profile_text(profile)}: {one_line(error)}: "
-            f"{build_command('ARTIFACT', plans, whole)}"
+            f"artifact is damaged: manifest.json: plans for {plans.target} are for {profile_text(profile)}: "
+            f"{one_line(error)}: {build_command('ARTIFACT', plans, whole)}"
         ) from None
 
 
@@ -161,8 +162,8 @@ def why_outside(
     }
     asked = f"{request[name]} pictures at once" if name == BATCH else f"{name} is {request[name]}"
     return (
-        f"{asked}: expected {_range(profile[name])}, which plans of {plans.backend} for {plans.target} cover: ask for that, serve "
-        f"it with --backend onnxruntime, or {build_command(artifact, plans, wider)}"
+        f"{asked}: expected {_range(profile[name])}, which plans of {plans.backend} for {plans.target} cover: ask for "
+        f"that, serve it with --backend onnxruntime, or {build_command(artifact, plans, wider)}"
     )
 
 

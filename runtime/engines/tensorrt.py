@@ -20,7 +20,7 @@ from otcache.schemas.segments import coarsened, name_of, segments_of
 
 from ..artifact.reader import Artifact
 from ..loop.address_plan import ITEM_BYTES
-from ..loop.backend import Array, Denoiser, Part, Tensor
+from ..loop.backend import DTYPES, Array, Denoiser, Part, Tensor
 from ..loop.device_loop import Device, Shape, as_type, resident_denoiser
 from .plan_hosts import why_not
 from .profiles import at_usual_size, request_of, why_outside
@@ -39,13 +39,9 @@ class DeviceTensor:
 
     def read(self) -> Array:
         """bfloat16 comes as float32, which holds each of its values."""
-        if self._dtype == "bfloat16":
-            bits = np.empty(self.shape, np.uint16)
-            self._device.download(self.address, bits)
-            return (bits.astype(np.uint32) << 16).view(np.float32)
-        array = as_type(np.zeros(self.shape), self._dtype)
+        array = np.zeros(self.shape, DTYPES[self._dtype])
         self._device.download(self.address, array)
-        return array
+        return array.astype(np.float32) if self._dtype == "bfloat16" else array
 
     def __del__(self) -> None:
         if hasattr(self, "address"):

@@ -15,9 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from otcache.schemas.manifest import Manifest
 from otcache.schemas.program import Program
 
+from .backend import DTYPES
 from .launches import Listing, Value, list_launches
 
 ALIGNMENT = 256
@@ -26,7 +29,7 @@ MOVES = 8
 """Orders that are tried after each greedy one."""
 WORTH_STABILITY = 1.05
 """How much more than the lower bound a plan may take whose steps are alike."""
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
+ITEM_BYTES = {name: np.dtype(dtype).itemsize for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,10 @@ def _local_places(
     *,
     stable: bool,
 ) -> dict[Value, Place]:
-    """Places of all values that live within a step. stable: slots count as taken for ever, so that all steps are alike."""
+    """Places of all values that live within a step.
+
+    stable: slots count as taken for ever, so that all steps are alike.
+    """
     local: dict[int, list[Value]] = {}
     for value, (first, _) in lives.items():
         if value not in held:

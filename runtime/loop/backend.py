@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,11 +22,12 @@ Array = NDArray[Any]
 DTYPES: dict[str, Any] = {
     "float32": np.float32,
     "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
     "int64": np.int64,
     "int32": np.int32,
     "bool": np.bool_,
 }
-"""numpy's types of the manifest's; numpy has no bfloat16."""
+"""numpy's types of the manifest's."""
 
 
 class Tensor(Protocol):
@@ -62,7 +64,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Run:
     """What is to be sampled, checked."""
 
     manifest: Manifest
@@ -71,7 +73,7 @@ class Request:
     program: Program
     latents: NDArray[np.float32]
     """The first ones, (n, …)."""
-    held: Mapping[str, Array]
+    inputs: Mapping[str, Array]
     """Conditioning and constants of the size: with a batch (g, n, …), others as the manifest has them."""
     guidance_weights: Sequence[float]
     timer: Timer
@@ -84,7 +86,7 @@ class Request:
 class Denoiser(Protocol):
     """Runs programs on a device."""
 
-    def __call__(self, request: Request) -> NDArray[np.float32]:
+    def __call__(self, run: Run) -> NDArray[np.float32]:
         """The final latents of a request, (n, …)."""
 
     def close(self) -> None:
@@ -110,6 +112,10 @@ class Backend(Protocol):
 
     def check(self, samples: int, manifest: Manifest) -> None:
         """Raise RequestError if engines do not serve so many samples at once, or not at the size of `manifest`."""
+
+
+MOST_THREADS = 1024
+"""CPU threads of a stage that may be asked for: more than the largest hosts have cores. Each costs memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from otcache.schemas.sized import whole_size
 
 from ..messages import readable_size
 from .address_plan import AddressPlan, aligned, plan_addresses
-from .backend import DTYPES, Array, Denoiser, Request, shape_of
+from .backend import DTYPES, Array, Denoiser, Run, shape_of
 from .launches import GUIDANCE, Value
 
 _log = logging.getLogger(__name__)
@@ -179,28 +179,28 @@ class ResidentLoop:
             self.close()
             raise
 
-    def __call__(self, request: Request) -> NDArray[np.float32]:
+    def __call__(self, run: Run) -> NDArray[np.float32]:
         self._device.activate()
-        n = len(request.latents)
-        prepared = self._prepare(request, n)
-        self._upload(prepared, request)
-        request.timer.begin_steps()
+        n = len(run.latents)
+        prepared = self._prepare(run, n)
+        self._upload(prepared, run)
+        run.timer.begin_steps()
         total = len(prepared.steps)
         if prepared.recording is not None:
             prepared.recording()
             self._device.synchronize()
             for done in range(1, total + 1):
-                request.step_done(done, total)
+                run.step_done(done, total)
         else:
             for done, calls in enumerate(prepared.steps, start=1):
                 self._enqueue(prepared, calls)
-                if request.watched:
+                if run.watched:
                     self._device.synchronize()
-                request.step_done(done, total)
-        final = np.empty(request.latents.shape, np.float32)
+                run.step_done(done, total)
+        final = np.empty(run.latents.shape, np.float32)
         self._device.download(prepared.address(prepared.plan.listing.final), final)
         if self._cuda_graph and prepared.recording is None:  # after one run, in which libraries have set themselves up
-            self._record(prepared, f"budget {request.budget}, {described(whole_size(request.manifest))}, {n} at once")
+            self._record(prepared, f"budget {run.budget}, {described(whole_size(run.manifest))}, {n} at once")
         return final
 
     def close(self) -> None:
@@ -231,18 +231,18 @@ class ResidentLoop:
             self._plans[key] = plan_addresses(coarsened(manifest, self._segments), program, n)
         return key, self._plans[key]
 
-    def _prepare(self, request: Request, n: int) -> _Prepared:
-        key, plan = self._plan(request.manifest, request.budget, request.program, n)
+    def _prepare(self, run: Run, n: int) -> _Prepared:
+        key, plan = self._plan(run.manifest, run.budget, run.program, n)
         if key not in self._prepared:
             if len(self._prepared) >= MOST_PREPARED:
                 self._forget()
             self._grow(plan.size_bytes)
-            tables, content = _tables(plan, request)
+            tables, content = _tables(plan, run)
             base = self._device.allocate(len(content))
             self._tables.append(base)
             self._device.upload(base, np.frombuffer(content, np.uint8))
             placed = {value: base + offset for value, offset in tables.items()}
-            self._prepared[key] = self._bound(coarsened(request.manifest, self._segments), plan, placed, n)
+            self._prepared[key] = self._bound(coarsened(run.manifest, self._segments), plan, placed, n)
         return self._prepared[key]
 
     def _grow(self, size_bytes: int) -> None:
@@ -270,12 +270,12 @@ class ResidentLoop:
         contexts = self._contexts or self._make_contexts(launch.engine for launch in plan.listing.launches)
         return _Prepared(plan, self._arena, tables[GUIDANCE], tuple(tuple(calls) for calls in steps), contexts)
 
-    def _upload(self, prepared: _Prepared, request: Request) -> None:
+    def _upload(self, prepared: _Prepared, run: Run) -> None:
         x, *_ = (value for value in prepared.plan.listing.brought if value.name == "@x")
-        self._device.upload(prepared.address(x), np.ascontiguousarray(request.latents, np.float32))
-        self._device.upload(prepared.guidance, np.array(request.guidance_weights, np.float32))
-        for tensor in request.manifest.held:
-            array = as_type(request.held[tensor.name], tensor.dtype)
+        self._device.upload(prepared.address(x), np.ascontiguousarray(run.latents, np.float32))
+        self._device.upload(prepared.guidance, np.array(run.guidance_weights, np.float32))
+        for tensor in run.manifest.held:
+            array = as_type(run.inputs[tensor.name], tensor.dtype)
             self._device.upload(prepared.address(Value(tensor.name, 0)), array)
 
     def _make_contexts(self, names: Iterable[str]) -> dict[str, _Told]:
@@ -314,13 +314,16 @@ def _shapes(inputs: Sequence[TensorInfo], rows: int) -> tuple[tuple[str, Shape],
     return tuple((tensor.name, shape_of(tensor, rows)) for tensor in varying)
 
 
-def _tables(plan: AddressPlan, request: Request) -> tuple[dict[Value, int], bytes]:
-    """Offset of every constant of a program, and their content: timesteps, coefficients, room for guidance's weights."""
-    manifest = request.manifest
+def _tables(plan: AddressPlan, run: Run) -> tuple[dict[Value, int], bytes]:
+    """Offset of every constant of a program, and their content.
+
+    They are timesteps, coefficients and room for guidance's weights.
+    """
+    manifest = run.manifest
     info = {tensor.name: tensor for tensor in manifest.trunk[0].inputs}.get(manifest.timestep_input) or next(
         tensor for stage in manifest.trunk for tensor in stage.inputs if tensor.name == manifest.timestep_input
     )
-    rows = len(request.latents) * manifest.guidance.branches
+    rows = len(run.latents) * manifest.guidance.branches
     offsets: dict[Value, int] = {}
     known: dict[bytes, int] = {}
     content = bytearray(aligned(4 * manifest.guidance.branches))
@@ -333,7 +336,7 @@ def _tables(plan: AddressPlan, request: Request) -> tuple[dict[Value, int], byte
             content.extend(data.ljust(aligned(len(data)), b"\0"))
         offsets[value] = known[data]
 
-    for number, step in enumerate(request.program.steps):
+    for number, step in enumerate(run.program.steps):
         time = np.full(shape_of(info, rows), step.timestep * manifest.timestep_scale, np.float32)
         place(Value("@timestep", number), as_type(time, info.dtype))
     for launch in plan.listing.launches:
@@ -344,11 +347,10 @@ def _tables(plan: AddressPlan, request: Request) -> tuple[dict[Value, int], byte
 
 
 def as_type(array: Array, dtype: str) -> Array:
-    """In C order and in one of the manifest's types; bfloat16, which numpy has not, as the 16 bits of each value."""
-    if dtype != "bfloat16":
-        return np.ascontiguousarray(array, DTYPES[dtype])
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
+    """In C order and in one of the manifest's types, rounded to nearest."""
+    if dtype == "bfloat16":
+        array = np.asarray(array, np.float32)  # rounded twice from float64, as torch does
+    return np.ascontiguousarray(array, DTYPES[dtype])
 
 
 def resident_denoiser(

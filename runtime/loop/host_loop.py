@@ -1,4 +1,4 @@
-"""Embed, blocks and head of an artifact as the loop's `Model`: engines bound to one set of buffers.
+"""Embed, blocks and head of an artifact as the loop's `SplitModel`: engines bound to one set of buffers.
 
 Every trunk tensor has a name and a slot; slots are shared by tensors of one type and shape that are never needed at
 the same time, so a stage's output buffer is the next stage's input buffer and memory does not grow with depth.
@@ -15,7 +15,7 @@ from otcache.schemas.consistency import check_wiring
 from otcache.schemas.errors import ArtifactError
 from otcache.schemas.manifest import Manifest, Stage, TensorInfo
 
-from .backend import Array, Backend, Engine, Request, Tensor, shape_of
+from .backend import Array, Backend, Engine, Run, Tensor, shape_of
 from .loop import Float32, Residual, sample
 from .timing import PART_OF_KIND, Timer
 
@@ -76,10 +76,10 @@ class Trunk:
         self._buffers = _make_buffers(manifest, backend, manifest.guidance.branches * n)
         self._calls = [(stage.kind, stage.name, self._bind(stage, engines[stage.name])) for stage in manifest.trunk]
 
-    def hold(self, held: Mapping[str, Array]) -> None:
+    def hold(self, inputs: Mapping[str, Array]) -> None:
         """Put in place what stays for all steps: with a batch (g, n, …), others as the manifest has them."""
         for tensor in self._manifest.held:
-            self._buffers[tensor.name].write(held[tensor.name].reshape(self._buffers[tensor.name].shape))
+            self._buffers[tensor.name].write(inputs[tensor.name].reshape(self._buffers[tensor.name].shape))
 
     def embed(self, x: Float32, timestep: float) -> None:
         branches = self._manifest.guidance.branches
@@ -129,19 +129,19 @@ class HostLoop:
     def __init__(self, engines: Mapping[str, Engine], backend: Backend) -> None:
         self._engines, self._backend = engines, backend
 
-    def __call__(self, request: Request) -> Float32:
-        manifest = request.manifest
-        trunk = Trunk(manifest, self._engines, self._backend, len(request.latents), request.timer)
-        trunk.hold(request.held)
-        request.timer.begin_steps()
+    def __call__(self, run: Run) -> Float32:
+        manifest = run.manifest
+        trunk = Trunk(manifest, self._engines, self._backend, len(run.latents), run.timer)
+        trunk.hold(run.inputs)
+        run.timer.begin_steps()
         return sample(
             trunk,
-            request.program,
-            request.latents,
-            guidance_weights=request.guidance_weights,
+            run.program,
+            run.latents,
+            guidance_weights=run.guidance_weights,
             keep_norm=manifest.guidance.kind == "cfg_norm",
             timestep_scale=manifest.timestep_scale,
-            callback=request.step_done,
+            callback=run.step_done,
         )
 
     def close(self) -> None:

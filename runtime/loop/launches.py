@@ -170,7 +170,7 @@ class _Unroller:
 
 
 def forecast_steps(program: Program) -> dict[int, list[int]]:
-    """Of every step that is not computed, the positions of the steps whose residuals it is forecast from, oldest first."""
+    """Step that is not computed → positions of the steps whose residuals it is forecast from, oldest first."""
     computed: list[int] = []
     found: dict[int, list[int]] = {}
     for number, step in enumerate(program.steps):

@@ -1,15 +1,16 @@
-"""Conditioning from a file: what `otc encode` made of prompts on a host with torch. Reads safetensors with numpy alone.
+"""Conditioning from a file: what `otc encode` made of prompts on a host with torch.
 
-The file is from outside, so it is read as the format's specification says, in this order: size, length of the header,
-JSON without duplicate keys, types and shapes, and offsets that cover the data exactly once without a gap.
+The file is from outside. Its size, the length of its header and the header's JSON (no duplicate keys) are checked here;
+safetensors then checks types, shapes and that offsets cover the data exactly once without a gap. It holds numbers only:
+nothing in it is executed.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from otcache.schemas.errors import ArtifactError, RequestError
@@ -25,18 +26,19 @@ DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
     "I64": np.int64,
     "I32": np.int32,
     "BOOL": np.bool_,
-    "BF16": np.uint16,
 }
-"""Types by their names in the format; `BF16` is read as its bits and widened to float32."""
+"""Types by their names in the format."""
 
 
 def read_conditioning(path: Path, manifest: Manifest) -> dict[str, Array]:
     """The tensors that the artifact takes, each (branches, n, …), as `Sampler.sample` takes them. Raises RequestError.
 
     Tensors that the artifact does not take are left out: `otc encode` writes what the pipeline passes, used or not.
+    bfloat16 is widened to float32.
     """
     tensors = _read(path)
     wanted = [tensor.name for tensor in manifest.conditioning]
@@ -48,52 +50,41 @@ def read_conditioning(path: Path, manifest: Manifest) -> dict[str, Array]:
 
 def _read(path: Path) -> dict[str, Array]:
     """All tensors of the file."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise _refused(path, f"{path.stat().st_size} bytes", f"at most {MAX_BYTES}")
-        data = path.read_bytes()
-    except OSError as error:
-        raise _refused(path, error.strerror or error, "a file that can be read") from None
+    from safetensors import SafetensorError, deserialize
+
+    data = _read_bytes(path)
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
         raise _refused(path, f"a header of {length} bytes", "a safetensors file")
     try:
-        header = parse_object(data[8 : 8 + length], str(path))
-    except ArtifactError as error:
+        parse_object(data[8 : 8 + length], str(path))
+        entries = deserialize(data)
+    except (ArtifactError, SafetensorError) as error:
         raise _refused(path, error, "a safetensors file") from None
-    header.pop("__metadata__", None)
-    body, end, tensors = memoryview(data)[8 + length :], 0, {}
-    for name, entry in sorted(header.items(), key=lambda item: _start(item[1])):
-        tensors[name], end = _tensor(path, name, entry, body, end)
-    if end != len(body):
-        raise _refused(path, f"{len(body)} bytes of data", f"{end}")
-    return tensors
+    return {name: _array_from_entry(path, name, entry) for name, entry in entries}
 
 
-def _start(entry: Any) -> int:
-    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    return offsets[0] if isinstance(offsets, list) and offsets and isinstance(offsets[0], int) else -1
+def _read_bytes(path: Path) -> bytes:
+    try:
+        size_bytes = path.stat().st_size
+        if size_bytes > MAX_BYTES:
+            raise _refused(path, f"{size_bytes} bytes", f"at most {MAX_BYTES}")
+        return path.read_bytes()
+    except OSError as error:
+        raise _refused(path, error.strerror or error, "a file that can be read") from None
 
 
-def _tensor(path: Path, name: str, entry: Any, body: memoryview, end: int) -> tuple[Array, int]:
-    """The tensor whose data begin at `end`, and where they end."""
-    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
-    shape, kind, offsets = fields.get("shape"), fields.get("dtype"), fields.get("data_offsets")
-    known = DTYPES.get(kind) if isinstance(kind, str) else None
-    plain = isinstance(shape, list) and len(shape) <= 8
-    if known is None or not plain or not all(type(size) is int and 0 <= size < 1 << 32 for size in shape or ()):
-        raise _refused(path, f"{name} of type {kind!r} and shape {shape!r}", f"one of {', '.join(DTYPES)}")
-    dtype, shape = np.dtype(known), tuple(shape or ())
-    size = math.prod(shape) * dtype.itemsize
-    if offsets != [end, end + size] or end + size > len(body):
-        raise _refused(path, f"{name} at {offsets!r}", f"[{end}, {end + size}]")
-    array = np.frombuffer(body[end : end + size], dtype.newbyteorder("<")).reshape(shape)
-    if kind == "BF16":
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    return array, end + size
+def _array_from_entry(path: Path, name: str, entry: dict[str, Any]) -> Array:
+    """A tensor, from its type, its shape and its bytes."""
+    dtype = DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise _refused(path, f"{name} of type {entry['dtype']}", f"one of {', '.join(DTYPES)}")
+    array = np.frombuffer(entry["data"], np.dtype(dtype).newbyteorder("<")).reshape(entry["shape"])
+    return array.astype(np.float32) if dtype is ml_dtypes.bfloat16 else array
 
 
 def _refused(path: Path, found: object, expected: str) -> RequestError:
     return RequestError(
-        f"--conditioning {one_line(path)}: found {one_line(found, 200)}: expected {expected}: make it again with otc encode"
+        f"--conditioning {one_line(path)}: found {one_line(found, 200)}: expected {expected}: "
+        "make it again with otc encode"
     )

@@ -10,6 +10,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
@@ -30,58 +31,61 @@ Given = Mapping[str, int | None]
 """What a request says of its size, None for what it leaves to the artifact."""
 
 
+@dataclass(frozen=True, eq=False)
+class AtSize:
+    """An artifact at one size."""
+
+    manifest: Manifest
+    """With the shapes and programs that hold there."""
+    constants: Mapping[str, Array]
+    """The trunk's inputs that follow from the size alone, by name."""
+
+
 class Sizes:
     """The sizes of one artifact. Safe to use from several threads."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, tuple[Manifest, dict[str, Array]]] = OrderedDict()
+        self._kept: OrderedDict[str, AtSize] = OrderedDict()
 
-    def manifest(self, given: Given) -> Manifest:
-        """The manifest as it is for a request's size. Raises RequestError for a size that is not served."""
-        return self._at(given)[0]
-
-    def constants(self, given: Given) -> dict[str, Array]:
-        """The trunk's inputs that follow from the size alone, by name. Raises RequestError and ArtifactError."""
-        return self._at(given)[1]
-
-    def _at(self, given: Given) -> tuple[Manifest, dict[str, Array]]:
-        request = requested(self._artifact.manifest, given)
-        key = described(request)
+    def at(self, given: Given) -> AtSize:
+        """The artifact at a request's size. Raises RequestError for one that is not served, ArtifactError."""
+        size = parse_size(self._artifact.manifest, given)
+        key = described(size)
         with self._lock:
             if key not in self._kept:
-                self._kept[key] = self._made(request)
+                self._kept[key] = self._make(size)
                 while len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(key)
             return self._kept[key]
 
-    def _made(self, request: dict[AxisName, int]) -> tuple[Manifest, dict[str, Array]]:
+    def _make(self, size: dict[AxisName, int]) -> AtSize:
         try:
-            manifest = sized(self._artifact.manifest, request)
+            manifest = sized(self._artifact.manifest, size)
         except ValueError as error:
             raise ArtifactError(
-                f"artifact is damaged: manifest.json: at {described(request)}: {one_line(error)}: compile it again"
+                f"artifact is damaged: manifest.json: at {described(size)}: {one_line(error)}: compile it again"
             ) from None
-        entry = served_size(self._artifact.manifest, request)
-        held = {tensor.name: tensor for tensor in manifest.held}
+        entry = served_size(self._artifact.manifest, size)
+        inputs = {tensor.name: tensor for tensor in manifest.held}
         constants = {}
         for name, path in (entry.constants if entry else {}).items():
-            data, dtype = self._artifact.read(path), np.dtype(DTYPES[held[name].dtype]).newbyteorder("<")
-            shape = shape_of(held[name], 1)
+            data, dtype = self._artifact.read(path), np.dtype(DTYPES[inputs[name].dtype]).newbyteorder("<")
+            shape = shape_of(inputs[name], 1)
             expected = math.prod(shape) * dtype.itemsize
             if len(data) != expected:
-                raise damaged(path, f"{len(data)} bytes", f"{expected} bytes for {name} at {described(request)}")
+                raise damaged(path, f"{len(data)} bytes", f"{expected} bytes for {name} at {described(size)}")
             constants[name] = np.frombuffer(data, dtype).reshape(shape)
-        return manifest, constants
+        return AtSize(manifest, constants)
 
 
-def requested(manifest: Manifest, given: Given) -> dict[AxisName, int]:
+def parse_size(manifest: Manifest, given: Given) -> dict[AxisName, int]:
     """A value for each axis. Raises RequestError, with the range, for what the artifact does not serve."""
     shapes, conditions = manifest.shapes, manifest.conditions
     axes = {axis.name: axis for axis in shapes.axes} if shapes else {}
-    request = own_size(manifest)
+    size = own_size(manifest)
     for name in get_args(AxisName):
         value = given.get(name)
         if value is None:
@@ -100,8 +104,8 @@ def requested(manifest: Manifest, given: Given) -> dict[AxisName, int]:
                 raise RequestError(
                     f"{name} is {value}: expected {axes[name]}: compile with {OPTIONS[name]} that hold it"
                 )
-            request[name] = int(value)
-    if shapes and shapes.sizes and served_size(manifest, request) is None:
+            size[name] = int(value)
+    if shapes and shapes.sizes and served_size(manifest, size) is None:
         listed = "; ".join(described(entry.size) for entry in shapes.sizes)
-        raise RequestError(f"size is {described(request)}: expected one of {listed}: compile with --sizes that list it")
-    return request
+        raise RequestError(f"size is {described(size)}: expected one of {listed}: compile with --sizes that list it")
+    return size

@@ -17,26 +17,30 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from otcache.schemas.arithmetic import latents_from_noise, noise_from_latents
 from otcache.schemas.errors import HostError, RequestError, UsageError
-from otcache.schemas.manifest import BudgetProgram, Latents, Manifest, Stage, TensorInfo
+from otcache.schemas.manifest import Manifest, Stage
 from otcache.schemas.messages import one_line
 
 from ..artifact.reader import Artifact
 from ..engines.choose import Selection, select_backend
-from ..loop.backend import Array, Denoiser, Engine, Options, Request
+from ..loop.backend import MOST_THREADS, Array, Denoiser, Engine, Options, Run
 from ..loop.host_loop import check_trunk, run_stage
 from ..loop.loop import Callback, Float32
 from ..loop.timing import Timer
-from .noise import SEED_MAXIMUM, SEED_MINIMUM, noise
+from .noise import noise
+from .request import MOST_SAMPLES, Request, check_latents, is_whole, parse_request, parse_texts
 from .request_size import Given, Sizes
-from .tokenizers import Tokenizers, check_prompts
+from .tokenizers import Tokenizers
 
 LATENCY = "latency_s/"
 """Measurements of the manifest with this prefix say how long one picture takes at the budget that follows."""
 _HISTORY = 64
 """Latencies remembered for each budget."""
+_ENCODER = ("text_encoder", "give `sample` its conditioning instead")
+_DECODER = ("decoder", "decode the latents of `sample` elsewhere")
+"""A kind of stage, and what to do where an artifact has none."""
 
 
 class Sampler:
@@ -88,8 +92,8 @@ class Sampler:
         a GPU, record each budget's loop on its first use and replay it as a whole after that; such requests cannot be
         cancelled between steps. Raises ArtifactError, HostError, UsageError.
         """
-        if threads is not None and (not _is_int(threads) or threads < 1):
-            raise UsageError(f"threads is {threads!r}: expected a whole number of at least 1")
+        if threads is not None and not (is_whole(threads) and 1 <= threads <= MOST_THREADS):
+            raise UsageError(f"threads is {threads!r}: expected a whole number of at least 1, at most {MOST_THREADS}")
         artifact = Artifact.open(folder)
         options = Options(threads=threads, cuda_graph=cuda_graph)
         return cls(artifact, select_backend(backend, artifact.manifest, options))
@@ -129,33 +133,36 @@ class Sampler:
         what it raises ends the request. timer: `timer.timing()` says afterwards where the time went. Raises
         RequestError for what the artifact does not serve.
         """
-        watched = progress is not None or timer is not None
-        size = _size(height, width, num_frames, max_sequence_length)
-        n = self.check(
+        request = self.request(
             prompt,
             budget=budget,
             negative_prompt=negative_prompt,
             seed=seed,
             images_per_prompt=images_per_prompt,
             guidance_scale=guidance_scale,
-            **size,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            max_sequence_length=max_sequence_length,
         )
+        return self.draw(request, progress=progress, timer=timer)
+
+    def draw(self, request: Request, *, progress: Callback | None = None, timer: Timer | None = None) -> Float32:
+        """The pictures of a request that `request` has made, as those that calling the sampler gives."""
+        watched = progress is not None or timer is not None
         timer = timer or Timer()
-        prompts = [text for text in check_prompts(prompt) for _ in range(images_per_prompt)]
-        negative = negative_prompt
-        if isinstance(negative, list | tuple):
-            negative = [text for text in negative for _ in range(images_per_prompt)]
-        conditioning = self.encode(
-            prompts, negative_prompt=negative, max_sequence_length=max_sequence_length, timer=timer
-        )
-        latents = self._sample(conditioning, budget, seed, None, guidance_scale, size, progress, timer, watched=watched)
-        pictures = self._decode(latents, size, timer)
-        if n == 1 and self._sizes.manifest(size).conditions == self.manifest.conditions:
+        self._backend.check(request.samples, request.manifest)
+        conditioning = request.conditioning
+        if request.texts:
+            conditioning = self._encode(request.manifest, request.texts, request.samples, timer)
+        latents = self._sample(request, conditioning, progress, timer, watched=watched)
+        pictures = self._decode(request.manifest, latents, timer)
+        if request.samples == 1 and request.manifest.conditions == self.manifest.conditions:
             with self._latencies_lock:
-                self._latencies.setdefault(str(budget), deque(maxlen=_HISTORY)).append(timer.timing().latency_s)
+                self._latencies.setdefault(request.budget, deque(maxlen=_HISTORY)).append(timer.timing().latency_s)
         return pictures
 
-    def check(
+    def request(
         self,
         prompt: str | list[str],
         *,
@@ -168,18 +175,30 @@ class Sampler:
         width: int | None = None,
         num_frames: int | None = None,
         max_sequence_length: int | None = None,
-    ) -> int:
-        """How many pictures a request with these arguments makes; costs next to nothing. Raises RequestError."""
-        if not _is_int(images_per_prompt) or images_per_prompt < 1:
-            raise RequestError(f"images_per_prompt is {images_per_prompt!r}: expected a whole number of at least 1")
-        manifest = self._sizes.manifest(_size(height, width, num_frames, max_sequence_length))
-        self._program(budget, manifest)
-        self._guidance_weights(guidance_scale)
-        prompts = check_prompts(prompt)
-        self._check_negative(negative_prompt, len(prompts))
-        _check_seed(seed, len(prompts) * images_per_prompt)
-        self._backend.check(len(prompts) * images_per_prompt, manifest)
-        return len(prompts) * images_per_prompt
+        most_samples: int = MOST_SAMPLES,
+    ) -> Request:
+        """The request that these arguments make, for `draw`; costs next to nothing.
+
+        They are as for calling the sampler. most_samples: pictures that it may be for. Raises RequestError for what the
+        artifact, or the plans that were loaded of it, do not serve.
+        """
+        request = parse_request(
+            self._sizes,
+            prompt=prompt,
+            budget=budget,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            images_per_prompt=images_per_prompt,
+            guidance_scale=guidance_scale,
+            size=_size(height, width, num_frames, max_sequence_length),
+            most_samples=most_samples,
+        )
+        self._backend.check(request.samples, request.manifest)
+        return request
+
+    def check(self, prompt: str | list[str], *, budget: int | str, **options: Any) -> int:
+        """How many pictures a request with these arguments makes, as for `request`. Raises RequestError."""
+        return self.request(prompt, budget=budget, **options).samples
 
     def encode(
         self,
@@ -193,28 +212,10 @@ class Sampler:
 
         negative_prompt: one for all or n of them; None takes the artifact's. Raises RequestError.
         """
-        manifest = self._sizes.manifest({"max_sequence_length": max_sequence_length})
-        stage = _stage(manifest, "text_encoder", "give `sample` its conditioning instead")
-        timer = timer or Timer()
-        positive = check_prompts(prompt)
-        self._check_negative(negative_prompt, len(positive))
-        branches = [positive]
-        if self.manifest.guidance.branches == 2:
-            branches.insert(0, self._negative(negative_prompt, len(positive)))
-        texts = [text for branch in branches for text in branch]
-        unique = list(dict.fromkeys(texts))
-        tokenizers = self._tokenizers
-        if tokenizers is None:
-            raise _closed()
-        with timer.part("encode"):
-            lengths = {entry.input_name: entry.length for entry in manifest.tokenizers}
-            encoded = self._run(stage, tokenizers(unique, lengths), timer)
-        rows = [unique.index(text) for text in texts]
-        shape = (len(branches), len(positive))
-        wanted = {tensor.name for tensor in self.manifest.conditioning}
-        return {
-            name: array[rows].reshape(*shape, *array.shape[1:]) for name, array in encoded.items() if name in wanted
-        }
+        manifest = self._sizes.at({"max_sequence_length": max_sequence_length}).manifest
+        _stage(manifest, *_ENCODER)
+        texts = parse_texts(prompt, negative_prompt, manifest.guidance)
+        return self._encode(manifest, texts, len(texts[-1]), timer or Timer())
 
     def sample(
         self,
@@ -238,10 +239,17 @@ class Sampler:
         scaled for the sampler. Raises RequestError.
         """
         watched = progress is not None or timer is not None
-        size = _size(height, width, num_frames, max_sequence_length)
-        return self._sample(
-            conditioning, budget, seed, latents, guidance_scale, size, progress, timer or Timer(), watched=watched
+        request = parse_request(
+            self._sizes,
+            conditioning=conditioning,
+            latents=latents,
+            budget=budget,
+            seed=seed,
+            guidance_scale=guidance_scale,
+            size=_size(height, width, num_frames, max_sequence_length),
         )
+        self._backend.check(request.samples, request.manifest)
+        return self._sample(request, request.conditioning, progress, timer or Timer(), watched=watched)
 
     def decode(
         self,
@@ -252,21 +260,13 @@ class Sampler:
         num_frames: int | None = None,
         timer: Timer | None = None,
     ) -> Float32:
-        """Pictures, float32 (n, [frames,] height, width, 3) in [0, 1], from latents (n, *latents.shape at that size)."""
-        return self._decode(latents, _size(height, width, num_frames, None), timer or Timer())
+        """Pictures, float32 (n, [frames,] height, width, 3) in [0, 1], from latents (n, *latents.shape at that size).
 
-    def _decode(self, latents: Array, size: Given, timer: Timer) -> Float32:
-        manifest = self._sizes.manifest(size)
-        stage = _stage(manifest, "decoder", "decode the latents of `sample` elsewhere")
-        layout = manifest.latents
-        latents = _check_latents(latents, layout.shape)
-        if layout.decoded_as == "noise":
-            latents = as_noise(latents, layout).reshape(-1, *stage.inputs[0].shape[1:])
-        with timer.part("decode"):
-            decoded = self._run(stage, {stage.inputs[0].name: latents}, timer)[stage.outputs[0].name]
-            if decoded.ndim == 4 and decoded.shape[1] == 3 and decoded.shape[3] != 3:
-                decoded = decoded.transpose(0, 2, 3, 1)
-            return np.ascontiguousarray(np.clip(decoded, 0.0, 1.0), np.float32)
+        Raises RequestError where the artifact has no decoder or the latents have another shape.
+        """
+        manifest = self._sizes.at(_size(height, width, num_frames, None)).manifest
+        _stage(manifest, *_DECODER)
+        return self._decode(manifest, check_latents(latents, manifest.latents.shape), timer or Timer())
 
     def budget_for(self, *, latency_s: float) -> str:
         """The largest budget that was measured to make a picture within `latency_s`.
@@ -289,7 +289,10 @@ class Sampler:
         return fitting[-1]
 
     def close(self) -> None:
-        """Free engines and tokenizers, once the request that is running has ended. Calls after it raise RequestError."""
+        """Free engines and tokenizers, once the request that is running has ended.
+
+        Calls after it raise RequestError.
+        """
         with self._lock:
             if self._denoise is not None:
                 self._denoise.close()
@@ -319,110 +322,48 @@ class Sampler:
         finally:
             self._lock.release()
 
-    def _program(self, budget: object, manifest: Manifest) -> BudgetProgram:
-        found = manifest.program(budget) if _is_int(budget) or isinstance(budget, str) else None  # type: ignore[arg-type]
-        if found is None:
-            raise RequestError(
-                f"budget is {one_line(repr(budget), 40)}: expected one of {', '.join(manifest.budgets)}: "
-                "choose one, or compile the artifact for it"
-            )
-        return found
-
-    def _guidance_weights(self, scale: float | None) -> tuple[float, ...]:
-        guidance = self.manifest.guidance
-        if scale is None:
-            return guidance.weights(guidance.scale)
-        if guidance.kind == "none":
-            raise RequestError("guidance_scale is given, but this artifact has no guidance to scale: leave it out")
-        is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        if not is_number or not guidance.minimum <= scale <= guidance.maximum:
-            raise RequestError(
-                f"guidance_scale is {one_line(repr(scale), 40)}: expected {guidance.minimum:g} to "
-                f"{guidance.maximum:g}, which it was calibrated for: compile with a wider --guidance-scale"
-            )
-        return guidance.weights(float(scale))
-
-    def _check_negative(self, negative_prompt: str | list[str] | None, n: int) -> None:
-        if negative_prompt is None:
-            return
-        if self.manifest.guidance.branches != 2:
-            raise RequestError("negative_prompt is given, but this artifact has no guidance to use it: leave it out")
-        texts = check_prompts(negative_prompt, "negative_prompt")
-        if not isinstance(negative_prompt, str) and len(texts) != n:
-            raise RequestError(f"negative_prompt has {len(texts)} texts: expected one, or {n} as the prompts")
-
-    def _negative(self, negative_prompt: str | list[str] | None, n: int) -> list[str]:
-        if negative_prompt is None:
-            return [self.manifest.guidance.negative_prompt] * n
-        return [negative_prompt] * n if isinstance(negative_prompt, str) else list(negative_prompt)
-
-    def _count(
-        self, manifest: Manifest, conditioning: Mapping[str, Array], seed: int | Sequence[int], latents: Array | None
-    ) -> int:
-        """Number of samples, after every conditioning tensor has been checked."""
-        if not isinstance(conditioning, Mapping):
-            raise RequestError(f"conditioning is a {type(conditioning).__name__}: expected a dict of arrays")
-        wanted = {tensor.name: tensor for tensor in manifest.conditioning}
-        if set(conditioning) != set(wanted):
-            have = one_line(sorted(map(str, conditioning)))
-            raise RequestError(f"conditioning holds {have}: expected exactly {sorted(wanted)}")
-        branches = manifest.guidance.branches
-        batched = [name for name, tensor in wanted.items() if tensor.shape[:1] == ("batch",)]
-        given = np.shape(conditioning[batched[0]])[1:2] if batched else () if latents is None else np.shape(latents)[:1]
-        n = given[0] if given else len(seed) if isinstance(seed, Sequence) else 1
-        for name, tensor in wanted.items():
-            _check_conditioning(tensor, conditioning[name], branches, n)
-        if n < 1:
-            raise RequestError("conditioning holds 0 samples: expected at least one")
-        _check_seed(seed, n)
-        if latents is not None and len(_check_latents(latents, manifest.latents.shape)) != n:
-            raise RequestError(f"latents hold {len(latents)} samples: expected {n} as the conditioning")
-        return n
-
-    @staticmethod
-    def _initial_latents(layout: Latents, seed: int | Sequence[int], latents: Array | None, n: int) -> Float32:
-        if latents is None:
-            drawn = noise(layout.noise_shape, seed, n).reshape(n, *layout.split)
-            drawn = drawn.transpose(0, *(axis + 1 for axis in layout.permutation))
-        else:
-            drawn = np.asarray(latents, np.float32)
-        return np.float32(layout.initial_scale) * drawn.reshape(n, *layout.shape)
+    def _encode(
+        self, manifest: Manifest, texts: Sequence[Sequence[str]], samples: int, timer: Timer
+    ) -> dict[str, Array]:
+        """The text encoder's outputs (g, samples, …) of texts (g, prompts), each repeated side by side."""
+        stage = _stage(manifest, *_ENCODER)
+        unique = list(dict.fromkeys(text for branch in texts for text in branch))
+        tokenizers = self._tokenizers
+        if tokenizers is None:
+            raise _closed()
+        with timer.part("encode"):
+            lengths = {entry.input_name: entry.length for entry in manifest.tokenizers}
+            encoded = self._run(stage, tokenizers(unique, lengths), timer)
+        repeats = samples // len(texts[0])
+        rows = [[unique.index(text) for text in branch for _ in range(repeats)] for branch in texts]
+        wanted = {tensor.name for tensor in manifest.conditioning}
+        return {name: array[rows] for name, array in encoded.items() if name in wanted}
 
     def _sample(
         self,
+        request: Request,
         conditioning: Mapping[str, Array],
-        budget: int | str,
-        seed: int | Sequence[int],
-        latents: Array | None,
-        guidance_scale: float | None,
-        size: Given,
         progress: Callback | None,
         timer: Timer,
         *,
         watched: bool,
     ) -> Float32:
-        """As `sample`. watched: somebody looks at single steps."""
-        manifest = self._sizes.manifest(size)
-        program = self._program(budget, manifest).program
-        weights = self._guidance_weights(guidance_scale)
-        n = self._count(manifest, conditioning, seed, latents)
-        held = {**conditioning, **self._sizes.constants(size)}
-        self._backend.check(n, manifest)
+        """The final latents. watched: somebody looks at single steps."""
+        steps = request.program.steps
 
         def step_done(done: int, total: int) -> None:
-            step = program.steps[done - 1]
-            timer.end_step(step.step_index, step.compute)
+            timer.end_step(steps[done - 1].step_index, steps[done - 1].compute)
             if progress is not None:
                 progress(done, total)
 
         try:
-            request = Request(
-                manifest=manifest,
-                budget=str(budget),
-                program=program,
-                latents=self._initial_latents(manifest.latents, seed, latents, n),
-                held=held,
-                guidance_weights=weights,
+            run = Run(
+                manifest=request.manifest,
+                budget=request.budget,
+                program=request.program,
+                latents=_initial_latents(request),
+                inputs={**conditioning, **request.constants},
+                guidance_weights=request.guidance_weights,
                 timer=timer,
                 step_done=step_done,
                 watched=watched,
@@ -430,9 +371,22 @@ class Sampler:
             with self._device(timer):
                 if self._denoise is None:
                     raise _closed()
-                return self._denoise(request)
+                return self._denoise(run)
         except MemoryError:
-            raise HostError(f"no memory for {n} samples at once: ask for fewer, or use a larger host") from None
+            raise HostError(
+                f"no memory for {request.samples} samples at once: ask for fewer, or use a larger host"
+            ) from None
+
+    def _decode(self, manifest: Manifest, latents: Array, timer: Timer) -> Float32:
+        stage, layout = _stage(manifest, *_DECODER), manifest.latents
+        if layout.decoded_as == "noise":
+            latents = noise_from_latents(latents, layout.split, layout.permutation)
+            latents = latents.reshape(-1, *stage.inputs[0].shape[1:])
+        with timer.part("decode"):
+            decoded = self._run(stage, {stage.inputs[0].name: latents}, timer)[stage.outputs[0].name]
+            if decoded.ndim == 4 and decoded.shape[1] == 3 and decoded.shape[3] != 3:
+                decoded = decoded.transpose(0, 2, 3, 1)
+            return np.ascontiguousarray(np.clip(decoded, 0.0, 1.0), np.float32)
 
     def _run(self, stage: Stage, inputs: Mapping[str, Array], timer: Timer) -> dict[str, Array]:
         with self._device(timer):
@@ -447,12 +401,15 @@ class Sampler:
         return stated[-1] if stated else None
 
 
-def as_noise(latents: Array, layout: Latents) -> Array:
-    """Latents (n, *shape) back in the order in which their noise was drawn: (n, elements)."""
-    order = layout.permutation
-    packed = latents.reshape(-1, *(layout.split[axis] for axis in order))
-    inverse = [order.index(axis) + 1 for axis in range(len(order))]
-    return packed.transpose(0, *inverse).reshape(len(latents), -1)
+def _initial_latents(request: Request) -> Float32:
+    """Noise in the order and scale of the sampler, float32 (n, *latents.shape)."""
+    layout, n = request.manifest.latents, request.samples
+    if request.latents is None:
+        drawn = latents_from_noise(noise(layout.noise_shape, request.seed, n), layout.split, layout.permutation)
+    else:
+        drawn = np.asarray(request.latents, np.float32)
+    scaled: Float32 = np.float32(layout.initial_scale) * drawn.reshape(n, *layout.shape)
+    return scaled
 
 
 def _size(height: int | None, width: int | None, num_frames: int | None, max_sequence_length: int | None) -> Given:
@@ -468,38 +425,3 @@ def _stage(manifest: Manifest, kind: str, instead: str) -> Stage:
 
 def _closed() -> RequestError:
     return RequestError("this sampler is closed: load it again")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _check_seed(seed: Any, n: int) -> None:
-    seeds = seed if isinstance(seed, list | tuple) else [seed]
-    for one in seeds:
-        if not _is_int(one) or not SEED_MINIMUM <= one <= SEED_MAXIMUM:
-            raise RequestError(
-                f"seed is {one_line(repr(one), 40)}: expected a whole number in [-2**63, 2**64), as in torch"
-            )
-    if isinstance(seed, list | tuple) and len(seeds) != n:
-        raise RequestError(f"seed is a list of {len(seeds)}: expected one number, or {n} for {n} pictures")
-
-
-def _check_latents(latents: Any, shape: tuple[int, ...]) -> NDArray[Any]:
-    array = np.asarray(latents)
-    if array.shape[1:] != shape or array.ndim != len(shape) + 1 or not len(array) or array.dtype.kind != "f":
-        raise RequestError(
-            f"latents are {array.dtype} {array.shape}: expected float32 (n, {', '.join(map(str, shape))})"
-        )
-    return array
-
-
-def _check_conditioning(tensor: TensorInfo, value: Any, branches: int, n: int) -> None:
-    array = np.asarray(value)
-    expected: tuple[Any, ...] = tensor.shape
-    if tensor.shape[:1] == ("batch",):
-        expected = (branches, n, *tensor.shape[1:])
-    if array.shape != expected or array.dtype.kind not in "fiub":
-        raise RequestError(
-            f"conditioning {tensor.name} is {array.dtype} {array.shape}: expected {tensor.dtype} {expected}"
-        )

@@ -25,8 +25,11 @@ from otcache.schemas.messages import one_line
 from ..loop.loop import Float32
 from ..loop.timing import Timer, Timing
 from .governor import Governor
+from .request import Request
 from .sampler import Sampler
 
+_OPTIONS = ("negative_prompt", "seed", "images_per_prompt", "guidance_scale")
+"""Of a request, beside prompt, budget and time."""
 _HISTORY = 32
 """Served requests whose times say how soon the queue moves on."""
 
@@ -54,17 +57,17 @@ def http_status(error: BaseException) -> int:
     return next((status for kind, status in statuses if isinstance(error, kind)), 500)
 
 
-class Request(Future[Float32]):
-    """A future of pictures, float32 (n, height, width, 3) in [0, 1].
+class PictureFuture(Future[Float32]):
+    """What `submit` returns: a future of pictures, float32 (n, height, width, 3) in [0, 1].
 
     `cancel()` also ends a request that runs: at its next step, with CancelledError. `asyncio.wrap_future` makes it
     awaitable, and cancelling the task that awaits it cancels the request.
     """
 
-    def __init__(self, service: Service, arguments: dict[str, Any], deadline: float) -> None:
+    def __init__(self, service: Service, request: Request, deadline: float) -> None:
         super().__init__()
-        self.arguments = arguments
-        """What the sampler is called with."""
+        self.request = request
+        """What was asked for."""
         self.budget: str | None = None
         """The budget that is served, from when it runs; lower than asked for if the service degrades."""
         self.timing: Timing | None = None
@@ -112,8 +115,8 @@ class Service:
         self.capacity, self.max_images = capacity, max_images
         self._samplers, self._timeout_s, self._governor, self._clock = samplers, timeout_s, governor, clock
         self._changed = threading.Condition()
-        self._waiting: deque[Request] = deque()
-        self._running: set[Request] = set()
+        self._waiting: deque[PictureFuture] = deque()
+        self._running: set[PictureFuture] = set()
         self._durations: deque[float] = deque(maxlen=_HISTORY)
         self._closed = False
         names = [f"otcache-{os.path.basename(sampler.artifact.folder)}-{i}" for i, sampler in enumerate(samplers)]
@@ -141,7 +144,7 @@ class Service:
         budget: int | str | None = None,
         timeout_s: float | None = None,
         **options: Any,
-    ) -> Request:
+    ) -> PictureFuture:
         """Put a request into the queue; `result()` of what is returned waits for the pictures.
 
         budget: the highest that may be served; None takes the artifact's highest. timeout_s: from now to the end; past
@@ -151,12 +154,9 @@ class Service:
         if timeout_s is not None:
             _check_timeout(timeout_s)
         wanted = self.sampler.budgets[-1] if budget is None else budget
-        n = _check(self.sampler, prompt, wanted, options)
-        if n > self.max_images:
-            raise RequestError(
-                f"the request is for {n} pictures: expected at most {self.max_images}: ask for fewer at once"
-            )
-        arguments = {**options, "prompt": prompt, "budget": wanted}
+        if odd := sorted(set(options) - set(_OPTIONS)):
+            raise RequestError(f"{one_line(odd[0], 40)} is no option of a request: expected {', '.join(_OPTIONS)}")
+        asked = self.sampler.request(prompt, budget=wanted, most_samples=self.max_images, **options)
         self._end_late()
         with self._changed:
             if self._closed:
@@ -164,12 +164,12 @@ class Service:
             if len(self._waiting) >= self.capacity:
                 raise self._busy()
             now = self._clock()
-            request = Request(self, arguments, now + (self._timeout_s if timeout_s is None else timeout_s))
+            future = PictureFuture(self, asked, now + (self._timeout_s if timeout_s is None else timeout_s))
             if self._governor is not None:
                 self._governor.arrived(now)
-            self._waiting.append(request)
+            self._waiting.append(future)
             self._changed.notify()
-        return request
+        return future
 
     def close(self) -> None:
         """End everything: waiting requests with ClosedError now, running ones with it at their next step.
@@ -180,11 +180,11 @@ class Service:
             already, self._closed = self._closed, True
             waiting = list(self._waiting)
             self._waiting.clear()
-            for request in self._running:
-                request._outcome = request._outcome or _closed()
+            for future in self._running:
+                future._outcome = future._outcome or _closed()
             self._changed.notify_all()
-        for request in waiting:
-            self._end(request, None, _closed())
+        for future in waiting:
+            self._end(future, None, _closed())
         for worker in self._workers:
             if worker is not threading.current_thread():
                 worker.join()
@@ -203,17 +203,17 @@ class Service:
 
     def _work(self, sampler: Sampler) -> None:
         """What a worker does until the service is closed."""
-        while (request := self._next()) is not None:
+        while (future := self._next()) is not None:
             images, outcome = None, None
             start = self._clock()
             try:
-                images = sampler(**request.arguments, progress=self._step(request), timer=request._timer)
+                images = sampler.draw(_request_at(future), progress=self._step(future), timer=future._timer)
             except BaseException as error:
                 outcome = error
-            self._end(request, images, outcome, start)
-            del request, images, outcome  # or an idle worker would hold the last pictures
+            self._end(future, images, outcome, start)
+            del future, images, outcome  # or an idle worker would hold the last pictures
 
-    def _next(self) -> Request | None:
+    def _next(self) -> PictureFuture | None:
         """The next request to run, waiting for one; None when the service is closed."""
         while True:
             self._end_late()
@@ -223,27 +223,27 @@ class Service:
                 if not self._waiting:
                     self._changed.wait()
                     continue
-                request = self._waiting.popleft()
-                request.set_running_or_notify_cancel()
-                self._running.add(request)
+                future = self._waiting.popleft()
+                future.set_running_or_notify_cancel()
+                self._running.add(future)
+                future.budget = future.request.budget
                 if self._governor is not None:
-                    request.arguments["budget"] = self._governor.budget(self._clock(), request.arguments["budget"])
-                request.budget = str(request.arguments["budget"])
-                request._timer.waited()
-                return request
+                    future.budget = self._governor.budget(self._clock(), future.budget)
+                future._timer.waited()
+                return future
 
-    def _step(self, request: Request) -> Callable[[int, int], None]:
+    def _step(self, future: PictureFuture) -> Callable[[int, int], None]:
         """The callback of a running request's steps: ends it if it must, and waiting ones whose time is up."""
 
         def check(done: int, total: int) -> None:
             self._end_late()
             with self._changed:
-                if request._outcome is None and self._clock() > request._deadline:
-                    request._outcome = DeadlineError(
+                if future._outcome is None and self._clock() > future._deadline:
+                    future._outcome = DeadlineError(
                         f"request: its time was up after {done} of {total} steps: expected to end sooner: "
                         "allow more time, or a lower budget"
                     )
-                if request._outcome is not None:
+                if future._outcome is not None:
                     raise _Stop
 
         return check
@@ -252,45 +252,45 @@ class Service:
         """End the waiting requests whose time is up."""
         with self._changed:
             now = self._clock()
-            late = [request for request in self._waiting if now > request._deadline]
-            for request in late:
-                self._waiting.remove(request)
-        for request in late:  # without the lock: settling a future calls its owner's callbacks
+            late = [future for future in self._waiting if now > future._deadline]
+            for future in late:
+                self._waiting.remove(future)
+        for future in late:  # without the lock: settling a future calls its owner's callbacks
             what = "its time was up while it waited: expected a shorter queue: try again later, or allow more time"
-            self._end(request, None, DeadlineError(f"request: {what}"))
+            self._end(future, None, DeadlineError(f"request: {what}"))
 
-    def _cancel(self, request: Request) -> bool:
+    def _cancel(self, future: PictureFuture) -> bool:
         with self._changed:
-            if request in self._waiting:
-                self._waiting.remove(request)
-            elif request._ended or request not in self._running:
-                return request.cancelled()
+            if future in self._waiting:
+                self._waiting.remove(future)
+            elif future._ended or future not in self._running:
+                return future.cancelled()
             else:
-                request._outcome = request._outcome or CancelledError()
+                future._outcome = future._outcome or CancelledError()
                 return True
-            request._ended = True
+            future._ended = True
             self._left()
-        Future.cancel(request)
-        request.set_running_or_notify_cancel()
+        Future.cancel(future)
+        future.set_running_or_notify_cancel()
         return True
 
     def _end(
-        self, request: Request, images: Float32 | None, outcome: BaseException | None, start: float | None = None
+        self, future: PictureFuture, images: Float32 | None, outcome: BaseException | None, start: float | None = None
     ) -> None:
         """Settle a request that has left the queue, or the device if `start` says when it came there."""
         with self._changed:
-            outcome = request._outcome or outcome
-            request._ended = True
-            request._outcome = None
-            self._running.discard(request)
+            outcome = future._outcome or outcome
+            future._ended = True
+            future._outcome = None
+            self._running.discard(future)
             self._left()
             if start is not None and outcome is None:
                 self._durations.append(self._clock() - start)
         if outcome is None and images is not None:
-            request.timing = request._timer.timing()
-            request.set_result(images)
+            future.timing = future._timer.timing()
+            future.set_result(images)
         else:
-            request.set_exception(outcome or _closed())
+            future.set_exception(outcome or _closed())
 
     def _left(self) -> None:
         if self._governor is not None:
@@ -314,11 +314,9 @@ def _closed() -> ClosedError:
     return ClosedError("the service is closed: received a request: expected an open one: start it again")
 
 
-def _check(sampler: Sampler, prompt: Any, budget: Any, options: dict[str, Any]) -> int:
-    served = ("negative_prompt", "seed", "images_per_prompt", "guidance_scale")
-    if odd := sorted(set(options) - set(served)):
-        raise RequestError(f"{one_line(odd[0], 40)} is no option of a request: expected {', '.join(served)}")
-    return sampler.check(prompt, budget=budget, **options)
+def _request_at(future: PictureFuture) -> Request:
+    """What was asked for, at the budget that is served."""
+    return future.request if future.budget is None else future.request.at_budget(future.budget)
 
 
 def _check_timeout(timeout_s: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from otcache.schemas.errors import ArtifactError, RequestError
+from otcache.schemas.errors import ArtifactError
 from otcache.schemas.manifest import Tokenizer
 from otcache.schemas.messages import one_line
 
@@ -16,19 +16,6 @@ from ..artifact.reader import Artifact
 from ..loop.backend import Array
 
 Texts = Sequence[str]
-
-
-def check_prompts(prompt: object, name: str = "prompt") -> list[str]:
-    """A string or a list of strings → list of strings. Raises RequestError."""
-    texts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(texts, list | tuple) or not texts:
-        raise RequestError(f"{name} is {one_line(repr(prompt), 60)}: expected a string or a list of at least one")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise RequestError(f"{name}[{index}] is {one_line(repr(text), 60)}: expected a string")
-        if any(0xD800 <= ord(char) <= 0xDFFF for char in text):
-            raise RequestError(f"{name}[{index}] holds half a surrogate pair: expected text that UTF-8 can hold")
-    return list(texts)
 
 
 class Tokenizers:
@@ -45,11 +32,11 @@ class Tokenizers:
         """
         # One by one: a batch would wake a pool of threads for what takes microseconds, and keep it for ever.
         with self._lock:
-            found = {}
+            ids = {}
             for entry, tokenizer in self._tokenizers:
                 _set_length(tokenizer, entry, lengths[entry.input_name] if lengths else entry.length)
-                found[entry.input_name] = np.array([tokenizer.encode(entry.text(text)).ids for text in texts], np.int64)
-            return found
+                ids[entry.input_name] = np.array([tokenizer.encode(entry.text(text)).ids for text in texts], np.int64)
+            return ids
 
 
 def _set_length(tokenizer: Any, entry: Tokenizer, length: int) -> None:

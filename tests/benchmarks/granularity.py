@@ -58,7 +58,7 @@ def held_of(artifact: Artifact, images: int) -> dict[str, np.ndarray]:
     for tensor in artifact.manifest.conditioning:
         values = random.standard_normal(shape_of(tensor, branches * images))
         found[tensor.name] = values.reshape(branches, images, *values.shape[1:]) if "batch" in tensor.shape else values
-    return {**found, **Sizes(artifact).constants({})}
+    return {**found, **Sizes(artifact).at({}).constants}
 
 
 def measured(artifact: Artifact, images: int, rounds: int, backend: OnnxBackend, folder: Path) -> dict[str, Any]:

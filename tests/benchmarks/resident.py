@@ -37,7 +37,7 @@ from otcache.compiler.programs.solver_table import program_from_table
 from otcache.runtime import Sampler
 from otcache.runtime.build.build_engines import build_engines
 from otcache.runtime.engines.gpu import why_no_gpu
-from otcache.runtime.loop.backend import Request
+from otcache.runtime.loop.backend import Run
 from otcache.runtime.loop.device_loop import ResidentLoop
 from otcache.runtime.loop.launches import list_launches
 from otcache.runtime.loop.loop import sample
@@ -106,15 +106,15 @@ class Subject:
             for tensor in self.manifest.conditioning
         }
 
-    def request(self, budget: str) -> Request:
+    def run(self, budget: str) -> Run:
         entry = self.manifest.program(budget)
         assert entry is not None
-        return Request(
+        return Run(
             manifest=self.manifest,
             budget=budget,
             program=entry.program,
             latents=self.latents,
-            held=self.conditioning,
+            inputs=self.conditioning,
             guidance_weights=(1.0,),
             timer=Timer(),
             step_done=lambda done, total: None,
@@ -395,7 +395,7 @@ def agreement(kind: str) -> dict[str, float]:
     expected = {
         budget: sample(
             HostModel(subject),
-            subject.request(budget).program,
+            subject.run(budget).program,
             subject.latents,
             guidance_weights=(1.0,),
             timestep_scale=subject.manifest.timestep_scale,
@@ -409,7 +409,7 @@ def agreement(kind: str) -> dict[str, float]:
         for cuda_graph in (False, True):
             loop = torch_loop(subject, kind, granularity, cuda_graph=cuda_graph)
             for budget, latents in expected.items():
-                runs = [loop(subject.request(budget)) for _ in range(2 + cuda_graph)]
+                runs = [loop(subject.run(budget)) for _ in range(2 + cuda_graph)]
                 worst = max(float(np.abs(run - latents).max() / np.abs(latents).max()) for run in runs)
                 found[f"{budget}, {granularity}, {'captured' if cuda_graph else 'uncaptured'}"] = worst
                 if cuda_graph:
@@ -425,10 +425,10 @@ def timing(subject: Subject, kind: str, rounds: int) -> dict[str, Any]:
         for cuda_graph in (False, True):
             loop = torch_loop(subject, kind, granularity, cuda_graph=cuda_graph)
             for budget in subject.manifest.budgets:
-                request = subject.request(budget)
-                seconds = timed(lambda loop=loop, request=request: loop(request), rounds)
+                run = subject.run(budget)
+                seconds = timed(lambda loop=loop, run=run: loop(run), rounds)
                 name = f"{budget}, {granularity}, {'captured' if cuda_graph else 'uncaptured'}"
-                found[name] = {"step_ms": round(1e3 * seconds / len(request.program.steps), 4)}
+                found[name] = {"step_ms": round(1e3 * seconds / len(run.program.steps), 4)}
             loop.close()
     return found
 
@@ -447,10 +447,10 @@ def host_cost(subject: Subject, rounds: int) -> dict[str, Any]:
         engine = IdleEngine()
         engines = {name: engine for name in (*names, *("@" + one.name for one in combinations(manifest)))}
         loop = ResidentLoop(manifest, engines, device, segments=held)
-        request = dataclasses.replace(subject.request("full"), manifest=manifest)
-        seconds = timed(lambda loop=loop, request=request: loop(request), 20 * rounds, clock=time.process_time)
-        launches = len(list_launches(coarsened(manifest, held), request.program).launches)
-        steps = len(request.program.steps)
+        run = dataclasses.replace(subject.run("full"), manifest=manifest)
+        seconds = timed(lambda loop=loop, run=run: loop(run), 20 * rounds, clock=time.process_time)
+        launches = len(list_launches(coarsened(manifest, held), run.program).launches)
+        steps = len(run.program.steps)
         told, requests = engine.told, 20 * rounds + 2
         loop.close()
         found[granularity] = {

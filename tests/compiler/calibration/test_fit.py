@@ -13,7 +13,7 @@ from otcache.compiler.calibration.fit import STRAY, fit_output_program, ridge_st
 from otcache.compiler.pipelines.trajectory import Trajectory
 from otcache.compiler.programs.forecasts import forecast_coefs
 from otcache.compiler.programs.update import mean, updated
-from otcache.runtime.loop import loop
+from otcache.schemas.arithmetic import update_latents
 from otcache.schemas.program import Step
 
 
@@ -156,7 +156,8 @@ def test_an_update_is_the_same_everywhere(shape):
     )
     here = fit._combined(fitted.coefs[None], places.values, terms)
     assert torch.allclose(here, target, atol=1e-2)
-    assert np.allclose(loop.updated(step, latents.numpy(), [v.numpy() for v in outputs]), here.numpy(), atol=1e-5)
+    served = update_latents(step, latents.numpy(), [v.numpy() for v in outputs], outputs_first=True)
+    assert np.allclose(served, here.numpy(), atol=1e-5)
     assert torch.allclose(updated(step, latents, outputs), here, atol=1e-5)
 
 

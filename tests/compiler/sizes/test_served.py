@@ -267,7 +267,7 @@ def check_sizes(name, pipeline, artifact, sizes, pictures):
                 found, expected = sampler(prompts, budget="full", seed=[3, 4], **size), own(size, "np")
                 assert np.abs(found - expected).max() < 1e-4 < expected.std(), size
                 assert np.isfinite(sampler(prompts, budget=2, seed=[3, 4], **size)).all()
-            sized = Sizes(sampler.artifact).manifest(size)
+            sized = Sizes(sampler.artifact).at(size).manifest
             assert sized.latents.shape == own(size, "latent").shape[1:], "the relations hold"
         tensors = [t for stage in sampler.manifest.stages for t in (*stage.inputs, *stage.outputs)]
         assert all(t.shape[d] > 1 for t in tensors for d, symbol in enumerate(t.symbols) if symbol)

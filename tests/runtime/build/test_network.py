@@ -12,7 +12,9 @@ from otcache.runtime.artifact.reader import Artifact
 from otcache.runtime.build.network import add_combination, create_network
 from otcache.runtime.engines.tensorrt_library import error_log
 from otcache.runtime.loop.backend import DTYPES
+from otcache.schemas.arithmetic import update_latents
 from otcache.schemas.combinations import COEFS, combinations
+from otcache.schemas.program import Means, Slopes, Step
 
 trt = pytest.importorskip("tensorrt_rtx")
 ELEMENTWISE = {
@@ -71,6 +73,31 @@ def executed(network, inputs):
     return values[network.get_output(0).name]
 
 
+def step_of(combination, coefs):
+    """The step whose update a combination with these coefficients is."""
+    count = len(combination.terms)
+    parts = [coefs[start : start + count] for start in range(0, len(coefs) - count + 1, count)]
+    follows = combination.kind == "follow"
+    plain, *rest = parts
+    means = rest.pop(0) if combination.means else None
+    slopes = rest.pop(0) if follows else None
+    mean_slopes = rest.pop(0) if follows and means else [0.0]
+    return Step(
+        step_index=count,
+        timestep=0.0,
+        latent_coef=plain[0],
+        output_coefs=plain[1:],
+        slopes=slopes and Slopes(centre=coefs[-2], spread=coefs[-1], latent_coef=slopes[0], output_coefs=slopes[1:]),
+        means=means
+        and Means(
+            latent_coef=means[0],
+            output_coefs=means[1:],
+            latent_slope=mean_slopes[0],
+            output_slopes=mean_slopes[1:],
+        ),
+    )
+
+
 @pytest.mark.parametrize("guidance", ["none", "cfg", "cfg_norm"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_network_computes_its_combination(tmp_path, guidance, dtype):
@@ -98,9 +125,14 @@ def test_a_network_computes_its_combination(tmp_path, guidance, dtype):
             }
             if one.coefs:
                 inputs[COEFS] = random.standard_normal(one.coefs).astype(np.float32)
+                inputs[COEFS][-1] = abs(inputs[COEFS][-1]) + 0.5  # a spread, where the combination follows samples
             found, expected = executed(network, inputs), host_device.combine(one, **inputs)
             assert found.shape == expected.shape and found.dtype == expected.dtype == DTYPES[one.total.dtype], one.name
             exact = {"rtol": 1e-5, "atol": 1e-6} if found.dtype == np.float32 else {"rtol": 2e-3, "atol": 1e-3}
             np.testing.assert_allclose(found, expected, **exact, err_msg=one.name)
+            if one.kind in ("update", "follow"):
+                terms = [inputs[term.name].astype(np.float32) for term in one.terms]
+                rule = update_latents(step_of(one, inputs[COEFS].tolist()), terms[0], terms[1:], outputs_first=True)
+                np.testing.assert_allclose(found, rule, **exact, err_msg=one.name)
     plain = {"spread", "residual", "forecast", "guide", "update", "follow"}
     assert kinds == {*((kind, False) for kind in plain), ("update", True), ("follow", True)}

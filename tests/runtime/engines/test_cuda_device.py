@@ -18,7 +18,10 @@ RETURNED = {"cuMemAlloc": (4096,), "cuMemGetInfo": (4096, 8192), "cuStreamEndCap
 
 
 class Driver:
-    """Answers as it was told to, and else that all went well; names, arguments and statuses are those of the real one."""
+    """Answers as it was told to, and else that all went well.
+
+    Names, arguments and statuses are those of the real one.
+    """
 
     CUresult, CUstreamCaptureMode = REAL.CUresult, REAL.CUstreamCaptureMode
 
@@ -93,8 +96,8 @@ def test_memory_that_runs_out_is_said_with_what_helps(driver):
     with pytest.raises(HostError) as error:
         cuda_device.CudaDevice().allocate(5 * 10**9)
     assert str(error.value) == (
-        "no room for 5.0 GB on the GPU: found 3.0 GB: ask for fewer pictures at once, or smaller ones (otc inspect ARTIFACT --memory "
-        "-n N --height H --width W says what they take), or free its memory"
+        "no room for 5.0 GB on the GPU: found 3.0 GB: ask for fewer pictures at once, or smaller ones (otc inspect "
+        "ARTIFACT --memory -n N --height H --width W says what they take), or free its memory"
     )
 
 

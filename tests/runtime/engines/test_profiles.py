@@ -149,14 +149,16 @@ def test_extremes_of_listed_sizes_are_those_of_one_size_where_there_is_one():
     [
         (
             "height=1:4:8",
-            "--profile height=1:4:8: height is 1: expected 2 to 12 in steps of 2: choose from that, or compile with --sizes that hold it",
+            "--profile height=1:4:8: height is 1: expected 2 to 12 in steps of 2: choose from that, or compile with "
+            "--sizes that hold it",
         ),
         ("batch=1:1:2,height=4:5:8", "height is 5: expected 2 to 12 in steps of 2"),
         ("width=4:4:16", "width is 16: expected 4 to 8 in steps of 4"),
         ("height=8:4:8", "expected increasing sizes"),
         (
             "num_frames=1:1:4",
-            "expected batch, height, width, which the artifact leaves open: compile with --frame-counts to leave it open",
+            "expected batch, height, width, which the artifact leaves open: compile with --frame-counts to leave it "
+            "open",
         ),
         ("tokens=1:1:4", "expected batch, height, width, which the artifact leaves open"),
         ("height=4:4:8,", "expected NAME=MIN:OPT:MAX"),
@@ -257,7 +259,7 @@ def test_requests_within_and_beyond(planned, narrow, on_sm_89, monkeypatch):
     sizes, (engine,) = Sizes(Artifact.open(planned[0])), narrow.engines
     backend = TensorrtBackend(engine, narrow)
     for size in ({}, {"height": 8}, {"height": 6}):
-        backend.check(4, sizes.manifest(size))
+        backend.check(4, sizes.at(size).manifest)
     for samples, size, words in (
         (
             1,
@@ -268,13 +270,13 @@ def test_requests_within_and_beyond(planned, narrow, on_sm_89, monkeypatch):
         (
             8,
             {"width": 8},
-            f"8 pictures at once: expected 1 to 4, which plans of tensorrt-rtx for sm_89 cover: ask for that, serve it with "
-            f"--backend onnxruntime, or otc build-engines {MENDED} batch=1:1:8,height=4:4:8,width=4:4:8",
+            "8 pictures at once: expected 1 to 4, which plans of tensorrt-rtx for sm_89 cover: ask for that, serve it "
+            f"with --backend onnxruntime, or otc build-engines {MENDED} batch=1:1:8,height=4:4:8,width=4:4:8",
         ),
         (1, {"width": 8}, "width is 8: expected 4, which plans"),
     ):
         with pytest.raises(RequestError) as error:
-            backend.check(samples, sizes.manifest(size))
+            backend.check(samples, sizes.at(size).manifest)
         assert str(error.value).startswith(words)
         profile_for(narrow, dict(cli_profile(str(error.value))))
 
@@ -290,9 +292,9 @@ def test_plans_that_name_no_axes_are_for_the_own_size(planned, narrow):
     (engine,) = narrow.engines
     old = engine.model_copy(update={"profile": {"batch": (1, 1, 4)}})
     sizes = Sizes(Artifact.open(planned[0]))
-    assert why_outside(old, narrow, request_of(sizes.manifest({}), 1)) is None
+    assert why_outside(old, narrow, request_of(sizes.at({}).manifest, 1)) is None
     assert "height is 6: expected 4, which plans" in why_outside(
-        old, narrow, request_of(sizes.manifest({"height": 6}), 1)
+        old, narrow, request_of(sizes.at({"height": 6}).manifest, 1)
     )
 
 

@@ -1,4 +1,6 @@
-"""The resident loop on a device that is this host's memory: its results, its bindings, and what a step costs the host."""
+"""The resident loop on a device that is this host's memory: its results, its bindings, and what a
+step costs the host.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,7 @@ def counts(backend):
 
 
 def test_a_step_costs_the_host_the_same_every_time(artifact_folder):
-    """Per step: a launch for each stage and combination, a few addresses, no copy, and no wait unless somebody watches."""
+    """Per step: a launch for each stage and combination, a few addresses, no copy, no wait unless somebody watches."""
     sampler, backend = resident(artifact_folder)
     seen = []
 
@@ -204,4 +206,4 @@ def test_bfloat16_is_rounded_to_nearest():
     torch = pytest.importorskip("torch")
     values = np.concatenate([np.random.default_rng(0).standard_normal(4096), [0, -0.0, 1e-40, 1.00390625, 3.0e38]])
     expected = torch.tensor(values.astype(np.float32)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    np.testing.assert_array_equal(as_type(values, "bfloat16"), expected)
+    np.testing.assert_array_equal(as_type(values, "bfloat16").view(np.uint16), expected)

@@ -13,7 +13,7 @@ from otcache.runtime.loop import host_loop as trunk
 from otcache.runtime.loop import loop
 from otcache.schemas.errors import ArtifactError
 from otcache.schemas.manifest import Manifest
-from otcache.schemas.program import FARTHEST, Program, Slopes
+from otcache.schemas.program import FARTHEST, Program
 
 BRANCHES, SHAPE = 2, (3, 4)
 coefficient = st.floats(-1.5, 1.5, width=32)
@@ -142,39 +142,18 @@ def test_random_programs(program, scale):
     assert seen == [(index + 1, len(program.steps)) for index in range(len(program.steps))]
 
 
-def test_outputs_that_stay_the_same_or_vanish_have_a_place():
-    slopes = Slopes(centre=0.0, spread=1.0, latent_coef=0.0, output_coefs=(0.0, 0.0))
-    ones, zeros = np.ones((1, *SHAPE), np.float32), np.zeros((1, *SHAPE), np.float32)
-    for before, output, place in (
-        (ones, ones, -FARTHEST),
-        (ones, zeros, FARTHEST),
-        (zeros, zeros, 0.0),
-        (zeros, ones, 0.0),
-    ):
-        assert loop.place_among_samples(slopes, before, output) == [place]
-
-
-@given(st.integers(1, 5))
-def test_a_sample_has_the_same_place_in_any_batch(samples):
-    slopes = Slopes(centre=0.1, spread=0.3, latent_coef=0.0, output_coefs=(0.0, 0.0))
-    before, output = np.random.default_rng(samples).standard_normal((2, samples, 7, 5)).astype(np.float32)
-    together = loop.place_among_samples(slopes, before, output)
-    alone = [loop.place_among_samples(slopes, before[i : i + 1], output[i : i + 1])[0] for i in range(samples)]
-    np.testing.assert_array_equal(together, alone)
-
-
 def test_guidance_can_keep_the_positive_branchs_norm():
     branches = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
-    plain = loop.guided(branches, (-3.0, 4.0), False)
+    plain = loop.guide(branches, (-3.0, 4.0), False)
     np.testing.assert_allclose(plain, 4 * branches[1] - 3 * branches[0], rtol=1e-5)
-    kept = loop.guided(branches, (-3.0, 4.0), True)
+    kept = loop.guide(branches, (-3.0, 4.0), True)
     np.testing.assert_allclose(np.linalg.norm(kept, axis=-1), np.linalg.norm(branches[1], axis=-1), rtol=1e-5)
     np.testing.assert_allclose(
         kept / np.linalg.norm(kept, axis=-1, keepdims=True),
         plain / np.linalg.norm(plain, axis=-1, keepdims=True),
         rtol=1e-4,
     )
-    assert not loop.guided(np.zeros((2, 1, 3), np.float32), (-3.0, 4.0), True).any()
+    assert not loop.guide(np.zeros((2, 1, 3), np.float32), (-3.0, 4.0), True).any()
 
 
 def test_callback_cancels():

@@ -8,12 +8,14 @@ import struct
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from otcache.runtime import Sampler
 from otcache.runtime.artifact.reader import Artifact
 from otcache.runtime.cli import main as cli
-from otcache.runtime.serving.conditioning import read_conditioning
+from otcache.runtime.serving.conditioning import MAX_BYTES, read_conditioning
 from otcache.schemas.errors import RequestError
 
 
@@ -78,17 +80,20 @@ def entry(**changes):
 @pytest.mark.parametrize(
     ("header", "size", "found"),
     [
-        (entry(), 95, "[0, 96]"),
-        (entry(), 97, "97 bytes of data"),
-        (entry(dtype="F8"), 96, "F8"),
-        (entry(dtype=["F32"]), 96, "F32"),
-        (entry(shape=[2, 1, -12]), 96, "-12"),
-        (entry(shape=[2, 1, 1 << 40]), 96, "shape"),
-        (entry(shape=None), 96, "None"),
-        (entry(data_offsets=[4, 100]), 100, "[4, 100]"),
-        (entry(data_offsets="x"), 96, "'x'"),
-        ({"text": 3}, 96, "None"),
-        ({**entry(), "more": entry()["text"]}, 96, "more"),
+        (entry(), 95, "safetensors"),
+        (entry(), 97, "safetensors"),
+        (entry(dtype="F9"), 96, "safetensors"),
+        (entry(dtype=["F32"]), 96, "safetensors"),
+        (entry(dtype="U64", shape=[1, 1, 12]), 96, "text of type U64: expected one of F64, F32, F16, BF16"),
+        (entry(shape=[2, 1, -12]), 96, "safetensors"),
+        (entry(shape=[2, 1, 1 << 40]), 96, "safetensors"),
+        (entry(shape=[1 << 40, 1 << 40]), 96, "safetensors"),
+        (entry(shape=None), 96, "safetensors"),
+        (entry(data_offsets=[4, 100]), 100, "safetensors"),
+        (entry(data_offsets=[96, 0]), 96, "safetensors"),
+        (entry(data_offsets="x"), 96, "safetensors"),
+        ({"text": 3}, 96, "safetensors"),
+        ({**entry(), "more": entry()["text"]}, 96, "safetensors"),
         ({}, 0, "[]"),
         ({"other": entry()["text"]}, 96, "other"),
     ],
@@ -97,9 +102,49 @@ def test_broken_files_are_refused(artifact_folder, tmp_path, header, size, found
     text = json.dumps(header).encode()
     path = tmp_path / "c.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
-    with pytest.raises(RequestError) as refusal:
+    assert found in refusal(path, artifact_folder)
+
+
+def refusal(path, artifact_folder):
+    """The one line that says why a file is refused."""
+    with pytest.raises(RequestError) as caught:
         read_conditioning(path, Artifact.open(artifact_folder).manifest)
-    assert found in str(refusal.value) and "otc encode" in str(refusal.value)
+    message = str(caught.value)
+    assert "otc encode" in message and "\n" not in message
+    return message
+
+
+def test_duplicate_names_and_large_headers_are_refused(artifact_folder, tmp_path):
+    path = tmp_path / "c.safetensors"
+    one = json.dumps(entry())[1:-1]
+    for text in (f"{{{one},{one}}}".encode(), json.dumps(entry()).encode() + b" " * (1 << 20)):
+        path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(96))
+        refusal(path, artifact_folder)
+    assert "a header of" in refusal(path, artifact_folder)
+
+
+def test_a_file_that_is_too_large_is_not_read(artifact_folder, tmp_path):
+    path = tmp_path / "c.safetensors"
+    with open(path, "wb") as file:
+        file.truncate(MAX_BYTES + 1)  # sparse
+    assert f"{MAX_BYTES + 1} bytes" in refusal(path, artifact_folder)
+
+
+@given(st.data())
+def test_any_damage_is_refused_in_one_line_or_does_no_harm(artifact_folder, tmp_path_factory, data):
+    manifest = Artifact.open(artifact_folder).manifest
+    text = json.dumps(entry()).encode()
+    content = bytearray(struct.pack("<Q", len(text)) + text + bytes(96))
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("damaged") / "c.safetensors"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    try:
+        found = read_conditioning(path, manifest)
+    except RequestError as error:
+        assert "\n" not in str(error)
+    else:
+        assert set(found) == {"text"} and found["text"].nbytes <= 2 * 96
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def play(governor, history):
 
 
 def serve(governor, gaps, quiet_s=100.0):
-    """Simulate one server: requests come `gaps` apart, each takes what its budget takes. (time, budget) of each start."""
+    """Simulate one server: requests come `gaps` apart, each takes what its budget takes; (time, budget) of each start."""
     arrivals, started, waiting, now = deque(), [], 0, 0.0
     for gap in gaps:
         now += gap

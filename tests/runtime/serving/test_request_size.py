@@ -90,13 +90,13 @@ def test_a_decoder_of_one_size_is_absent_at_others(folder):
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "resident"])
 def test_a_size_with_another_sampler_serves_its_own_programs(folder, backend):
-    """Its last step adds three outputs, as no step of the artifact's own programs does: such a sum has an engine, too."""
+    """Its last step adds three outputs, as no step of the artifact's own programs does: that sum has an engine, too."""
     program = output_program((0, 1))
     program["steps"][1]["output_coefs"] = [0.5, -1.5]
     program["steps"].append({"step_index": 4, "timestep": 300.0, "latent_coef": 1.0, "output_coefs": [0.1, 0.2, -0.4]})
     with _sampler(listed(folder, programs=[{"budget": "3", "program": program}]), backend) as sampler:
         found = sampler.sample({"text": TEXT}, budget=3, seed=5, height=8)
-        own = Sizes(sampler.artifact).manifest({"height": 8}).program(3).program
+        own = Sizes(sampler.artifact).at({"height": 8}).manifest.program(3).program
         assert own.schedule == (0, 1, 4) != sampler.manifest.program(3).program.schedule
         expected = oracle(TEXT, noise_for(8, 4, 5), own, (-3.0, 4.0))
         assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
@@ -255,6 +255,6 @@ def test_memory_is_shown_for_the_size(folder):
 
 def test_memory_is_planned_for_the_size(folder):
     sizes = Sizes(Artifact.open(with_sizes(folder)))
-    small, large = (sizes.manifest({"height": height, "width": 8}) for height in (2, 12))
+    small, large = (sizes.at({"height": height, "width": 8}).manifest for height in (2, 12))
     first, second = (plan_addresses(each, each.program(2).program, 64).size_bytes for each in (small, large))
     assert 3 * first < second < 6.5 * first

@@ -39,13 +39,13 @@ class Held(Sampler):
         self.at_step = threading.Semaphore(0)
         super().__init__(*arguments)
 
-    def __call__(self, *arguments, progress, **options):
+    def draw(self, request, *, progress, timer):
         def held(done, total):
             self.at_step.release()
             assert self.permits.acquire(timeout=TIMEOUT_S)
             progress(done, total)
 
-        return super().__call__(*arguments, progress=held, **options)
+        return super().draw(request, progress=held, timer=timer)
 
     def wait_for_step(self):
         assert self.at_step.acquire(timeout=TIMEOUT_S)
@@ -118,7 +118,7 @@ def test_concurrent_requests_get_the_bits_they_get_alone(artifact_folder, sample
             thread.join()
         for request, images in (pair for pairs in found for pair in pairs):
             np.testing.assert_array_equal(request.result(TIMEOUT_S), images)
-            assert request.budget == str(request.arguments["budget"]) and request.timing.total_s > 0
+            assert request.budget == request.request.budget and request.timing.total_s > 0
 
 
 def test_full_queue(service, held):
@@ -249,10 +249,10 @@ def test_close_frees_threads_and_files(artifact_folder):
 
 def test_failure_of_one_request_is_its_own(artifact_folder):
     class Failing(Sampler):
-        def __call__(self, prompt, **options):
-            if prompt == "zebra":
+        def draw(self, request, **options):
+            if request.texts[-1] == ("zebra",):
                 raise HostError("no memory")
-            return super().__call__(prompt, **options)
+            return super().draw(request, **options)
 
     with Service(Failing.load(artifact_folder, threads=1)) as service:
         found = [service.submit(prompt, budget=2) for prompt in ("a", "zebra", "a")]

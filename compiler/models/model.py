@@ -1,13 +1,8 @@
-"""Find and load MODEL: a bundled name, a diffusers folder or a hub id.
-
-Nothing that comes with a model is executed unless `trust_remote_code` says so: `foreign` refuses Python code, classes
-from elsewhere and pickled weights before diffusers sees the folder.
-"""
+"""A loaded model, what identifies it, and what it says of itself: its prompts, and how it is called."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,8 +10,6 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from otcache.schemas.errors import ModelError
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

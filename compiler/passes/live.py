@@ -20,7 +20,7 @@ from ..options import CompileOptions, parse_budgets, parse_guidance
 from ..workspace.progress import Reporter, reporter_for
 from .compile import compile_model
 
-OF_LOADING = ("revision", "trust_remote_code", "lora")
+OF_LOADING = ("revision", "variant", "trust_remote_code", "lora")
 """Options that say how a model is loaded, and have no meaning for one that is."""
 
 

@@ -28,6 +28,7 @@ from ..pipelines.interface import Interface
 from ..pipelines.probe import probe
 from ..sizes.requested import Wanted, wanted
 from ..sizes.served import Seen, own_point, programs_differ, see
+from ..workspace.code import code_digest
 from ..workspace.ledger import NAME as ATTEMPT
 from ..workspace.progress import Reporter
 from ..workspace.workspace import Workspace, default_workspace
@@ -97,6 +98,7 @@ def begin(
         model = live or load_model(
             options.model,
             revision=options.revision,
+            variant=options.variant,
             trust_remote_code=options.trust_remote_code,
             lora=options.lora,
             scratch=options.workspace,
@@ -158,6 +160,7 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
         "config": model.config_digest,
         "weights": model.weights_digest,
         "versions": versions(),
+        "code": code_digest(),
         "prompts": list(prompts),
         "steps": call.num_inference_steps,
         "size": [call.height, call.width, call.num_frames],

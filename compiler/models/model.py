@@ -25,7 +25,7 @@ class CallDefaults:
     width: int | None = None
     num_frames: int | None = None
     max_sequence_length: int | None = None
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Model:
 
     name: str
     folder: Path | None
-    """Where it was loaded from; None for a pipeline that the caller made."""
+    """Where it was loaded from, with its own prompts and call; None for a pipeline that the caller made."""
     pipeline: Any
     config_digest: str
     weights_digest: str

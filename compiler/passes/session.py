@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from ..models.model import Model, read_prompts
 from ..options import CompileOptions, split_prompts
 from ..pipelines.call import CallOptions, call_options
 from ..pipelines.decode import decoded
+from ..pipelines.full_run import with_known_negative
 from ..pipelines.interface import Interface
 from ..pipelines.probe import probe
+from ..pipelines.prompts import class_prompts, split_labels
 from ..sizes.requested import Wanted, wanted
 from ..sizes.served import Seen, own_point, programs_differ, see
 from ..workspace.code import code_digest
@@ -103,9 +105,10 @@ def begin(
             lora=options.lora,
             scratch=options.workspace,
         )
-    prompts, held_out = split_prompts(
-        own or model.prompts or default_prompts(), options.calibration_prompts, options.evaluation_prompts
-    )
+    classes = class_prompts(model.pipeline)
+    listed = own or model.prompts or classes or default_prompts()
+    split = split_prompts if classes is None else split_labels
+    prompts, held_out = split(listed, options.calibration_prompts, options.evaluation_prompts)
     with reporter.on("probe", type(model.pipeline).__name__):
         return _session(options, model, prompts, reporter), prompts, held_out
 
@@ -130,7 +133,13 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
         own_point(call), sizes=options.sizes, frame_counts=options.frame_counts, text_lengths=options.text_lengths
     )
     encoders = text_encoders(model.pipeline, call.max_sequence_length or 0)
-    interface = probe(model.pipeline, call, options.nominal_scale, prompts)
+    low, high = options.guidance_scale
+    scale = options.nominal_scale if options.nominal_scale > 1 or low == high else high
+    interface = probe(model.pipeline, call, scale, prompts)
+    if interface.guided and low < 1 < high:
+        options = replace(options, guidance_scale=(1.0, high))
+        reporter.note(f"{type(model.pipeline).__name__} guides above scale 1 only: the range is 1:{high:g}")
+    call = with_known_negative(model.pipeline, interface, call, options.nominal_scale, prompts)
     if interface.guided and call.scale_offset:
         reporter.note(
             f"{type(model.pipeline).__name__} counts guidance from another number: scale {options.nominal_scale:g} is its "

@@ -55,6 +55,8 @@ class CompileOptions:
     evaluation_prompts: int = 32
     seed: int = 0
     revision: str | None = None
+    variant: str | None = None
+    """Of the stored weights, such as fp16, where a model has several."""
     trust_remote_code: bool = False
     """Run Python that comes with the model."""
     lora: Path | None = None

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+FLOAT = "__float__"
+"""Key of an object that stands for a float which JSON does not have."""
 
 
 def digest_of_bytes(data: bytes | memoryview) -> str:
@@ -23,9 +27,31 @@ def digest_of_file(path: Path) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces; floats in their shortest form that reads back the same."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
-    return text.encode()
+    """JSON with sorted keys and no spaces; floats in their shortest form that reads back the same.
+
+    Numbers that JSON does not have stand as transformers writes them in configs.
+
+    >>> canonical_json({"b": 0.1, "a": float("-inf")})
+    b'{"a":{"__float__":"-Infinity"},"b":0.1}'
+    """
+    try:
+        text = _dumps(value)
+    except ValueError:
+        text = _dumps(with_named_floats(value))
+    return text.encode("utf-8", "surrogatepass")  # configs may hold half a pair as an escape
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
+def with_named_floats(value: Any) -> Any:
+    """The value with `{"__float__": "Infinity"}`, `"-Infinity"` or `"NaN"` in place of floats that JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {FLOAT: json.dumps(value)}
+    if isinstance(value, Mapping):
+        return {key: with_named_floats(item) for key, item in value.items()}
+    return [with_named_floats(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def digest_of_value(value: Any) -> str:

@@ -217,6 +217,17 @@ def weights_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
+def save_half(pipeline: Any, folder: Path) -> None:
+    """Save a pipeline in float16, with configs that have transformers load its text encoders in float32.
+
+    transformers 5 loads weights in the dtype that their config names, diffusers in float32 where nothing else is asked
+    for; as saved, `DiffusionPipeline.from_pretrained(folder)` would hold both and could not be called.
+    """
+    pipeline.to(torch.float16).save_pretrained(folder)
+    for path in folder.glob("text_encoder*/config.json"):
+        path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+
+
 def write_call(folder: Path, **arguments: int | str) -> None:
     """How the model is called, for whom its pipeline's defaults mean another size
     (`otcache.compiler.models.model.CallDefaults`).

@@ -298,7 +298,7 @@ def main() -> None:
     )
 
     pipeline = make_pipeline(vae, tokenizer, pipeline.text_encoder, transformer)
-    pipeline.to(torch.float16).save_pretrained(options.output)
+    flow.save_half(pipeline, options.output)
     write_prompts(options.output)
     flow.write_call(options.output, height=SIDE, width=SIDE, negative_prompt=NEGATIVE, max_sequence_length=TEXT_LENGTH)
     shares, drawn = check(QwenImagePipeline.from_pretrained(options.output, torch_dtype=torch.float32))

@@ -416,7 +416,7 @@ def main() -> None:
     )
 
     pipeline = make_pipeline(vae, tokenizers, (pipeline.text_encoder, pipeline.text_encoder_2), transformer)
-    pipeline.to(torch.float16).save_pretrained(options.output)
+    flow.save_half(pipeline, options.output)
     write_prompts(options.output)
     flow.write_call(options.output, height=SIDE, width=SIDE, num_frames=FRAMES, max_sequence_length=TEXT_LENGTH)
     shares, drawn = check(HunyuanVideoPipeline.from_pretrained(options.output, torch_dtype=torch.float32))

@@ -42,7 +42,7 @@ def check_packages(command: str) -> None:
 
 def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Bundled names and folders of pipelines, for the shell."""
-    from ..models import load as models
+    from ..models import find as models
 
     return [CompletionItem(name) for name in models.complete_models(incomplete)] or [
         CompletionItem(incomplete, type="dir")
@@ -86,6 +86,7 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
     help="Of the transformer's engines; bfloat16 is served on GPUs only.",
 )
 @click.option("--revision", help="Branch, tag or commit of a hub model.  [default: its main branch]")
+@click.option("--variant", help="Weights of MODEL where it stores several, such as fp16.  [default: the plain ones]")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python that comes with MODEL; refused without this.")
 @click.option(
     "--backend",

@@ -25,6 +25,7 @@ from .compile import check_packages, complete_models
     help="safetensors file.",
 )
 @click.option("--revision", help="Branch, tag or commit of a hub model.  [default: its main branch]")
+@click.option("--variant", help="Weights of MODEL where it stores several, such as fp16.  [default: the plain ones]")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python that comes with MODEL; refused without this.")
 @click.option("--lora", type=click.Path(path_type=Path), help="Folder of the LoRA that the artifact was compiled with.")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")

@@ -14,6 +14,7 @@ import torch
 from otcache.schemas.errors import ArtifactError
 from otcache.schemas.manifest import Sampler
 
+from ..models.digests import options_from_plain
 from ..programs.lower import is_flow
 
 
@@ -25,7 +26,7 @@ def source_scheduler(sampler: Sampler) -> Any:
             f"sampler.scheduler is {sampler.scheduler[:80]!r}: expected a scheduler of diffusers {diffusers.__version__}: "
             "install the version that the artifact was compiled with"
         )
-    return found.from_config(sampler.config)
+    return found.from_config(options_from_plain(sampler.config))
 
 
 def times_tensor(source: Any, timesteps: Sequence[float]) -> torch.Tensor:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from otcache.schemas.digest import digest_of_bytes, digest_of_value
+from otcache.schemas.digest import FLOAT, digest_of_bytes, digest_of_value, with_named_floats
 from otcache.schemas.errors import ModelError
 
 
@@ -48,14 +47,26 @@ def own_options(module: Any) -> dict[str, Any]:
 
 
 def plain_options(component: Any) -> dict[str, Any]:
-    """The options of a diffusers component that a manifest can hold: None, truth values, text and finite numbers."""
+    """The options of a diffusers component that a manifest can hold: None, truth values, text and numbers.
+
+    Numbers that JSON does not have are named; `options_from_plain` reads them.
+    """
     return {
-        name: value
+        name: with_named_floats(value)
         for name, value in component.config.items()
-        if not name.startswith("_")
-        and (
-            value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
-        )
+        if not name.startswith("_") and (value is None or isinstance(value, bool | int | str | float))
+    }
+
+
+def options_from_plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `plain_options` made, as the component's class takes it.
+
+    >>> options_from_plain({"lambda_min_clipped": {"__float__": "-Infinity"}, "shift": 3.0})
+    {'lambda_min_clipped': -inf, 'shift': 3.0}
+    """
+    return {
+        name: float(value[FLOAT]) if isinstance(value, dict) and FLOAT in value else value
+        for name, value in options.items()
     }
 
 

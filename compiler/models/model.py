@@ -1,13 +1,8 @@
-"""Find and load MODEL: a bundled name, a diffusers folder or a hub id.
-
-Nothing that comes with a model is executed unless `trust_remote_code` says so: `foreign` refuses Python code, classes
-from elsewhere and pickled weights before diffusers sees the folder.
-"""
+"""A loaded model, what identifies it, and what it says of itself: its prompts, and how it is called."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,8 +10,6 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from otcache.schemas.errors import ModelError
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +25,7 @@ class CallDefaults:
     width: int | None = None
     num_frames: int | None = None
     max_sequence_length: int | None = None
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +34,7 @@ class Model:
 
     name: str
     folder: Path | None
-    """Where it was loaded from; None for a pipeline that the caller made."""
+    """Where it was loaded from, with its own prompts and call; None for a pipeline that the caller made."""
     pipeline: Any
     config_digest: str
     weights_digest: str

@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from ..workspace.whole_files import full_disk_named, part_folder, remove_leftovers
 from ..workspace.workspace import ELSEWHERE, make_folder
+from .files import WEIGHTS, files_in, weight_files
 from .mapped_weights import give_back_all
 
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -36,24 +37,24 @@ def widened(folder: Path, dtype: torch.dtype, scratch: Path) -> Iterator[Path]:
     What was mapped from the copy stays readable. Outside Linux, where nothing is given back, it is the folder itself.
     Raises HostError for a scratch folder that nothing can be written to.
     """
-    files = [path for path in folder.rglob("*.safetensors") if path.is_file()]
-    others = {path for path in files if _dtypes(path) - {dtype}}
+    others = {path for path in weight_files(folder) if _dtypes(path) - {dtype}}
     if not others or not sys.platform.startswith("linux"):
         yield folder
         return
-
-    def copied(source: str, target: str) -> None:
-        if Path(source) in others:
-            _cast(Path(source), Path(target), dtype)
-        elif Path(source) in files:
-            os.symlink(Path(source).resolve(), target)
-        else:
-            shutil.copyfile(source, target)
-
+    name = folder.resolve().name
     make_folder(scratch)
-    remove_leftovers(scratch, re.escape(folder.name))
-    with full_disk_named(scratch, ELSEWHERE), part_folder(scratch / folder.name) as made:
-        yield Path(shutil.copytree(folder, made / folder.name, copy_function=copied))
+    remove_leftovers(scratch, re.escape(name))
+    with full_disk_named(scratch, ELSEWHERE), part_folder(scratch / name) as made:
+        for path in files_in(folder):
+            target = made / name / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path in others:
+                _cast(path, target, dtype)
+            elif path.suffix == WEIGHTS:
+                target.symlink_to(path.resolve())
+            else:
+                shutil.copyfile(path, target)
+        yield made / name
 
 
 def _dtypes(path: Path) -> set[torch.dtype]:

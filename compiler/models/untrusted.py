@@ -7,12 +7,13 @@ without asking, and reading a pickle executes what it says. Here only files are 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from otcache.schemas.errors import ModelError
+
+from .files import INDEX, WEIGHTS, check_variant, components_of, read_config
 
 LIBRARIES = ("diffusers", "transformers")
 """Where the classes of `model_index.json` may come from, beside the modules of `diffusers.pipelines`."""
@@ -29,9 +30,9 @@ def check_code(folder: Path, name: str) -> None:
         if path.suffix in (".py", ".pyc", ".pyd", ".pyw", ".so"):
             _refuse(name, f"brings Python code ({path.relative_to(folder).as_posix()})")
     for path in files:
-        if path.name.endswith("config.json") and (key := _code_key(_read(path, name))) is not None:
+        if path.name.endswith("config.json") and (key := _code_key(read_config(path, f"MODEL {name!r}"))) is not None:
             _refuse(name, f"names Python code of its own ({key} in {path.relative_to(folder).as_posix()})")
-    for component, value in _read(folder / "model_index.json", name).items():
+    for component, value in _index(folder, name).items():
         if component == "_class_name" and not isinstance(value, str):
             _refuse(name, f"is of a class of its own ({str(value)[:80]!r} in model_index.json)")
         if isinstance(value, list) and not component.startswith("_"):
@@ -40,16 +41,26 @@ def check_code(folder: Path, name: str) -> None:
                 _refuse(name, f"takes {component[:80]!r} from {str(library)[:80]!r} (model_index.json)")
 
 
-def check_weights(folder: Path, name: str) -> None:
-    """Raise ModelError if a component has pickled weights and no safetensors: reading a pickle runs what it says."""
+def check_weights(folder: Path, name: str, variant: str | None = None) -> None:
+    """Raise ModelError if a component has no safetensors that diffusers would load, but other weights.
+
+    Reading a pickle runs what it says. Weights of a variant such as fp16 alone are loaded where `variant` names it.
+    """
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
-        files = [path for path in sorted(part.iterdir()) if path.is_file()]
-        pickled = [path for path in files if path.suffix in PICKLED]
-        if pickled and not any(path.suffix == ".safetensors" for path in files):
+        files = [path.name for path in sorted(part.iterdir()) if path.is_file()]
+        pickled = [file for file in files if file.endswith(PICKLED)]
+        stored = [file for file in files if file.endswith(WEIGHTS)]
+        if pickled and not stored:
             raise ModelError(
-                f"MODEL {name!r} has its {part.name} as a pickle only ({pickled[0].name}), which runs code when it is read: "
-                "expected .safetensors: on a host where you trust it, load the pipeline and save_pretrained it again"
+                f"MODEL {name!r} has its {part.name} as a pickle only ({pickled[0]}), which runs code when it is read: "
+                f"expected {WEIGHTS}: on a host where you trust it, load the pipeline and save_pretrained it again"
             )
+        if part.name in components_of(_index(folder, name)):
+            check_variant(part.name, files, variant, f"MODEL {name!r}")
+
+
+def _index(folder: Path, name: str) -> dict[str, Any]:
+    return read_config(folder / INDEX, f"MODEL {name!r}")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -60,14 +71,6 @@ def _files(folder: Path) -> list[Path]:
 
 def _refuse(name: str, what: str) -> None:
     raise ModelError(f"MODEL {name!r} {what}, which otcache does not run: expected data only: {TRUST}")
-
-
-def _read(path: Path, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"MODEL {name!r}: {path.name} cannot be read ({error}): expected a JSON object") from None
-    return value if isinstance(value, dict) else {}
 
 
 def _code_key(config: dict[str, Any]) -> str | None:

@@ -25,6 +25,7 @@ def encode(
     prompts: Sequence[str],
     negative_prompt: str | None = None,
     revision: str | None = None,
+    variant: str | None = None,
     trust_remote_code: bool = False,
     lora: Path | None = None,
 ) -> dict[str, list[int]]:
@@ -34,7 +35,7 @@ def encode(
     ArtifactError.
     """
     manifest = read_manifest(artifact).manifest
-    loaded = load_model(model, revision=revision, trust_remote_code=trust_remote_code, lora=lora)
+    loaded = load_model(model, revision=revision, variant=variant, trust_remote_code=trust_remote_code, lora=lora)
     if loaded.weights_digest != manifest.model.weights_digest:
         raise ModelError(
             f"MODEL {model!r} has weights {loaded.weights_digest[:19]}…, but {artifact} was compiled from "

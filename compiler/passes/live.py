@@ -15,12 +15,13 @@ from torch import nn
 from otcache.schemas.errors import ModelError, UsageError
 
 from ..models.digests import active_adapters, config_digest, denoiser_digest, weights_digest
+from ..models.files import INDEX
 from ..models.model import Model, transformer_of
 from ..options import CompileOptions, parse_budgets, parse_guidance
 from ..workspace.progress import Reporter, reporter_for
 from .compile import compile_model
 
-OF_LOADING = ("revision", "trust_remote_code", "lora")
+OF_LOADING = ("revision", "variant", "trust_remote_code", "lora")
 """Options that say how a model is loaded, and have no meaning for one that is."""
 
 
@@ -70,7 +71,7 @@ def live_model(pipeline: Any, name: str) -> Model:
     """The pipeline with digests of what it holds in memory."""
     return Model(
         name=name,
-        folder=None,
+        folder=_folder_of(pipeline),
         pipeline=pipeline,
         config_digest=config_digest(pipeline),
         weights_digest=weights_digest(pipeline),
@@ -81,6 +82,12 @@ def live_model(pipeline: Any, name: str) -> Model:
 def _name_of(pipeline: Any) -> str:
     """Of the folder or hub model that it was loaded from, else of its class."""
     return Path(getattr(pipeline, "config", {}).get("_name_or_path") or "").name or type(pipeline).__name__
+
+
+def _folder_of(pipeline: Any) -> Path | None:
+    """Where the pipeline was loaded from, if that is a folder that is still there: it may bring prompts and a call."""
+    path = Path(getattr(pipeline, "config", {}).get("_name_or_path") or "")
+    return path if (path / INDEX).is_file() else None
 
 
 def _budgets(given: Iterable[int] | str) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from ..options import CompileOptions, split_prompts
 from ..pipelines.call import CallOptions, call_options
 from ..pipelines.decode import decoded
 from ..pipelines.denoiser import denoiser_of, placed
-from ..pipelines.full_run import capture
+from ..pipelines.full_run import capture, with_known_negative
 from ..pipelines.interface import Interface
 from ..pipelines.placement import (
     PeakBytes,
@@ -39,8 +39,10 @@ from ..pipelines.placement import (
     placement_of,
 )
 from ..pipelines.probe import probe
+from ..pipelines.prompts import class_prompts, split_labels
 from ..sizes.requested import Wanted, wanted
 from ..sizes.served import Seen, own_point, programs_differ, see
+from ..workspace.code import code_digest
 from ..workspace.ledger import NAME as ATTEMPT
 from ..workspace.progress import Reporter
 from ..workspace.workspace import Workspace, default_workspace
@@ -126,6 +128,7 @@ def begin(
             options.model,
             dtype=options.precision,
             revision=options.revision,
+            variant=options.variant,
             trust_remote_code=options.trust_remote_code,
             lora=options.lora,
             scratch=options.workspace,
@@ -134,9 +137,10 @@ def begin(
             place(model.pipeline, placement)
         else:
             placement = placement_of(model.pipeline, model.transformer)
-    prompts, held_out = split_prompts(
-        own or model.prompts or default_prompts(), options.calibration_prompts, options.evaluation_prompts
-    )
+    classes = class_prompts(model.pipeline)
+    listed = own or model.prompts or classes or default_prompts()
+    split = split_prompts if classes is None else split_labels
+    prompts, held_out = split(listed, options.calibration_prompts, options.evaluation_prompts)
     with reporter.on("probe", type(model.pipeline).__name__):
         return _session(options, model, placement, prompts, reporter), prompts, held_out
 
@@ -164,7 +168,13 @@ def _session(
     )
     exports = options.engines == "onnx" and placement.exportable
     encoders = text_encoders(model.pipeline, call.max_sequence_length or 0) if exports else None
-    interface = probe(model.pipeline, call, options.nominal_scale, prompts)
+    low, high = options.guidance_scale
+    scale = options.nominal_scale if options.nominal_scale > 1 or low == high else high
+    interface = probe(model.pipeline, call, scale, prompts)
+    if interface.guided and low < 1 < high:
+        options = replace(options, guidance_scale=(1.0, high))
+        reporter.note(f"{type(model.pipeline).__name__} guides above scale 1 only: the range is 1:{high:g}")
+    call = with_known_negative(model.pipeline, interface, call, options.nominal_scale, prompts)
     if interface.guided and call.scale_offset:
         reporter.note(
             f"{type(model.pipeline).__name__} counts guidance from another number: scale {options.nominal_scale:g} is its "
@@ -196,6 +206,7 @@ def _session(
         "config": model.config_digest,
         "weights": model.weights_digest,
         "versions": versions(),
+        "code": code_digest(),
         "prompts": list(prompts),
         "steps": call.num_inference_steps,
         "size": [call.height, call.width, call.num_frames],

@@ -4,11 +4,9 @@ prepared.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,16 @@ import torch
 from otcache.schemas.errors import ModelError, UsageError
 
 from ..models.model import transformer_of
+from .invoke import invoke, stopping_at_the_model
+from .own_size import AXES, own_size
+from .prompts import any_prompts
+
+ABOVE_ONE = 1 + 1e-8
+"""A guidance scale that pipelines take for guidance, and that float32 takes for 1.
+
+At 1 they run the positive branch alone. Here they run both, and the result is the positive one's: so samples at 1 are
+recorded beside those at other scales.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +37,8 @@ class CallOptions:
     """None for a pipeline of pictures."""
     num_inference_steps: int
     max_sequence_length: int | None
-    negative_prompt: str
+    negative_prompt: str | None
+    """None leaves it out, which may be what no text gives: zeros, in SDXL."""
     guidance_argument: str | None
     """`true_cfg_scale`, `guidance_scale`, or None for a pipeline without guidance."""
     scale_offset: float = 0.0
@@ -56,7 +65,7 @@ class CallOptions:
             arguments["max_sequence_length"] = self.max_sequence_length
         if self.guidance_argument:
             arguments[self.guidance_argument] = guidance_scale + self.scale_offset
-            if "negative_prompt" in self.accepted:
+            if "negative_prompt" in self.accepted and self.negative_prompt is not None:
                 arguments["negative_prompt"] = [self.negative_prompt] * count
         return arguments
 
@@ -69,39 +78,76 @@ def call_options(
     width: int | None = None,
     num_frames: int | None = None,
     max_sequence_length: int | None = None,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
 ) -> CallOptions:
-    """Fill in what the user left out: the pipeline's own size, else the autoencoder's; the tokenizer's length.
+    """Fill in what the user left out: the pipeline's own size and negative prompt; the tokenizer's length.
 
-    Raises UsageError for frames of a pipeline that draws pictures.
+    Args:
+        pipeline: a diffusers pipeline.
+        num_inference_steps: of the full sampler.
+        height, width: pixels.
+        num_frames: of a video.
+        max_sequence_length: tokens of a prompt.
+        negative_prompt: None for what the pipeline takes when it is given none. One whose guidance has an argument of
+            its own, `true_cfg_scale`, guides only where there is a negative prompt: the empty text.
+
+    Raises:
+        UsageError: frames of a pipeline that draws pictures.
+        ModelError: the pipeline refuses the call, or does not say its size.
     """
     name, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
     defaults = {key: parameter.default for key, parameter in parameters.items() if isinstance(parameter.default, int)}
     if num_frames is not None and "num_frames" not in parameters:
         raise UsageError(f"--num-frames is {num_frames}, but {name} draws pictures: leave it out")
-    if max_sequence_length is None and "max_sequence_length" in defaults:
-        tokenizers = [part for part in pipeline.components.values() if hasattr(part, "model_max_length")]
-        sequence = [part for part in tokenizers if "CLIP" not in type(part).__name__]  # beside others, CLIP is pooled
-        lengths = [part.model_max_length for part in (sequence or tokenizers)[-1:]]
-        max_sequence_length = min([defaults["max_sequence_length"], *lengths])
-    embedded = getattr(transformer_of(pipeline, name).config, "guidance_embeds", False)
-    guidance = None
-    if "true_cfg_scale" in parameters and not embedded:
-        guidance = "true_cfg_scale"
-    elif "guidance_scale" in parameters:
-        guidance = "guidance_scale"
-    side = _default_side(pipeline)
-    return CallOptions(
-        height=height or defaults.get("height", side),
-        width=width or defaults.get("width", side),
+    guidance = _guidance_argument(pipeline, parameters)
+    if guidance == "true_cfg_scale" and negative_prompt is None:
+        negative_prompt = ""
+    options = CallOptions(
+        height=height or defaults.get("height", 0),
+        width=width or defaults.get("width", 0),
         num_frames=num_frames or defaults.get("num_frames"),
         num_inference_steps=num_inference_steps,
-        max_sequence_length=max_sequence_length,
+        max_sequence_length=max_sequence_length or _sequence_length(pipeline, defaults),
         negative_prompt=negative_prompt,
         guidance_argument=guidance,
         scale_offset=scale_offset(pipeline),
         accepted=frozenset(parameters),
     )
+    return _with_own_size(pipeline, options)
+
+
+def _guidance_argument(pipeline: Any, parameters: Any) -> str | None:
+    embedded = getattr(transformer_of(pipeline, type(pipeline).__name__).config, "guidance_embeds", False)
+    if "true_cfg_scale" in parameters and not embedded:
+        return "true_cfg_scale"
+    return "guidance_scale" if "guidance_scale" in parameters else None
+
+
+def _sequence_length(pipeline: Any, defaults: dict[str, int]) -> int | None:
+    """Of the call's default and the tokenizer that it is for the lower one; None where the call has no such argument."""
+    if "max_sequence_length" not in defaults:
+        return None
+    tokenizers = [part for part in pipeline.components.values() if hasattr(part, "model_max_length")]
+    sequence = [part for part in tokenizers if "CLIP" not in type(part).__name__]  # beside others, CLIP is pooled
+    lengths = [part.model_max_length for part in (sequence or tokenizers)[-1:]]
+    return min([defaults["max_sequence_length"], *lengths])
+
+
+def _with_own_size(pipeline: Any, options: CallOptions) -> CallOptions:
+    """The options with the pipeline's own size in place of what neither the user nor the call's signature says."""
+    missing = [name for name in ("height", "width") if not getattr(options, name)]
+    if "num_frames" in options.accepted and options.num_frames is None:
+        missing.append("num_frames")
+    if not missing:
+        return options
+    call = {name: value for name, value in options.arguments(1.0, 1).items() if name not in missing}
+    told = own_size(pipeline, {**any_prompts(pipeline, 1), "generator": [torch.Generator().manual_seed(0)], **call})
+    sizes = {name: told[name] for name in missing if name in told}
+    if unknown := [name for name in missing if name not in sizes and name in AXES[:2]]:
+        raise ModelError(
+            f"{type(pipeline).__name__} does not say its own {' and '.join(unknown)}: give --height and --width"
+        )
+    return dataclasses.replace(options, **sizes)
 
 
 def scale_offset(pipeline: Any) -> float:
@@ -113,51 +159,12 @@ def scale_offset(pipeline: Any) -> float:
     return -1.0 if getattr(at_one, "do_classifier_free_guidance", False) else 0.0
 
 
-def _default_side(pipeline: Any) -> int:
-    """Pixels that the autoencoder was trained at, or that the pipeline names."""
-    side = getattr(getattr(getattr(pipeline, "vae", None), "config", None), "sample_size", None)
-    if isinstance(side, int):
-        return side
-    default = getattr(pipeline, "default_sample_size", 64)
-    return int(default if isinstance(default, int) else 64) * int(getattr(pipeline, "vae_scale_factor", 8))
-
-
-def prompt_arguments(pipeline: Any, prompts: Sequence[str]) -> dict[str, list[Any]]:
-    """Prompts as the pipeline's call takes them: texts, or the numbers of the labels that they name."""
-    labels = getattr(pipeline, "labels", None)
-    if not isinstance(labels, dict):
-        return {"prompt": list(prompts)}
-    if unknown := [prompt for prompt in prompts if prompt not in labels]:
-        raise ModelError(
-            f"{type(pipeline).__name__} has no label {unknown[0]!r}: expected one of {len(labels)}, such as "
-            f"{', '.join(map(repr, list(labels)[:3]))}"
-        )
-    return {"class_labels": [labels[prompt] for prompt in prompts]}
-
-
-def any_prompts(pipeline: Any, count: int) -> dict[str, list[Any]]:
-    """For a call whose result does not depend on its prompts."""
-    labels = getattr(pipeline, "labels", None)
-    return prompt_arguments(pipeline, [next(iter(labels)) if isinstance(labels, dict) else ""] * count)
-
-
-class _Prepared(Exception):
-    """Raised at the first model call of a pipeline whose scheduler is to be prepared and nothing else."""
-
-
 def prepare_scheduler(pipeline: Any, options: CallOptions, scheduler: Any, num_inference_steps: int) -> None:
     """Have the pipeline itself call `scheduler.set_timesteps`, with its own sigmas and shift; no model evaluation."""
-    transformer = transformer_of(pipeline, type(pipeline).__name__)
-
-    def stop(*_: Any) -> None:
-        raise _Prepared
-
-    handle = transformer.register_forward_pre_hook(stop)
     original, pipeline.scheduler = pipeline.scheduler, scheduler
     call = dataclasses.replace(options, num_inference_steps=num_inference_steps).arguments(1.0, 1)
     try:
-        with contextlib.suppress(_Prepared), torch.no_grad():
-            pipeline(**any_prompts(pipeline, 1), generator=[torch.Generator().manual_seed(0)], **call)
+        with stopping_at_the_model(pipeline):
+            invoke(pipeline, {**any_prompts(pipeline, 1), "generator": [torch.Generator().manual_seed(0)], **call})
     finally:
-        handle.remove()
         pipeline.scheduler = original

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .call import CallOptions, any_prompts
+from .call import CallOptions
+from .invoke import invoke
+from .prompts import any_prompts
 
 
 def decoded(pipeline: Any, options: CallOptions, latents: Tensor) -> Tensor:
@@ -30,10 +32,9 @@ def decoded(pipeline: Any, options: CallOptions, latents: Tensor) -> Tensor:
     arguments = dataclasses.replace(options, num_inference_steps=2).arguments(1.0, count) | {"output_type": "np"}
     scheduler.step = step
     try:
-        with torch.no_grad(), _one_by_one(getattr(pipeline, "vae", None)):
-            made = pipeline(
-                **any_prompts(pipeline, count), generator=[torch.Generator() for _ in range(count)], **arguments
-            )
+        with _one_by_one(getattr(pipeline, "vae", None)):
+            generators = [torch.Generator() for _ in range(count)]
+            made = invoke(pipeline, {**any_prompts(pipeline, count), "generator": generators, **arguments})
     finally:
         del scheduler.step
     return torch.from_numpy(np.asarray(made[0], np.float32))

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from otcache.schemas.errors import ModelError
 
-from .call import CallOptions
+from .call import ABOVE_ONE, CallOptions
 from .interface import Interface
 from .listed_arguments import as_tensors
-from .record import Progress, Tape, recorded_run
+from .record import Progress, Tape, record_first_step, record_run
 from .trajectory import Trajectory
 
 
@@ -75,10 +75,10 @@ def record_full_runs(
                 )
             sink.write_step(places, index, timestep, before, output, after)
 
-        tape = recorded_run(
+        tape = record_run(
             pipeline,
             options,
-            scale,
+            ABOVE_ONE if interface.guided and scale == 1 else scale,
             [prompts[i] for i in own],
             [seeds[i] for i in own],
             progress=report,
@@ -87,7 +87,7 @@ def record_full_runs(
         parts.append((own, tape))
     order = torch.tensor([row for own, _ in parts for row in own]).argsort()
     return {
-        name: torch.cat([_branches(interface, tape, name) for _, tape in parts], dim=1)[:, order]
+        name: torch.cat([_branches(interface, tape.calls[0], name) for _, tape in parts], dim=1)[:, order]
         for name in interface.conditioning
     }
 
@@ -141,14 +141,27 @@ def conditioning_of(
     pipeline: Any, interface: Interface, options: CallOptions, guidance_scale: float, prompts: Sequence[str]
 ) -> dict[str, Tensor]:
     """What the pipeline makes of prompts: each tensor (branches, n, …), branches in the order negative, positive."""
-    short = dataclasses.replace(options, num_inference_steps=2)
-    tape = recorded_run(pipeline, short, guidance_scale, prompts, range(len(prompts)))
-    return {name: _branches(interface, tape, name) for name in interface.conditioning}
+    calls = record_first_step(pipeline, options, guidance_scale, prompts)
+    return {name: _branches(interface, calls, name) for name in interface.conditioning}
 
 
-def _branches(interface: Interface, tape: Tape, name: str) -> Tensor:
-    """One argument as (branches, n, …), in the order negative, positive."""
-    calls = [as_tensors(call, interface.listed) for call in tape.calls[0]]
+def with_known_negative(
+    pipeline: Any, interface: Interface, options: CallOptions, guidance_scale: float, prompts: Sequence[str]
+) -> CallOptions:
+    """The options with the empty text as negative prompt, where a pipeline that is given none takes just that.
+
+    Where it takes something else, such as zeros, the options stay without one.
+    """
+    if not interface.guided or options.negative_prompt is not None or "negative_prompt" not in options.accepted:
+        return options
+    empty = dataclasses.replace(options, negative_prompt="")
+    ways = [conditioning_of(pipeline, interface, each, guidance_scale, prompts[:1]) for each in (options, empty)]
+    return empty if all(torch.equal(ways[0][name], ways[1][name]) for name in ways[0]) else options
+
+
+def _branches(interface: Interface, calls: Sequence[dict[str, Any]], name: str) -> Tensor:
+    """One argument of a step's calls as (branches, n, …), in the order negative, positive."""
+    calls = [as_tensors(call, interface.listed) for call in calls]
     values = [interface.text.padded(call, name) if interface.text else call[name] for call in calls]
     parts = list(values[0].chunk(2)) if interface.stacked else values
     if interface.guided and interface.positive_first:

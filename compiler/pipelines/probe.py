@@ -21,7 +21,8 @@ from .guidance import find_guidance
 from .interface import Interface, Text
 from .listed_arguments import as_tensors, extra_axis, lists_of
 from .noise_layout import find_layout, proportional
-from .record import Tape, recorded_noise, recorded_run
+from .prompts import probe_prompts
+from .record import Tape, record_run, recorded_noise
 
 PROBE_SAMPLES = 3
 """Samples of a probe run: a number that no other axis of a model is likely to have."""
@@ -37,12 +38,11 @@ def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: S
             f"{name} has two transformers that take turns (transformer, transformer_2): expected one, because an artifact has "
             "one trunk; compile a pipeline with a single expert"
         )
-    prompts = list(dict.fromkeys(prompts))[: 2 * PROBE_SAMPLES]
-    prompts += [f"probe {i}" for i in range(2 * PROBE_SAMPLES - len(prompts))]
+    prompts = probe_prompts(pipeline, prompts, 2 * PROBE_SAMPLES)
     short = dataclasses.replace(options, num_inference_steps=3)
     with recorded_noise() as drawn:
-        first = recorded_run(pipeline, short, guidance_scale, prompts[:PROBE_SAMPLES], range(PROBE_SAMPLES))
-        second = recorded_run(pipeline, short, guidance_scale, prompts[PROBE_SAMPLES:], range(100, 100 + PROBE_SAMPLES))
+        first = record_run(pipeline, short, guidance_scale, prompts[:PROBE_SAMPLES], range(PROBE_SAMPLES))
+        second = record_run(pipeline, short, guidance_scale, prompts[PROBE_SAMPLES:], range(100, 100 + PROBE_SAMPLES))
     sample, count = first.samples[0], len(first.calls[0])
     if count not in (1, 2):
         raise ModelError(f"{name} calls its transformer {count} times a step: one or two (guidance) can be compiled")
@@ -99,7 +99,7 @@ def interface_at(
         (list(prompts) * PROBE_SAMPLES)[:PROBE_SAMPLES],
     )
     with recorded_noise() as drawn:
-        tape = recorded_run(pipeline, short, guidance_scale, repeated, range(PROBE_SAMPLES))
+        tape = record_run(pipeline, short, guidance_scale, repeated, range(PROBE_SAMPLES))
     sample, call = tape.samples[0], tape.calls[0][0]
 
     def constant(name: str, value: Any) -> Any:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ..models.model import transformer_of
 from .arguments import PLAIN, flattened
-from .call import CallOptions, prompt_arguments
+from .call import CallOptions
+from .invoke import Stop, invoke
+from .prompts import prompt_arguments
 
 Progress = Callable[[int, int], None]
 OnStep = Callable[[int, float, Tensor, Tensor, Tensor], None]
@@ -104,7 +106,7 @@ def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str
     return found
 
 
-def recorded_run(
+def record_run(
     pipeline: Any,
     options: CallOptions,
     guidance_scale: float,
@@ -113,28 +115,63 @@ def recorded_run(
     progress: Progress | None = None,
     on_step: OnStep | None = None,
 ) -> Tape:
-    """One run of the pipeline on n prompts, with noise of a CPU generator for each. See `record`."""
+    """Run a pipeline with a prompt and a seed for each of n samples, and record what it does. See `record`."""
     count = len(prompts)
 
     def first_branch(step_index: int, timestep: float, *tensors: Tensor) -> None:
         assert on_step is not None
         on_step(step_index, timestep, *(value[:count] for value in tensors))
 
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    taken = None if on_step is None else first_branch
-    with (
-        record(pipeline, progress=progress, on_step=taken) as tape,
-        guider_at(pipeline, guidance_scale),
-        torch.no_grad(),
-    ):
-        arguments = options.arguments(guidance_scale, count)
-        pipeline(**prompt_arguments(pipeline, prompts), generator=generators, **arguments)
-    if (
-        tape.samples and len(tape.samples[0]) == 2 * count
-    ):  # both branches, with the same latents, went to the scheduler
+    with record(pipeline, progress=progress, on_step=None if on_step is None else first_branch) as tape:
+        _run(pipeline, options, guidance_scale, prompts, seeds)
+    both = tape.samples and len(tape.samples[0]) == 2 * count  # branches, with the same latents, went to the scheduler
+    if both:
         for steps in (tape.samples, tape.guided, tape.final):
             steps[:] = [step[:count] for step in steps]
     return tape
+
+
+def record_first_step(
+    pipeline: Any, options: CallOptions, guidance_scale: float, prompts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The arguments of a pipeline's calls to its transformer in its first step, where the run ends."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Stop
+
+    with record(pipeline, keep_calls=1) as tape:
+        pipeline.scheduler.step = stop
+        with contextlib.suppress(Stop):
+            _run(pipeline, options, guidance_scale, prompts, range(len(prompts)))
+    return tape.calls[0]
+
+
+def record_first_call(pipeline: Any, options: CallOptions, prompts: Sequence[str]) -> dict[str, Any]:
+    """The arguments of a pipeline's first call to its transformer without guidance; nothing is evaluated."""
+    transformer = transformer_of(pipeline, type(pipeline).__name__)
+    signature = inspect.signature(transformer.forward)
+    calls: list[dict[str, Any]] = []
+
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(flattened(_bound(signature, args, kwargs)))
+        raise Stop
+
+    handle = transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with contextlib.suppress(Stop):
+            _run(pipeline, options, 1.0, prompts, range(len(prompts)))
+    finally:
+        handle.remove()
+    return calls[0]
+
+
+def _run(
+    pipeline: Any, options: CallOptions, guidance_scale: float, prompts: Sequence[str], seeds: Sequence[int]
+) -> None:
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    with guider_at(pipeline, guidance_scale):
+        arguments = options.arguments(guidance_scale, len(prompts))
+        invoke(pipeline, {**prompt_arguments(pipeline, prompts), "generator": generators, **arguments})
 
 
 @contextlib.contextmanager

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
+import math
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
 
-from otcache.compiler.models.digests import config_digest, denoiser_digest, own_options, plain_options, weights_digest
+from otcache.compiler.models.digests import (
+    config_digest,
+    denoiser_digest,
+    options_from_plain,
+    own_options,
+    plain_options,
+    weights_digest,
+)
 from otcache.compiler.models.load import load_model
 from otcache.schemas.digest import digest_of_value
 from otcache.schemas.errors import ModelError
@@ -64,10 +73,15 @@ def test_only_options_that_differ_from_the_defaults_count():
     assert own_options(FlowMatchEulerDiscreteScheduler(shift=3.0, base_shift=0.5)) == {"shift": 3.0}
 
 
-def test_options_of_a_manifest_are_finite():
-    options = plain_options(DPMSolverMultistepScheduler(solver_order=3, trained_betas=[0.1] * 1000))
+def test_options_of_a_manifest_are_json_and_read_back():
+    scheduler = DPMSolverMultistepScheduler(solver_order=3, trained_betas=[0.1] * 1000)
+    options = plain_options(scheduler)
     assert options["solver_order"] == 3 and "trained_betas" not in options
-    assert "lambda_min_clipped" not in options, "minus infinity by default, which JSON does not know"
+    assert options["lambda_min_clipped"] == {"__float__": "-Infinity"}, "which JSON does not know as a number"
+    again = options_from_plain(json.loads(json.dumps(options, allow_nan=False)))
+    assert again["lambda_min_clipped"] == -math.inf and again["solver_order"] == 3
+    assert digest_of_value({"a": math.nan}) == digest_of_value({"a": {"__float__": "NaN"}}), "as transformers writes it"
+    assert digest_of_value({"a": math.inf}) != digest_of_value({"a": -math.inf})
 
 
 def test_weights_that_are_elsewhere_are_refused(transformer):

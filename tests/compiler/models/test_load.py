@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from otcache.compiler.models.load import bundled_folder, bundled_models, find_model, load_model
+from otcache.compiler.models.find import bundled_folder, bundled_models, find_model
+from otcache.compiler.models.load import load_model
 from otcache.compiler.models.model import CallDefaults, Model, read_prompts
 from otcache.schemas.errors import ModelError
 

@@ -121,7 +121,7 @@ def test_pickles_are_refused(model):
 
 CACHED = """
 import sys
-from otcache.compiler.models.load import find_model
+from otcache.compiler.models.find import find_model
 from otcache.schemas.errors import ModelError
 try:
     print(find_model(sys.argv[1], revision=sys.argv[2] if len(sys.argv) > 2 else None))

@@ -49,11 +49,11 @@ def full_runs(session: Session, name: str, prompts: Sequence[str], seed: int, ma
             advance(steps * rows.start + steps * len(own) * done // total, steps * len(prompts))
 
         def compute() -> dict[str, np.ndarray]:
-            advance.facts["evaluations"] += steps * len(own)
             model = session.model
             found = capture(
                 model.pipeline, session.interface, session.call, own, seeds, scales[rows], progress=progress
             )
+            advance.facts["evaluations"] += len(found.timesteps) * len(own)
             arrays = {f"conditioning.{key}": _array(value) for key, value in found.conditioning.items()}
             return arrays | {
                 "latents": found.latents.numpy(),
@@ -70,9 +70,8 @@ def full_runs(session: Session, name: str, prompts: Sequence[str], seed: int, ma
         if len({tuple(part[key].shape[2:] for key in names) for part in parts}) > 1:
             # A pipeline that pads prompts to the longest one of a call: they have to be in one call.
             parts = [chunk(slice(0, len(prompts)), advance)]
-        advance.facts["evaluations_reused"] = steps * len(prompts) - min(
-            advance.facts["evaluations"], steps * len(prompts)
-        )
+        charged = len(parts[0]["timesteps"]) * len(prompts)
+        advance.facts["evaluations_reused"] = max(charged - advance.facts["evaluations"], 0)
     arrays = {key: np.concatenate([part[key] for part in parts], axis=1) for key in names}
     arrays["timesteps"] = parts[0]["timesteps"]
     dtype = next(session.model.transformer.parameters()).dtype

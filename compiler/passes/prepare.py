@@ -14,7 +14,7 @@ from ..calibration import metrics
 from ..calibration.trials import Calibration
 from ..graph.stages import Stages
 from ..models.model import Model
-from ..options import CompileOptions
+from ..options import CompileOptions, check_evaluations
 from ..pipelines.call import prepare_scheduler
 from ..pipelines.denoiser import denoiser_of
 from ..pipelines.trajectory import Trajectory
@@ -78,10 +78,11 @@ def prepare(
                 lambda: reporter.note(f"another compile of this model is at work in {folder}: waiting until it ends")
             )
         )
-    trajectory = full_runs(session, "capture", prompts, options.seed, session.margin)
     with reporter.on("lower", type(model.pipeline.scheduler).__name__):
         prepare_scheduler(model.pipeline, session.call, model.pipeline.scheduler, options.num_inference_steps)
-        table = lower(model.pipeline.scheduler)
+        table = lower(model.pipeline.scheduler, step_options=session.interface.step_options)
+        check_evaluations(options, table.num_inference_steps, table.scheduler)
+    trajectory = full_runs(session, "capture", prompts, options.seed, session.margin)
     stages, sizes = (like.stages, like.sizes) if like else _cut(session, trajectory)
     session = replace(session, interface=replace(session.interface, tables=sizes.own_tables))
     attempts = Attempts(session.workspace, [session.key, session.margin, options.objective])

@@ -7,7 +7,6 @@ Shapes: T steps, n samples, latents (n, …) as the scheduler sees them. Latents
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from otcache.schemas.errors import ModelError
 
-from .call import CallOptions
+from .call import CallOptions, short_call
 from .interface import Interface
 from .listed_arguments import as_tensors
 from .record import Progress, Tape, recorded_run
@@ -73,7 +72,7 @@ def conditioning_of(
     pipeline: Any, interface: Interface, options: CallOptions, guidance_scale: float, prompts: Sequence[str]
 ) -> dict[str, Tensor]:
     """What the pipeline makes of prompts: each tensor (branches, n, …), branches in the order negative, positive."""
-    short = dataclasses.replace(options, num_inference_steps=2)
+    short = short_call(pipeline, options)
     tape = recorded_run(pipeline, short, guidance_scale, prompts, range(len(prompts)))
     return {name: _branches(interface, tape, name) for name in interface.conditioning}
 

@@ -59,6 +59,8 @@ class Interface:
     noise_split: tuple[int, ...]
     noise_permutation: tuple[int, ...]
     latents_shape: tuple[int, ...]
+    step_options: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that the pipeline's call passes to `scheduler.step` beside the tensors, such as `eta`."""
 
     @property
     def held(self) -> dict[str, Any]:

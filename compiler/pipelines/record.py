@@ -7,6 +7,7 @@ Shapes: n samples, latents (n, …) as the scheduler sees them. Recorded latents
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ class Tape:
     final: list[Tensor] = field(default_factory=list)
     """The latents after the last step."""
     noise_shapes: list[tuple[int, ...]] = field(default_factory=list)
+    step_options: dict[str, float] = field(default_factory=dict)
+    """Numbers that the pipeline passed to `scheduler.step` beside the tensors."""
 
 
 @contextlib.contextmanager
@@ -51,8 +54,12 @@ def record(pipeline: Any, *, keep_calls: int = 2, progress: Progress | None = No
             tape.calls[-1].append({key: _kept(value) for key, value in call.items()})
             tape.call_outputs[-1].append(PLAIN(output))
 
+    @functools.wraps(original_step)  # pipelines look at its signature for what to pass, such as eta
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original_step(model_output, timestep, sample, *args, **kwargs)
+        tape.step_options = {
+            name: value for name, value in kwargs.items() if name != "return_dict" and isinstance(value, int | float)
+        }
         tape.timesteps.append(float(timestep))
         tape.samples.append(sample.detach().float().clone())
         tape.guided.append(model_output.detach().float().clone())

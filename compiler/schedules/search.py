@@ -55,7 +55,7 @@ class Found:
 
 def search(calibration: Calibration, options: CompileOptions, reporter: Reporter, storage: Path | None = None) -> Found:
     """Run the searches. `storage` is Optuna's database, with which an interrupted anchor search goes on."""
-    total = options.num_inference_steps
+    total = calibration.table.num_inference_steps
     costs: dict[str, float] = {}
     charged = _meter(calibration, costs, total)
 
@@ -102,10 +102,10 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
     if options.payload == "auto" and gram is not None:
         families.append(ResidualFamily(calibration, gram, end_to_end=False, forecasts=AUTO_FORECASTS))
     trials: dict[int, list[Trial]] = {}
-    count = positions(options, calibration.trajectory.count)
+    count = positions(options, calibration.trajectory.count, total)
     with reporter.on("interpolate, fit", f"budgets {', '.join(map(str, options.budgets))}") as advance:
         for position, budget in enumerate(options.budgets):
-            attempts = _interpolated(family, reference, anchor, budget, options, count)
+            attempts = _interpolated(family, reference, anchor, budget, options, count, total)
             for each in families:
                 graphs = list(each.graph_schedules(budget).items())
                 for name, schedule in graphs if each is family else graphs[:1]:
@@ -130,34 +130,36 @@ def refitted(found: Found, calibration: Calibration) -> Found:
     return replace(found, trials=trials)
 
 
-def positions(options: CompileOptions, prompts: int) -> int:
+def positions(options: CompileOptions, prompts: int, total: int) -> int:
     """How many positions on the path are tried for each budget: with many budgets fewer, so that a compile keeps to
     `FULL_RUNS`.
 
     The law's own and the graph's schedules are always tried, so that six budgets and more may take longer. The residual
     payload, which rolls out every forecast of every schedule, keeps to no limit.
+
+    total: T, the evaluations of a full run.
     """
     if options.payload == "residual":
         return INTERPOLATION_WEIGHTS
     allowed = (
         count
         for count in range(INTERPOLATION_WEIGHTS, 1, -1)
-        if 1.0 + sum(_costs(options, prompts, count).values()) <= FULL_RUNS
+        if 1.0 + sum(_costs(options, prompts, count, total).values()) <= FULL_RUNS
     )
     return next(allowed, 1)
 
 
-def highest_costs(options: CompileOptions, prompts: int) -> dict[str, float]:
+def highest_costs(options: CompileOptions, prompts: int, total: int) -> dict[str, float]:
     """What `search` charges at most, in full runs for each of the calibration prompts, before anything is computed.
 
     It is less where ways lead to the same schedule: a schedule is charged once.
     """
-    return _costs(options, prompts, positions(options, prompts))
+    return _costs(options, prompts, positions(options, prompts, total), total)
 
 
-def _costs(options: CompileOptions, prompts: int, weights: int) -> dict[str, float]:
+def _costs(options: CompileOptions, prompts: int, weights: int, total: int) -> dict[str, float]:
     """With so many positions on the path."""
-    total, residual = options.num_inference_steps, options.payload == "residual"
+    residual = options.payload == "residual"
     per_schedule = len(FORECASTS) if residual else 1
     graphs = len(RESIDUAL_GRAPHS) if residual else OUTPUT_GRAPHS
 
@@ -180,14 +182,14 @@ def _costs(options: CompileOptions, prompts: int, weights: int) -> dict[str, flo
 
 
 def _interpolated(
-    family: Family, reference: Trial, anchor: Trial, budget: int, options: CompileOptions, count: int
+    family: Family, reference: Trial, anchor: Trial, budget: int, options: CompileOptions, count: int, total: int
 ) -> list[Trial]:
     """Schedules on the path between the two policies, at `count` positions around the default law's."""
     default = interpolation_weight(budget, options.reference, options.anchor)
     found: dict[tuple[int, ...], float] = {}
     for weight in dict.fromkeys([default, *candidate_weights(default, count=count)]):
         schedule = interpolated_schedule(
-            reference.schedule, anchor.schedule, budget, options.num_inference_steps, weight=weight
+            reference.schedule, anchor.schedule, budget, total, weight=weight
         )
         found.setdefault(schedule, float(weight))
     return [trial for schedule, weight in found.items() for trial in family.attempts(schedule, "interpolated", weight)]

@@ -144,6 +144,24 @@ class CompileOptions:
         )
 
 
+def check_evaluations(options: CompileOptions, evaluations: int, scheduler: str) -> None:
+    """Every budget is within the evaluations of a full run, which some samplers make fewer of than steps.
+
+    Raises UsageError.
+    """
+    budgets = {
+        "--budgets": max(options.budgets),
+        "--reference-budget": options.reference,
+        "--anchor-budget": options.anchor,
+    }
+    for name, budget in budgets.items():
+        if budget > evaluations:
+            raise UsageError(
+                f"{name} has {budget}: expected 1 … {evaluations}, the model evaluations of {scheduler} in "
+                f"{options.num_inference_steps} steps"
+            )
+
+
 def parse_budgets(text: str) -> tuple[int, ...]:
     """`4,8,16` → (4, 8, 16), in increasing order without repeats. Raises UsageError."""
     parts = [part.strip() for part in text.split(",")]

@@ -85,7 +85,7 @@ def compare(
     with reporter.on("further", f"the best peers at {FURTHER:g} times each budget") as advance:
         for index, budget in enumerate(options.budgets):
             further = round(FURTHER * budget)
-            if further <= options.num_inference_steps and further not in options.budgets:
+            if further <= bench.table.num_inference_steps and further not in options.budgets:
                 best = sorted(peers_at(cells, budget), key=lambda cell: -cell.psnr_db.mean)[:BEST_PEERS]
                 for cell in best:
                     measure(next(m for m in peers if m.name == cell.method), further)

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from ..options import CompileOptions
+from ..options import CompileOptions, check_evaluations
 from ..pipelines.call import prepare_scheduler
 from ..pipelines.probe import PROBE_SAMPLES, probe
 from ..programs.baselines import baseline_programs
 from ..programs.lower import lower
+from ..programs.solver_table import SolverTable
 from ..schedules.search import FOUND, highest_costs
 from ..workspace.progress import Reporter
 from .capture import calibration_scales, capture_chunks, capture_key
@@ -151,7 +152,9 @@ def plan_compile(options: CompileOptions, reporter: Reporter | None = None) -> P
 def _passes(
     session: Session, prompts: Sequence[str], held_out: Sequence[str], evaluation_s: float
 ) -> Iterator[PlannedPass]:
-    options, workspace, steps = session.options, session.workspace, session.call.num_inference_steps
+    options, workspace, table = session.options, session.workspace, _full_table(session)
+    steps = table.num_inference_steps
+    check_evaluations(options, steps, table.scheduler)
 
     def planned(name: str, evaluations: float, disk_bytes: float, kept: bool, exact: bool = True, other_s: float = 0.0):  # type: ignore[no-untyped-def]
         count = round(evaluations)
@@ -172,7 +175,7 @@ def _passes(
         captured(session, "capture", prompts, options.seed, session.margin),
     )
     searched = workspace.has("search", search_key(session), ".json")
-    for name, full_runs in highest_costs(options, len(prompts)).items():
+    for name, full_runs in highest_costs(options, len(prompts), steps).items():
         exact = name in ("residuals", "edges")
         yield planned(name, full_runs * steps * len(prompts), 0, searched, exact)
     seed = options.seed + EVALUATION_SEED
@@ -183,7 +186,7 @@ def _passes(
         captured(session, "evaluate", held_out, seed),
     )
     kept = searched and evaluated(session, held_out)
-    yield planned("evaluate", evaluation_count(session, len(held_out)), 0, kept)
+    yield planned("evaluate", evaluation_count(session, table, len(held_out)), 0, kept)
     trunk, item_bytes = _stage_count(session.model.transformer), getattr(torch, options.dtype).itemsize
     modules = {EXPORTS[1]: session.encoders and session.encoders.module, EXPORTS[2]: session.decoder}
     weights = {
@@ -221,7 +224,7 @@ def evaluated(session: Session, held_out: Sequence[str]) -> bool:
     )
 
 
-def evaluation_count(session: Session, held_out: int) -> int:
+def evaluation_count(session: Session, table: SolverTable, held_out: int) -> int:
     """Evaluations of pass `evaluate`: every budget's program and its peers' on all held-out prompts.
 
     Peers are lowered, which takes no evaluation: what they cost is known exactly.
@@ -231,13 +234,18 @@ def evaluation_count(session: Session, held_out: int) -> int:
     def set_timesteps(scheduler: Any, steps: int) -> None:
         prepare_scheduler(pipeline, session.call, scheduler, steps)
 
-    set_timesteps(pipeline.scheduler, options.num_inference_steps)
-    table = lower(pipeline.scheduler)
     count = 0
     for budget in options.budgets:
         peers = baseline_programs(pipeline.scheduler, table, budget, set_timesteps)
         count += (budget + sum(peer.nfe for peer in peers.values())) * held_out
     return count
+
+
+def _full_table(session: Session) -> SolverTable:
+    """The pipeline's own sampler, lowered."""
+    scheduler = session.model.pipeline.scheduler
+    prepare_scheduler(session.model.pipeline, session.call, scheduler, session.call.num_inference_steps)
+    return lower(scheduler, step_options=session.interface.step_options)
 
 
 def _evaluation_seconds(session: Session, prompts: Sequence[str]) -> tuple[float, int]:

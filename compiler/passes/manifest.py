@@ -51,7 +51,7 @@ def manifest_fields(
     session, table, stages, sizes = prepared.session, prepared.table, prepared.trunk, prepared.sizes
     prompts, held_out = prepared.prompts, prepared.held_out
     options, call, interface, model = session.options, session.call, session.interface, session.model
-    total = options.num_inference_steps
+    total = table.num_inference_steps
     low, high = options.guidance_scale
     scheduler = model.pipeline.scheduler
     latents = layout_symbols(sizes, type(model.pipeline).__name__)

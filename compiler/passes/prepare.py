@@ -20,7 +20,7 @@ from ..calibration.samples import LocalSamples
 from ..calibration.trials import Calibration
 from ..graph.stages import Stages
 from ..models.model import Model
-from ..options import CompileOptions
+from ..options import CompileOptions, check_evaluations
 from ..pipelines.call import prepare_scheduler
 from ..pipelines.denoiser import Denoiser, placed
 from ..programs.lower import lower
@@ -104,7 +104,8 @@ def prepare(
             )
         )
     with reporter.on("lower", type(session.model.pipeline.scheduler).__name__):
-        table = lowered(session)
+        table = lower_sampler(session)
+        check_evaluations(options, table.num_inference_steps, table.scheduler)
     runs = full_runs(session, table, "capture", prompts, options.seed, session.margin)
     if like:
         stages, sizes = like.stages, like.sizes
@@ -123,11 +124,11 @@ def prepare(
     )
 
 
-def lowered(session: Session) -> SolverTable:
+def lower_sampler(session: Session) -> SolverTable:
     """The pipeline's own sampler as coefficients."""
     scheduler = session.model.pipeline.scheduler
     prepare_scheduler(session.model.pipeline, session.call, scheduler, session.options.num_inference_steps)
-    return lower(scheduler)
+    return lower(scheduler, step_options=session.interface.step_options)
 
 
 def evaluator_of(session: Session, table: SolverTable, stages: Stages | None) -> Evaluator:

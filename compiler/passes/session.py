@@ -23,7 +23,7 @@ from ..export.text_encoders import Encoders, text_encoders
 from ..models.load import load_model
 from ..models.model import Model, read_prompts
 from ..options import CompileOptions, split_prompts
-from ..pipelines.call import CallOptions, call_options
+from ..pipelines.call import CallOptions, call_options, short_call
 from ..pipelines.decode import decoded
 from ..pipelines.denoiser import denoiser_of, placed
 from ..pipelines.full_run import capture, with_known_negative
@@ -261,7 +261,7 @@ def _micro_batch(
     """As many samples at once as the options say, or as the device has room for after one was evaluated."""
     if options.micro_batch:
         return MicroBatch(options.micro_batch, reporter.note)
-    device, short = placement.device, replace(call, num_inference_steps=2)
+    device, short = placement.device, short_call(model.pipeline, call)
     one = capture(model.pipeline, interface, short, prompts[:1], [0], [options.nominal_scale])
     denoiser = denoiser_of(model.transformer, placed(interface, device), one.to(device))
     with PeakBytes([*model.transformer.parameters(), *model.transformer.buffers()]) as counted:

@@ -159,6 +159,15 @@ def scale_offset(pipeline: Any) -> float:
     return -1.0 if getattr(at_one, "do_classifier_free_guidance", False) else 0.0
 
 
+def short_call(pipeline: Any, options: CallOptions, at_least: int = 2) -> CallOptions:
+    """The call with as few steps as the pipeline's scheduler takes, `at_least` or more: PNDM's start takes four."""
+    for num_steps in range(at_least, at_least + 8):
+        with contextlib.suppress(Exception):
+            copy.deepcopy(pipeline.scheduler).set_timesteps(num_steps)
+            return dataclasses.replace(options, num_inference_steps=num_steps)
+    return dataclasses.replace(options, num_inference_steps=at_least)  # one that is given more than a number of steps
+
+
 def prepare_scheduler(pipeline: Any, options: CallOptions, scheduler: Any, num_inference_steps: int) -> None:
     """Have the pipeline itself call `scheduler.set_timesteps`, with its own sigmas and shift; no model evaluation."""
     original, pipeline.scheduler = pipeline.scheduler, scheduler

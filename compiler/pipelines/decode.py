@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .call import CallOptions
+from .call import CallOptions, short_call
 from .invoke import invoke
 from .prompts import any_prompts
 
@@ -29,7 +28,7 @@ def decoded(pipeline: Any, options: CallOptions, latents: Tensor) -> Tensor:
         final = latents.repeat(len(sample) // count, *[1] * (latents.ndim - 1)).to(sample)
         return SimpleNamespace(prev_sample=final) if return_dict else (final,)
 
-    arguments = dataclasses.replace(options, num_inference_steps=2).arguments(1.0, count) | {"output_type": "np"}
+    arguments = short_call(pipeline, options).arguments(1.0, count) | {"output_type": "np"}
     scheduler.step = step
     try:
         with _one_by_one(getattr(pipeline, "vae", None)):

@@ -61,6 +61,8 @@ class Interface:
     latents_shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     """In which the pipeline passes latents to the model."""
+    step_options: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that the pipeline's call passes to `scheduler.step` beside the tensors, such as `eta`."""
 
     @property
     def held(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from otcache.schemas.errors import ModelError
 
 from .arguments import PLAIN, Adjusted, Behind, Offset, Output, PerSample
-from .call import CallOptions
+from .call import CallOptions, short_call
 from .guidance import find_guidance
 from .interface import Interface, Text
 from .listed_arguments import as_tensors, extra_axis, lists_of
@@ -39,7 +39,7 @@ def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: S
             "one trunk; compile a pipeline with a single expert"
         )
     prompts = probe_prompts(pipeline, prompts, 2 * PROBE_SAMPLES)
-    short = dataclasses.replace(options, num_inference_steps=3)
+    short = short_call(pipeline, options, at_least=3)
     with recorded_noise() as drawn:
         first = record_run(pipeline, short, guidance_scale, prompts[:PROBE_SAMPLES], range(PROBE_SAMPLES))
         second = record_run(pipeline, short, guidance_scale, prompts[PROBE_SAMPLES:], range(100, 100 + PROBE_SAMPLES))
@@ -87,6 +87,7 @@ def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: S
         noise_permutation=permutation,
         latents_shape=tuple(sample.shape[1:]),
         dtype=first.calls[0][0][latents_input].dtype,
+        step_options=first.step_options,
     )
 
 
@@ -94,10 +95,7 @@ def interface_at(
     pipeline: Any, options: CallOptions, interface: Interface, guidance_scale: float, prompts: Sequence[str]
 ) -> Interface:
     """The interface at another size of the request: other constants, latents and noise, everything else the same."""
-    short, repeated = (
-        dataclasses.replace(options, num_inference_steps=2),
-        (list(prompts) * PROBE_SAMPLES)[:PROBE_SAMPLES],
-    )
+    short, repeated = short_call(pipeline, options), (list(prompts) * PROBE_SAMPLES)[:PROBE_SAMPLES]
     with recorded_noise() as drawn:
         tape = record_run(pipeline, short, guidance_scale, repeated, range(PROBE_SAMPLES))
     sample, call = tape.samples[0], tape.calls[0][0]

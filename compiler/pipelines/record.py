@@ -7,6 +7,7 @@ Shapes: n samples, latents (n, …) as the scheduler sees them. Recorded latents
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ class Tape:
     guided: list[Tensor] = field(default_factory=list)
     final: list[Tensor] = field(default_factory=list)
     """The latents after the last step."""
+    step_options: dict[str, float] = field(default_factory=dict)
+    """Numbers that the pipeline passed to `scheduler.step` beside the tensors."""
 
 
 @contextlib.contextmanager
@@ -63,9 +66,13 @@ def record(
             tape.calls[-1].append({key: _kept(value) for key, value in call.items()})
             tape.call_outputs[-1].append(_kept(PLAIN(output)))
 
+    @functools.wraps(original_step)  # pipelines look at its signature for what to pass, such as eta
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         before, output = _kept(sample).float(), _kept(model_output).float()
         result = original_step(model_output, timestep, sample, *args, **kwargs)
+        tape.step_options = {
+            name: value for name, value in kwargs.items() if name != "return_dict" and isinstance(value, int | float)
+        }
         after = _kept(result[0] if isinstance(result, tuple) else result.prev_sample).float()
         if on_step:
             on_step(len(tape.timesteps), float(timestep), before, output, after)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,7 @@ def few_step_program(
     *,
     timeline: ArrayLike | None = None,
     initial_scale: float | None = None,
+    step_options: Mapping[str, float] | None = None,
 ) -> Program:
     """The scheduler's own sampler with `budget` evaluations; the scheduler is left untouched.
 
@@ -88,8 +89,9 @@ def few_step_program(
         timeline: (T,) timesteps of the full sampler. Each step then carries the index of the nearest one, distinct and
             increasing from 0; without it, step indices count from 0.
         initial_scale: scale of the initial latents that the program is given, if not the scheduler's own.
+        step_options: as `lower` takes them.
     """
-    table = _few_step_table(scheduler, budget, set_timesteps)
+    table = _few_step_table(scheduler, budget, set_timesteps, step_options)
     program = program_from_table(table, initial_scale=initial_scale)
     if timeline is None:
         return program
@@ -145,7 +147,12 @@ def baseline_programs(
         try:
             solver, prepare = build()
             program = few_step_program(
-                solver, budget, prepare, timeline=table.timesteps, initial_scale=table.initial_scale
+                solver,
+                budget,
+                prepare,
+                timeline=table.timesteps,
+                initial_scale=table.initial_scale,
+                step_options=table.step_options,
             )
         except (ModelError, UsageError, ValueError, TypeError) as error:
             _LOG.warning("baseline %s at budget %d is left out: %s", name, budget, error)
@@ -179,7 +186,9 @@ def flow_shift(scheduler: Any, num_steps: int, set_timesteps: SetTimesteps = pla
     return float(options.get("shift", options.get("flow_shift", 1.0)))
 
 
-def _few_step_table(scheduler: Any, budget: int, set_timesteps: SetTimesteps) -> SolverTable:
+def _few_step_table(
+    scheduler: Any, budget: int, set_timesteps: SetTimesteps, step_options: Mapping[str, float] | None = None
+) -> SolverTable:
     """The scheduler's sampler with as many steps as `budget` evaluations allow."""
     if budget < 1:
         raise UsageError(f"budget {budget}: expected 1 or more evaluations")
@@ -187,7 +196,7 @@ def _few_step_table(scheduler: Any, budget: int, set_timesteps: SetTimesteps) ->
         prepared = copy.deepcopy(scheduler)
         set_timesteps(prepared, num_steps)
         if len(prepared.timesteps) <= budget:
-            return lower(prepared)
+            return lower(prepared, step_options=step_options)
     raise UsageError(
         f"scheduler {type(scheduler).__name__} needs {len(prepared.timesteps)} evaluations for a single step, "
         f"expected at most the budget {budget}. Raise the budget."

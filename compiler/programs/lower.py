@@ -58,19 +58,21 @@ _STATE: dict[str, Any] = {
 """What diffusers' schedulers remember between steps, and its value before the first."""
 
 
-def lower(scheduler: Any, *, step_options: Mapping[str, Any] | None = None) -> SolverTable:
+def lower(scheduler: Any, *, step_options: Mapping[str, float] | None = None) -> SolverTable:
     """Read the linear coefficients of a scheduler off its own `step`.
 
     Args:
         scheduler: a diffusers scheduler after `set_timesteps`, fresh or used; it is left untouched.
-        step_options: what the pipeline passes to `scheduler.step` beside the tensors, such as `{"eta": 0.0}`.
+        step_options: what the pipeline passes to `scheduler.step` beside the tensors, such as `{"eta": 0.0}`; those
+            that this scheduler's step does not take are left out, as pipelines do.
 
     Raises:
         UsageError: `set_timesteps` was not called.
         ModelError: the scheduler is stochastic or not linear; the message names the option to change.
     """
     name = type(scheduler).__name__
-    options = dict(step_options or {})
+    taken = inspect.signature(scheduler.step).parameters
+    options = {name: value for name, value in (step_options or {}).items() if name in taken}
     if getattr(scheduler, "num_inference_steps", None) is None:
         raise UsageError(
             f"scheduler {name}: received one without inference steps, expected one that is ready to sample. "
@@ -108,6 +110,7 @@ def lower(scheduler: Any, *, step_options: Mapping[str, Any] | None = None) -> S
         scheduler=name,
         prediction_type="flow_prediction" if is_flow(scheduler) else scheduler.config.get("prediction_type"),
         order=int(getattr(scheduler, "order", 1)),
+        step_options=options,
     )
 
 

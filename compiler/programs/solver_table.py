@@ -6,8 +6,8 @@ Nothing here evaluates a model or loads a scheduler: `lower` makes the table.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -67,6 +67,8 @@ class SolverTable:
     """`epsilon`, `v_prediction`, `sample` or `flow_prediction`, if the scheduler says."""
     order: int = 1
     """Evaluations per step of the user's count (`scheduler.order`; 2 for Heun)."""
+    step_options: Mapping[str, float] = field(default_factory=dict)
+    """What the pipeline passes to `scheduler.step` beside the tensors, such as `eta`."""
 
     def __post_init__(self) -> None:
         num_steps = np.asarray(self.timesteps).size

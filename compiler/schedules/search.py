@@ -69,7 +69,8 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
         reporter: told of every pass.
         storage: Optuna's database, with which an interrupted anchor search goes on.
     """
-    meter = _Meter(calibration, options.num_inference_steps)
+    total = calibration.table.num_inference_steps
+    meter = _Meter(calibration, total)
     gram = _weigh_residuals(calibration, options, reporter, meter)
     family: Family = OutputFamily(calibration, gram)
     if options.payload == "residual" and gram is not None:
@@ -82,10 +83,10 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
     if options.payload == "auto" and gram is not None:
         families.append(ResidualFamily(calibration, gram, end_to_end=False, forecasts=AUTO_FORECASTS))
     trials: dict[int, list[Trial]] = {}
-    count = positions(options, calibration.count)
+    count = positions(options, calibration.count, total)
     with reporter.on("interpolate, fit", f"budgets {', '.join(map(str, options.budgets))}") as advance:
         for position, budget in enumerate(options.budgets):
-            attempts = _interpolate(family, reference, anchor, budget, options, count)
+            attempts = _interpolate(family, reference, anchor, budget, options, count, total)
             for each in families:
                 graphs = list(each.graph_schedules(budget).items())[: options.limits.graphs]
                 for name, schedule in graphs if each is family else graphs[:1]:
@@ -116,7 +117,7 @@ def _choose_anchor(
     family: Family, options: CompileOptions, reporter: Reporter, meter: _Meter, storage: Path | None
 ) -> Chosen:
     """The best schedule of the anchor search, or without trials the graph's."""
-    total = options.num_inference_steps
+    total = meter.num_inference_steps
     graphs = family.graph_schedules(options.anchor)
     if not options.trials:
         name, schedule = next(iter(graphs.items()))
@@ -162,12 +163,14 @@ def refit(found: Found, calibration: Calibration) -> Found:
     return replace(found, trials=trials)
 
 
-def positions(options: CompileOptions, prompts: int) -> int:
+def positions(options: CompileOptions, prompts: int, total: int) -> int:
     """How many positions on the path are tried for each budget: with many budgets fewer, so that a compile keeps to the
     effort's `full_runs`.
 
     The law's own and the graph's schedules are always tried, so that six budgets and more may take longer. The residual
     payload, which rolls out every forecast of every schedule, keeps to no limit.
+
+    total: T, the evaluations of a full run.
     """
     most = options.limits.weights
     if options.payload == "residual":
@@ -175,22 +178,22 @@ def positions(options: CompileOptions, prompts: int) -> int:
     allowed = (
         count
         for count in range(most, 1, -1)
-        if 1.0 + sum(_costs(options, prompts, count).values()) <= options.limits.full_runs
+        if 1.0 + sum(_costs(options, prompts, count, total).values()) <= options.limits.full_runs
     )
     return next(allowed, 1)
 
 
-def highest_costs(options: CompileOptions, prompts: int) -> dict[str, float]:
+def highest_costs(options: CompileOptions, prompts: int, total: int) -> dict[str, float]:
     """What `search` charges at most, in full runs for each of the calibration prompts, before anything is computed.
 
     It is less where ways lead to the same schedule or share their first steps: these are charged once.
     """
-    return _costs(options, prompts, positions(options, prompts))
+    return _costs(options, prompts, positions(options, prompts, total), total)
 
 
-def _costs(options: CompileOptions, prompts: int, weights: int) -> dict[str, float]:
+def _costs(options: CompileOptions, prompts: int, weights: int, total: int) -> dict[str, float]:
     """With so many positions on the path."""
-    total, residual, effort = options.num_inference_steps, options.payload == "residual", options.limits
+    residual, effort = options.payload == "residual", options.limits
     per_schedule = len(FORECASTS) if residual else 1
     known = 0 if residual else 1  # a walk's first evaluation is the full run's own
     graphs = min(effort.graphs, len(RESIDUAL_GRAPHS)) if residual else effort.graphs
@@ -221,15 +224,13 @@ def _residual_samples(options: CompileOptions) -> int:
 
 
 def _interpolate(
-    family: Family, reference: Chosen, anchor: Chosen, budget: int, options: CompileOptions, count: int
+    family: Family, reference: Chosen, anchor: Chosen, budget: int, options: CompileOptions, count: int, total: int
 ) -> list[Trial]:
     """Schedules on the path between the two policies, at `count` positions around the default law's."""
     default = interpolation_weight(budget, options.reference, options.anchor)
     found: dict[Schedule, float] = {}
     for weight in dict.fromkeys([default, *(candidate_weights(default, count=count) if count > 1 else ())]):
-        schedule = interpolated_schedule(
-            reference.schedule, anchor.schedule, budget, options.num_inference_steps, weight=weight
-        )
+        schedule = interpolated_schedule(reference.schedule, anchor.schedule, budget, total, weight=weight)
         found.setdefault(schedule, float(weight))
     return [trial for schedule, weight in found.items() for trial in family.attempts(schedule, "interpolated", weight)]
 
@@ -286,6 +287,7 @@ class _Meter:
     def __init__(self, calibration: Calibration, num_inference_steps: int) -> None:
         self.calibration = calibration
         self.costs: dict[str, float] = {}
+        self.num_inference_steps = num_inference_steps
         self._per_run = num_inference_steps * calibration.count
         self._mark = calibration.ledger.charged, calibration.ledger.computed
 

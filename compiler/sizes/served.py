@@ -25,7 +25,7 @@ from ..graph.dimensions import FIXED, Checked, SpecialisedError, Varying
 from ..graph.stages import Stages
 from ..models.model import transformer_of
 from ..pipelines.arguments import PerSample, Spread, tensor_of
-from ..pipelines.call import CallOptions, prepare_scheduler
+from ..pipelines.call import CallOptions, prepare_scheduler, short_call
 from ..pipelines.denoiser import denoiser_of
 from ..pipelines.full_run import capture
 from ..pipelines.interface import Interface
@@ -134,7 +134,7 @@ def see(
     here, name = call_at(call, point), type(pipeline).__name__
     try:
         found = interface_at(pipeline, here, interface, scale, prompts)
-        short = dataclasses.replace(here, num_inference_steps=2)
+        short = short_call(pipeline, here)
         trajectory = capture(pipeline, found, short, prompts[:2], [0, 1], [scale] * 2)
     except (ValueError, RuntimeError, TypeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -143,7 +143,13 @@ def see(
         trajectory.latents[1], trajectory.timesteps[1], 1.0
     )
     prepare_scheduler(pipeline, here, pipeline.scheduler, call.num_inference_steps)
-    return Seen(point=point, call=here, interface=found, inputs=inputs, table=lower(pipeline.scheduler))
+    return Seen(
+        point=point,
+        call=here,
+        interface=found,
+        inputs=inputs,
+        table=lower(pipeline.scheduler, step_options=found.step_options),
+    )
 
 
 def stages_for(

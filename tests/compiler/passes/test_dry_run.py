@@ -74,16 +74,16 @@ def test_what_is_in_the_workspace_is_said(compiled, tiny_flux_folder, workspace,
 
 @pytest.mark.parametrize("payload", ["auto", "output", "residual"])
 def test_bounds_follow_the_options(payload):
-    costs = highest_costs(CompileOptions(model="m", payload=payload), 32)
+    costs = highest_costs(CompileOptions(model="m", payload=payload), 32, 50)
     assert costs["residuals"] == 8 / 32
     each = 3 if payload == "residual" else 1
     assert costs["reference"] == pytest.approx(2 * 20 / 50 * each) and costs["anchor"] == pytest.approx(
         20 * 4 / 50 * each
     )
     few = CompileOptions(model="m", payload="output", num_inference_steps=3, budgets=(3,), anchor_budget=1)
-    assert highest_costs(few, 4)["interpolate and fit"] == 1.0, "there is one schedule of 3 steps out of 3"
+    assert highest_costs(few, 4, 3)["interpolate and fit"] == 1.0, "there is one schedule of 3 steps out of 3"
     shipped = CompileOptions(model="m")
-    assert 1 + sum(highest_costs(shipped, shipped.calibration_prompts).values()) <= 10, (
+    assert 1 + sum(highest_costs(shipped, shipped.calibration_prompts, 50).values()) <= 10, (
         "full runs per prompt, capture included"
     )
 
@@ -91,10 +91,12 @@ def test_bounds_follow_the_options(payload):
 @pytest.mark.parametrize("budgets", [(8,), (4, 8, 16), (4, 8, 10, 16), (4, 6, 8, 10, 12)])
 def test_more_budgets_cost_positions_on_the_path_rather_than_more_full_runs(budgets):
     options = CompileOptions(model="m", budgets=budgets)
-    assert 1 + sum(highest_costs(options, 32).values()) <= 10
-    assert positions(options, 32) == (INTERPOLATION_WEIGHTS if sum(budgets) <= 28 else 2 if sum(budgets) == 38 else 1)
+    assert 1 + sum(highest_costs(options, 32, 50).values()) <= 10
+    assert positions(options, 32, 50) == (
+        INTERPOLATION_WEIGHTS if sum(budgets) <= 28 else 2 if sum(budgets) == 38 else 1
+    )
 
 
 def test_the_laws_position_is_always_tried():
     many = CompileOptions(model="m", budgets=(4, 8, 10, 12, 16, 20))
-    assert positions(many, 32) == 1 and positions(CompileOptions(model="m", payload="residual"), 32) == 5
+    assert positions(many, 32, 50) == 1 and positions(CompileOptions(model="m", payload="residual"), 32, 50) == 5

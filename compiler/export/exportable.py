@@ -106,7 +106,6 @@ def weights_in_place(transformer: nn.Module) -> Iterator[None]:
 
 
 # --- what is quantised
-# --------------------------------------------------------------------------------------------------------
 
 
 def _packed(transformer: nn.Module, weights: dict[str, Tensor]) -> str | None:
@@ -198,7 +197,6 @@ def _package(kind: type) -> str | None:
 
 
 # --- what is offloaded
-# --------------------------------------------------------------------------------------------------------
 
 
 def _kept_elsewhere(transformer: nn.Module) -> dict[str, str]:

@@ -244,7 +244,6 @@ class _FirstOutput(nn.Module):
 
 
 # --- trials: the same inputs at several batch sizes
-# ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +286,6 @@ def _resized(value: Tensor, batch: int) -> Tensor:
 
 
 # --- one file
-# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -441,7 +439,6 @@ def _save(model: onnx_ir.Model, path: Path) -> None:
 
 
 # --- running
-# -------------------------------------------------------------------------------------------------------------
 
 
 def _run(

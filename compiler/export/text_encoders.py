@@ -79,7 +79,6 @@ def _mask(input_ids: Tensor, pad_id: int) -> Tensor:
 
 
 # --- FLUX
-# ----------------------------------------------------------------------------------------------------------------
 
 
 class FluxEncoders(nn.Module):
@@ -109,7 +108,6 @@ def _flux(pipeline: Any, max_sequence_length: int) -> Encoders:
 
 
 # --- Qwen-Image
-# ----------------------------------------------------------------------------------------------------------
 
 
 class QwenImageEncoders(nn.Module):
@@ -138,7 +136,6 @@ def _qwen_image(pipeline: Any, max_sequence_length: int) -> Encoders:
 
 
 # --- HunyuanVideo
-# --------------------------------------------------------------------------------------------------------
 
 
 class HunyuanVideoEncoders(nn.Module):
@@ -178,7 +175,6 @@ def _hunyuan_video(pipeline: Any, max_sequence_length: int) -> Encoders:
 
 
 # --- Stable Diffusion 3
-# --------------------------------------------------------------------------------------------------
 
 
 class StableDiffusion3Encoders(nn.Module):
@@ -215,7 +211,6 @@ def _stable_diffusion_3(pipeline: Any, max_sequence_length: int) -> Encoders:
 
 
 # --- one T5: PixArt-Sigma, Wan
-# -------------------------------------------------------------------------------------------
 
 
 class T5Encoder(nn.Module):
@@ -247,7 +242,6 @@ def _wan(pipeline: Any, max_sequence_length: int) -> Encoders:
 
 
 # --- DiT
-# -----------------------------------------------------------------------------------------------------------------
 
 NULL_LABEL = 1000
 """What DiTPipeline gives the negative branch; here also what an unknown label is."""

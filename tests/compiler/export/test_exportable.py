@@ -71,7 +71,6 @@ def test_plain_weights_are_exportable(flux, dtype):
 
 
 # --- what is quantised
-# --------------------------------------------------------------------------------------------------------
 
 
 def gguf_file(model: nn.Module, path: Path) -> Path:
@@ -177,7 +176,6 @@ def test_integers_in_buffers_of_a_layer_are_refused(flux):
 
 
 # --- what is offloaded
-# --------------------------------------------------------------------------------------------------------
 
 
 def offload_to_cpu(model: nn.Module, folder: Path) -> None:

@@ -218,7 +218,6 @@ def test_a_number_that_more_than_a_table_depends_on_fixes_its_axis():
 
 
 # --- whole pipelines
-# -------------------------------------------------------------------------------------------------------
 
 
 def artifact_of(name, folder, scheduler=None, **sizes):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def unexportable(transformer: nn.Module) -> str | None:
         transformer_blocks.0.attn.to_q.weight): engines need …: load it without quantization, or …`.
     """
     name, weights = type(transformer).__name__, dict(transformer.named_parameters())
-    found = _packed(transformer, weights) or _foreign(transformer) or _refused(transformer)
+    found = _say_packed(transformer, weights) or _say_foreign(transformer) or _say_refused(transformer)
     if found is not None:
         return f"{name} is quantised ({found}): engines need weights in float32, float16 or bfloat16: {FIX}"
     kept = _kept_elsewhere(transformer)
@@ -80,12 +80,10 @@ def weights_in_place(transformer: nn.Module) -> Iterator[None]:
     Afterwards the same hooks are on it again. Tracing needs it: hooks move weights inside of `forward`, which a graph
     must not do. Weights of the CPU come back without a copy; those on a disk are read.
     """
-    hooked = [(module, module._hf_hook) for module in transformer.modules() if hasattr(module, "_hf_hook")]
-    grouped = [
-        (module._diffusers_hook, module._diffusers_hook.get_hook(GROUP_OFFLOADING))
-        for module in transformer.modules()
-        if hasattr(module, "_diffusers_hook") and module._diffusers_hook.get_hook(GROUP_OFFLOADING) is not None
-    ]
+    modules: list[Any] = list(transformer.modules())
+    hooked = [(module, module._hf_hook) for module in modules if hasattr(module, "_hf_hook")]
+    registries = [module._diffusers_hook for module in modules if hasattr(module, "_diffusers_hook")]
+    grouped = [(registry, hook) for registry in registries if (hook := registry.get_hook(GROUP_OFFLOADING)) is not None]
     for _, hook in grouped:
         if hook.group.offload_to_disk_path is not None:
             hook.group.onload_()
@@ -108,36 +106,36 @@ def weights_in_place(transformer: nn.Module) -> Iterator[None]:
 # --- what is quantised
 
 
-def _packed(transformer: nn.Module, weights: dict[str, Tensor]) -> str | None:
-    """What is said of weights in dtypes that no engine has."""
+def _say_packed(transformer: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
+    """Say which weights have dtypes that no engine has; None where all are fit."""
     forms = {path: _form(value) for path, value in weights.items() if value.dtype not in DTYPES}
-    return _said(transformer, "weights", forms, len(weights), weights[next(iter(forms))]) if forms else None
+    return _say(transformer, "weights", forms, len(weights), weights[next(iter(forms))]) if forms else None
 
 
-def _foreign(transformer: nn.Module) -> str | None:
-    """What is said of layers that stand for `nn.Linear` and keep their weights in buffers (GPTQ and its like)."""
+def _say_foreign(transformer: nn.Module) -> str | None:
+    """Say which layers stand for `nn.Linear` and keep their weights in buffers, as GPTQ's do; None where none does."""
     layers = dict(transformer.named_modules())
     own = {path: layer for path, layer in layers.items() if _package(type(layer)) and not isinstance(layer, nn.Linear)}
     forms = {path: type(layer).__name__ for path, layer in own.items()}
-    return _said(transformer, "modules", forms, len(layers), own[next(iter(own))]) if own else None
+    return _say(transformer, "modules", forms, len(layers), own[next(iter(own))]) if own else None
 
 
-def _refused(transformer: nn.Module) -> str | None:
-    """What is said of weights that are floating-point ones by name, and of which one layer was tried in vain."""
+def _say_refused(transformer: nn.Module) -> str | None:
+    """Say which weights pretend to be floating-point ones, where a layer of them does not export; None elsewhere."""
     forms = {path: _form(value) for path, value in transformer.named_parameters() if _wrapped(value)}
     tried: set[Any] = set()
     for path in forms:
         layer = transformer.get_submodule(path.rpartition(".")[0])
         weight = transformer.get_parameter(path)
         kind = (type(layer), type(weight), repr(getattr(weight, "__tensor_flatten__", tuple)()[1:]))
-        if kind not in tried and (reason := _trial(layer)) is not None:
-            said = _said(transformer, "weights", forms, len(list(transformer.parameters())), weight)
+        if kind not in tried and (reason := _try(layer)) is not None:
+            said = _say(transformer, "weights", forms, len(list(transformer.parameters())), weight)
             return f"{said}; {path} does not export: {reason}"
         tried.add(kind)
     return None
 
 
-def _trial(layer: nn.Module) -> str | None:
+def _try(layer: nn.Module) -> str | None:
     """Export one layer; None where its ONNX form gives what it gives, else why not."""
     if not isinstance(layer, nn.Linear):
         return f"it is one of {type(layer).__name__}"
@@ -175,7 +173,7 @@ def _form(weight: Tensor) -> str:
     return str(weight.dtype).removeprefix("torch.")
 
 
-def _said(transformer: nn.Module, what: str, forms: dict[str, str], count: int, first: Tensor | nn.Module) -> str:
+def _say(transformer: nn.Module, what: str, forms: dict[str, str], count: int, first: Tensor | nn.Module) -> str:
     """`torchao: 48 of 108 weights are Int8Tensor, the first blocks.0.to_q.weight`. first: of `forms`, itself."""
     stated = getattr(transformer, "quantization_method", None)
     kinds = [type(first), type(first.data)] if isinstance(first, Tensor) else [type(first)]
@@ -211,7 +209,7 @@ def _kept_elsewhere(transformer: nn.Module) -> dict[str, str]:
                 kept |= {prefix + name: type(hook).__name__ for name in own}
             elif type(hook).__name__ == "CpuOffload":
                 kept |= {prefix + name: type(hook).__name__ for name, _ in module.named_parameters()}
-        registry = getattr(module, "_diffusers_hook", None)
+        registry: Any = getattr(module, "_diffusers_hook", None)
         if registry is not None and (hook := registry.get_hook(GROUP_OFFLOADING)) is not None:
             kept |= {prefix + name: type(hook).__name__ for name, _ in module.named_parameters()}
     return {path: kept[path] for path, _ in transformer.named_parameters() if path in kept}

@@ -21,7 +21,7 @@ from otcache.schemas.errors import ModelError, UsageError
 from otcache.schemas.shapes import AxisName, described
 
 from ..graph.cut import cut
-from ..graph.dimensions import FIXED, Checked, SpecialisedError, Varying
+from ..graph.dimensions import FIXED, SizeCheck, SpecialisedError, Varying
 from ..graph.stages import Stages
 from ..models.model import transformer_of
 from ..pipelines.arguments import PerSample, Spread, tensor_of
@@ -103,8 +103,8 @@ class Sizes:
         return Varying(
             dimensions={name: found for name, found in dimensions.items() if found},
             unbatched=frozenset(self.constants),
-            checked=tuple(
-                Checked(inputs=each, constants=seen.interface.constants)
+            checks=tuple(
+                SizeCheck(inputs=each, constants=seen.interface.constants)
                 for each, seen in zip(inputs, self.seen, strict=True)
             ),
         )

@@ -26,7 +26,7 @@ from ..pipelines.call import CallOptions, call_options
 from ..pipelines.decode import decoded
 from ..pipelines.interface import Interface
 from ..pipelines.probe import probe
-from ..sizes.requested import Wanted, wanted
+from ..sizes.requested import Wanted, wanted_from_options
 from ..sizes.served import Seen, own_point, programs_differ, see
 from ..workspace.ledger import NAME as ATTEMPT
 from ..workspace.progress import Reporter
@@ -124,7 +124,7 @@ def _session(options: CompileOptions, model: Model, prompts: Sequence[str], repo
         max_sequence_length=options.max_sequence_length or own.max_sequence_length,
         negative_prompt=own.negative_prompt if options.negative_prompt is None else options.negative_prompt,
     )
-    others = wanted(
+    others = wanted_from_options(
         own_point(call), sizes=options.sizes, frame_counts=options.frame_counts, text_lengths=options.text_lengths
     )
     encoders = text_encoders(model.pipeline, call.max_sequence_length or 0)

@@ -24,7 +24,7 @@ from otcache.compiler.passes.compile import compile_model
 from otcache.compiler.pipelines.arguments import PerSample
 from otcache.compiler.pipelines.call import call_options
 from otcache.compiler.pipelines.interface import Interface
-from otcache.compiler.sizes.requested import wanted
+from otcache.compiler.sizes.requested import wanted_from_options
 from otcache.compiler.sizes.served import Seen, stages_for
 from otcache.runtime import Sampler
 from otcache.runtime.serving.request_size import Sizes
@@ -93,7 +93,7 @@ def interface_with(**constants):
 
 def cut_for(model, own, sizes, constants=lambda height, width: {}):
     """The stages of a toy for listed sizes, each 8 pixels a patch."""
-    asked = wanted(own, sizes=sizes, frame_counts=None, text_lengths=None)
+    asked = wanted_from_options(own, sizes=sizes, frame_counts=None, text_lengths=None)
     seen = [
         Seen(
             point=point,
@@ -204,7 +204,7 @@ def test_what_a_part_makes_of_a_size_in_python_numbers_becomes_an_input():
 
 
 def test_constants_that_are_no_tensors_fix_their_axis():
-    """The return type is asked for with a number that follows the height: nothing is made of it, but nothing says so."""
+    """The return type is asked for with a number that follows the height: nothing uses it, but nothing says so."""
     _, sizes = cut_for(Toy(), OWN, "40x32,24x48", lambda height, width: {"return_dict": [height]})
     assert set(sizes.fixed) == {"height"} and "passes return_dict, which follows it" in sizes.fixed["height"]
     assert [axis.name for axis in sizes.wanted.axes] == ["width"]
@@ -313,7 +313,7 @@ def test_a_range_of_sizes(tmp_path):
 
 @pytest.mark.long
 def test_frames_of_a_video(tmp_path):
-    """Wan: frames, height, width and text; its decoder loops over frames in Python, so that other counts give latents."""
+    """Wan: frames, height, width and text; its decoder loops over frames in Python: other counts give latents."""
     name = "WanPipeline"
     pipeline, artifact = artifact_of(name, tmp_path, frame_counts="3:9:2", sizes="16x16:48x32:16")
     manifest = check_sizes(

@@ -33,7 +33,7 @@ from otcache.compiler.programs.lower import lower
 from otcache.compiler.programs.residual import residual_program
 from otcache.compiler.programs.schedule import uniform_schedule
 from otcache.compiler.programs.solver_table import SolverTable, program_from_table
-from otcache.compiler.sizes.requested import Wanted, spanned
+from otcache.compiler.sizes.requested import Wanted, span_axes
 from otcache.compiler.sizes.served import Sizes, own_point, see, stages_for
 from otcache.runtime import Sampler
 from otcache.schemas import manifest as schema
@@ -167,7 +167,7 @@ def symbolic_stages(
             for name in [name for name in own if point[name] != own[name]] if point is not others else []:
                 refused[name] = str(error)
     taken = tuple(each.point for each in seen if all(each.point[name] == own[name] for name in refused))
-    wanted = Wanted(axes=tuple(spanned(taken)), listed=taken) if len(taken) > 1 else Wanted()
+    wanted = Wanted(axes=tuple(span_axes(taken)), listed=taken) if len(taken) > 1 else Wanted()
     wanted = replace(wanted, axes=tuple(axis for axis in wanted.axes if axis.minimum < axis.maximum))
     stages, sizes = stages_for(transformer_of(pipeline, "the case"), interface, example, wanted, seen)
     return stages, replace(sizes, fixed={**refused, **sizes.fixed})

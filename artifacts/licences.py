@@ -25,9 +25,14 @@ BASE = "base"
 UNKNOWN = "see the package"
 LONGEST = 60
 """Characters of a `License` field that is a name; longer ones are the licence's text."""
+LEAD = (
+    "otcache itself is under Apache-2.0 (`LICENSE`). It contains no code of the packages below; pip installs them.",
+    "Written by `python -m otcache.artifacts.licences`, from the packages' own metadata, on Linux with the CPU build",
+    "of torch: its CUDA builds bring NVIDIA's libraries under NVIDIA's terms. Bold: extras that name the package.",
+)
 
 
-def declared(distribution: str = "otcache") -> dict[str, list[str]]:
+def packages_by_extra(distribution: str = "otcache") -> dict[str, list[str]]:
     """Extra → names of the packages that it names; `base` is what is always installed."""
     found: dict[str, list[str]] = {BASE: []}
     for text in metadata.requires(distribution) or []:
@@ -56,8 +61,14 @@ def closure(names: list[str]) -> set[str]:
     return seen
 
 
-def licence(fields: Mapping[str, Any]) -> str:
-    """The licence that a package's metadata states: its expression, else a short name, else its classifiers."""
+def licence_from_metadata(fields: Mapping[str, Any]) -> str:
+    """The licence that a package's metadata states: its expression, else a short name, else its classifiers.
+
+    >>> licence_from_metadata({"License-Expression": "Apache-2.0"})
+    'Apache-2.0'
+    >>> licence_from_metadata({"license": "UNKNOWN", "classifier": ["License :: OSI Approved :: MIT License"]})
+    'MIT License'
+    """
     values = {key.lower().replace("-", "_"): value for key, value in fields.items() if value}
     stated = str(values.get("license_expression") or values.get("license") or "").strip()
     if stated and len(stated) <= LONGEST and "\n" not in stated and stated.upper() != "UNKNOWN":
@@ -67,7 +78,7 @@ def licence(fields: Mapping[str, Any]) -> str:
     return ", ".join(dict.fromkeys(names)) or UNKNOWN
 
 
-def installed(name: str) -> dict[str, Any] | None:
+def installed_metadata(name: str) -> dict[str, Any] | None:
     """Metadata of an installed package, or None."""
     try:
         found = metadata.metadata(name)
@@ -77,7 +88,7 @@ def installed(name: str) -> dict[str, Any] | None:
     return {**fields, "classifier": found.get_all("Classifier") or []}
 
 
-def reported(paths: list[Path]) -> dict[str, dict[str, Any]]:
+def metadata_from_reports(paths: list[Path]) -> dict[str, dict[str, Any]]:
     """Metadata by canonical name from pip's reports."""
     entries = [entry["metadata"] for path in paths for entry in json.loads(path.read_text())["install"]]
     return {canonicalize_name(entry["name"]): entry for entry in entries}
@@ -85,25 +96,23 @@ def reported(paths: list[Path]) -> dict[str, dict[str, Any]]:
 
 def render(reports: list[Path]) -> str:
     """The page, in Markdown."""
-    extras = declared()
-    others = reported(reports)
+    extras = packages_by_extra()
+    others = metadata_from_reports(reports)
     needed: dict[str, list[str]] = {}
     for extra, names in extras.items():
         for name in closure(names):
             needed.setdefault(name, []).append(f"**{extra}**" if name in names else extra)
     rows = []
     for name in sorted(needed):
-        fields = installed(name) or others.get(name)
+        fields = installed_metadata(name) or others.get(name)
         if fields is None and not any("**" in extra for extra in needed[name]):
             continue
-        rows.append(f"| {name} | {licence(fields) if fields else UNKNOWN} | {', '.join(needed[name])} |")
+        rows.append(f"| {name} | {licence_from_metadata(fields) if fields else UNKNOWN} | {', '.join(needed[name])} |")
     return "\n".join(
         [
             "# Licences of the dependencies",
             "",
-            "otcache itself is under Apache-2.0 (`LICENSE`). It contains no code of the packages below; pip installs them.",
-            "Written by `python -m otcache.artifacts.licences`, from the packages' own metadata, on Linux with the CPU build",
-            "of torch: its CUDA builds bring NVIDIA's libraries under NVIDIA's terms. Bold: extras that name the package.",
+            *LEAD,
             "",
             "| package | licence | extras |",
             "|---|---|---|",

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from otcache.artifacts.licences import declared, installed, licence
+from otcache.artifacts.licences import installed_metadata, licence_from_metadata, packages_by_extra
 
 ROOT = Path(__file__).parents[1]
 LOWEST = ROOT / "constraints-lowest.txt"
@@ -49,13 +49,13 @@ def test_lowest_versions_are_those_that_are_promised():
 def test_licences_are_listed():
     rows = dict(re.findall(r"^\| ([\w.-]+) \| ([^|]+) \|", (ROOT / "LICENSES.md").read_text(), re.MULTILINE))
     assert (ROOT / "LICENSE").read_text().lstrip().startswith("Apache License")
-    for extra, names in declared().items():
+    for extra, names in packages_by_extra().items():
         for name in names:
             assert name in rows, (
                 f"{name} of [{extra}] is not listed: run python -m otcache.artifacts.licences LICENSES.md"
             )
-            if fields := installed(name):
-                assert rows[name] == licence(fields)
+            if fields := installed_metadata(name):
+                assert rows[name] == licence_from_metadata(fields)
 
 
 def run(*line, **options):

@@ -60,7 +60,7 @@ def make_dataset(count: int, seed: int) -> tuple[Tensor, list[scenes.Scene]]:
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """Every word of captions and template is a token, so the template's head is the 34 tokens that the pipeline drops."""
+    """Every word of captions and template is a token: the template's head is the 34 tokens that the pipeline drops."""
     captions = {caption for scene in all_scenes() for caption in (scene.caption, scene.long_caption)}
     template = QwenImagePipeline.__new__(QwenImagePipeline)
     QwenImagePipeline.__init__(template, None, None, None, None, None)
@@ -102,8 +102,8 @@ def make_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGene
     )
 
 
-def train_text_encoder(pipeline: QwenImagePipeline, *, steps: int, seed: int) -> None:
-    """The last token's and the mean output name every attribute."""
+def train_text_encoder(pipeline: QwenImagePipeline, *, steps: int, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+    """Train a pipeline's text encoder until its last token's and its mean output name every attribute."""
     everything = all_scenes()
     encode = QwenImagePipeline._get_qwen_prompt_embeds
 
@@ -119,7 +119,7 @@ def train_text_encoder(pipeline: QwenImagePipeline, *, steps: int, seed: int) ->
 
     encoder = pipeline.text_encoder
     tokens.train_features(encoder.parameters(), features, ATTRIBUTES, draw, width=TEXT_WIDTH, steps=steps, seed=seed)
-    encoder.eval().requires_grad_(False)
+    return encoder.eval().requires_grad_(False)
 
 
 def make_autoencoder() -> AutoencoderKLQwenImage:
@@ -133,12 +133,12 @@ def make_autoencoder() -> AutoencoderKLQwenImage:
         latents_mean=[0.0] * LATENT_CHANNELS,
         latents_std=[1.0] * LATENT_CHANNELS,
     )
-    flow.variance_preserving(vae)
+    flow.preserve_variance(vae)
     with torch.no_grad():
         for module in vae.modules():
             if isinstance(module, QwenImageCausalConv3d):
                 module.weight.mul_(module.kernel_size[0] ** 0.5)  # of its slices in time one meets a single frame
-    flow.zero_initialised(vae, lambda name: name.endswith((".conv2", ".proj")))
+    flow.zero_weights(vae, lambda name: name.endswith((".conv2", ".proj")))
     return vae
 
 
@@ -173,7 +173,7 @@ def make_transformer() -> QwenImageTransformer2DModel:
         joint_attention_dim=TEXT_WIDTH,
         axes_dims_rope=(8, 12, 12),
     )
-    flow.zero_initialised(model, lambda name: name.endswith(("_mod.1", "norm_out.linear")) or name == "proj_out")
+    flow.zero_weights(model, lambda name: name.endswith(("_mod.1", "norm_out.linear")) or name == "proj_out")
     return model
 
 
@@ -193,7 +193,7 @@ def make_pipeline(
 
 
 def check(pipeline: QwenImagePipeline, *, count: int = 64, seed: int = 10_000) -> tuple[dict[str, float], np.ndarray]:
-    """How often pictures have the colour, ground and shape of their caption. Returns shares in [0, 1] and the pictures."""
+    """How often pictures have the colour, ground and shape of their caption, in [0, 1]; and the pictures."""
     everything = all_scenes()
     random = np.random.default_rng(seed)
     chosen = [everything[int(i)] for i in random.choice(len(everything), size=count, replace=False)]
@@ -214,7 +214,7 @@ def check(pipeline: QwenImagePipeline, *, count: int = 64, seed: int = 10_000) -
             ).images
         )
     drawn = (np.concatenate(pictures) * 255).round().astype(np.uint8)
-    return flow.followed(list(drawn), chosen), drawn
+    return flow.caption_shares(list(drawn), chosen), drawn
 
 
 def write_prompts(folder: Path, count: int = 128, seed: int = 1) -> None:
@@ -224,54 +224,40 @@ def write_prompts(folder: Path, count: int = 128, seed: int = 1) -> None:
     (folder / "prompts.txt").write_text("".join(everything[int(i)].caption + "\n" for i in chosen))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=Path("artifacts/models/shapes-qwen"))
-    parser.add_argument(
-        "--work", type=Path, default=Path("artifacts/work/shapes-qwen"), help="unfinished training state"
-    )
-    parser.add_argument("--steps", type=int, default=2500, help="of the transformer")
-    parser.add_argument("--text-steps", type=int, default=400)
-    parser.add_argument("--vae-steps", type=int, default=1500)
-    parser.add_argument("--pictures", type=int, default=16_000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-
-    torch.manual_seed(options.seed)
-    tokenizer = make_tokenizer()
-    text_folder = options.work / "text_encoder"
-    text_encoder = make_text_encoder(tokenizer)
-    pipeline = make_pipeline(make_autoencoder(), tokenizer, text_encoder, make_transformer())
-    if (text_folder / "config.json").exists():
-        pipeline.text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(text_folder).eval()
-    else:
-        train_text_encoder(pipeline, steps=options.text_steps, seed=options.seed)
-        pipeline.text_encoder.save_pretrained(text_folder)
-    pictures, chosen = make_dataset(options.pictures, options.seed)
-    vae_folder = options.work / "vae"
-    if (vae_folder / "config.json").exists():
-        vae = AutoencoderKLQwenImage.from_pretrained(vae_folder).eval()
-    else:
-        with single_frame():
-            vae = flow.train_autoencoder(make_autoencoder(), pictures, steps=options.vae_steps, seed=options.seed)
-            latents = flow.encode(vae, pictures[:1024])
-        vae.register_to_config(
-            latents_mean=[round(float(v), 5) for v in latents.mean((0, 2, 3, 4))],
-            latents_std=[round(float(v), 5) for v in latents.std((0, 2, 3, 4))],
-        )
-        vae.save_pretrained(vae_folder)
-    mean, std = (
-        torch.tensor(values)[:, None, None, None] for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+def train_autoencoder(pictures: Tensor, *, steps: int, seed: int) -> AutoencoderKLQwenImage:
+    """The trained autoencoder with the mean and spread of its latents. pictures: uint8 (n, 3, 1, SIDE, SIDE)."""
     with single_frame():
-        latents = (flow.encode(vae, pictures) - mean) / std
-    side = latents.shape[-1]
-    latents = QwenImagePipeline._pack_latents(latents[:, :, 0], len(latents), LATENT_CHANNELS, side, side)
+        vae = flow.train_autoencoder(make_autoencoder(), pictures, steps=steps, seed=seed)
+        latents = flow.encode(vae, pictures[:1024])
+    vae.register_to_config(
+        latents_mean=[round(float(v), 5) for v in latents.mean((0, 2, 3, 4))],
+        latents_std=[round(float(v), 5) for v in latents.std((0, 2, 3, 4))],
+    )
+    return vae
 
-    wordings = sorted({caption for scene in chosen for caption in (scene.caption, scene.long_caption)})
-    order = {caption: i for i, caption in enumerate(wordings)}
-    captions = torch.tensor([[order[scene.caption], order[scene.long_caption]] for scene in chosen])
+
+def train_transformer(
+    pipeline: QwenImagePipeline,
+    latents: Tensor,
+    chosen: list[scenes.Scene],
+    *,
+    steps: int,
+    checkpoint: Path,
+    seed: int,
+) -> QwenImageTransformer2DModel:
+    """Rectified flow; see `flow.train_transformer`.
+
+    Args:
+        pipeline: whose text encoder and tokenizer are trained.
+        latents: float32 (n, LATENT_CHANNELS, 1, side, side), scaled.
+        chosen: what each sample shows.
+        steps: optimizer steps in all.
+        checkpoint: file from which an interrupted run goes on.
+        seed: of weights and batches.
+    """
+    side = latents.shape[-1]
+    packed = QwenImagePipeline._pack_latents(latents[:, :, 0], len(latents), LATENT_CHANNELS, side, side)
+    wordings, captions = flow.index_captions(chosen)
     with torch.no_grad():
         embeds, mask = pipeline._get_qwen_prompt_embeds([*wordings, NEGATIVE])
 
@@ -285,14 +271,63 @@ def main() -> None:
             return_dict=False,
         )[0]
 
-    transformer = flow.train_transformer(
+    return flow.train_transformer(
         make_transformer,
         predict,
-        latents,
+        packed,
         captions,
         len(wordings),
-        steps=options.steps,
+        steps=steps,
         rate=2e-3,
+        checkpoint=checkpoint,
+        seed=seed,
+    )
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, default=Path("artifacts/models/shapes-qwen"))
+    parser.add_argument(
+        "--work", type=Path, default=Path("artifacts/work/shapes-qwen"), help="unfinished training state"
+    )
+    parser.add_argument("--steps", type=int, default=2500, help="of the transformer")
+    parser.add_argument("--text-steps", type=int, default=400)
+    parser.add_argument("--vae-steps", type=int, default=1500)
+    parser.add_argument("--pictures", type=int, default=16_000)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    options.work.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(options.seed)
+    tokenizer = make_tokenizer()
+    text_encoder = make_text_encoder(tokenizer)
+    pipeline = make_pipeline(make_autoencoder(), tokenizer, text_encoder, make_transformer())
+    pipeline.text_encoder = flow.load_or_train(
+        Qwen2_5_VLForConditionalGeneration,
+        options.work / "text_encoder",
+        lambda: train_text_encoder(pipeline, steps=options.text_steps, seed=options.seed),
+    )
+    pictures, chosen = make_dataset(options.pictures, options.seed)
+    vae = flow.load_or_train(
+        AutoencoderKLQwenImage,
+        options.work / "vae",
+        lambda: train_autoencoder(pictures, steps=options.vae_steps, seed=options.seed),
+    )
+    mean, std = (
+        torch.tensor(values)[:, None, None, None] for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    with single_frame():
+        latents = (flow.encode(vae, pictures) - mean) / std
+    transformer = train_transformer(
+        pipeline,
+        latents,
+        chosen,
+        steps=options.steps,
         checkpoint=options.work / "transformer.pt",
         seed=options.seed,
     )

@@ -198,7 +198,7 @@ def read_colours(picture: np.ndarray) -> tuple[str, str]:
     return (str(found[counts.argmax()]) if found.size else ground), ground
 
 
-def _cropped(mask: np.ndarray, side: int = 24) -> np.ndarray:
+def _crop(mask: np.ndarray, side: int = 24) -> np.ndarray:
     """The bounding box of a mask, bool (height, width), stretched to (side, side)."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     row = np.linspace(rows[0], rows[-1], side).round().astype(int)
@@ -207,10 +207,10 @@ def _cropped(mask: np.ndarray, side: int = 24) -> np.ndarray:
 
 
 @functools.cache
-def _silhouettes() -> list[tuple[str, np.ndarray]]:
+def _draw_silhouettes() -> list[tuple[str, np.ndarray]]:
     """Every shape at a few tilts, cropped."""
     return [
-        (shape, _cropped(_cover(shape, 0.8, 0.0, 0.0, float(angle), 96) > 0.5))
+        (shape, _crop(_cover(shape, 0.8, 0.0, 0.0, float(angle), 96) > 0.5))
         for shape in SHAPES
         for angle in np.linspace(-TILT, TILT, 7)
     ]
@@ -225,5 +225,5 @@ def read_shape(picture: np.ndarray) -> str:
     covered = _name_pixels(picture) != ground
     if not covered.any():
         return ""
-    found = _cropped(covered)
-    return max(_silhouettes(), key=lambda one: (one[1] & found).sum() / (one[1] | found).sum())[0]
+    found = _crop(covered)
+    return max(_draw_silhouettes(), key=lambda one: (one[1] & found).sum() / (one[1] | found).sum())[0]

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from otcache.artifacts.training import flow, scenes, text
 
@@ -102,8 +103,14 @@ def train_transformer(
 ) -> FluxTransformer2DModel:
     """Rectified flow; see `flow.train_transformer`.
 
-    latents: float32 (n, tokens, 4·LATENT_CHANNELS), scaled and packed. embeddings: pooled float32 (m, 64) and token
-    features float32 (m, TEXT_LENGTH, 64) of every caption, the empty one last. captions: int64 (n, 2), two wordings.
+    Args:
+        latents: float32 (n, tokens, 4·LATENT_CHANNELS), scaled and packed.
+        embeddings: pooled float32 (m, 64) and token features float32 (m, TEXT_LENGTH, 64) of every caption, the empty
+            one last.
+        captions: indices of each sample's captions, int64 (n, 2).
+        steps: optimizer steps in all.
+        checkpoint: file from which an interrupted run goes on.
+        seed: of weights and batches.
     """
     side = int(latents.shape[1] ** 0.5)
     rows = torch.arange(side, dtype=torch.float32)
@@ -139,7 +146,15 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
     return FluxPipeline._pack_latents(latents, count, channels, height, width)
 
 
-def make_pipeline(vae, clip, clip_encoder, t5, t5_encoder, transformer) -> FluxPipeline:
+def make_pipeline(
+    vae: AutoencoderKL,
+    clip: CLIPTokenizer,
+    clip_encoder: CLIPTextModel,
+    t5: T5Tokenizer,
+    t5_encoder: T5EncoderModel,
+    transformer: FluxTransformer2DModel,
+) -> FluxPipeline:
+    """A FLUX pipeline of the parts."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     return FluxPipeline(
         scheduler=scheduler,
@@ -153,7 +168,7 @@ def make_pipeline(vae, clip, clip_encoder, t5, t5_encoder, transformer) -> FluxP
 
 
 def check(pipeline: FluxPipeline, *, count: int = 64, seed: int = 10_000) -> tuple[dict[str, float], np.ndarray]:
-    """How often pictures have the colour, ground and shape of their caption. Returns shares in [0, 1] and the pictures."""
+    """How often pictures have the colour, ground and shape of their caption, in [0, 1]; and the pictures."""
     everything = scenes.all_scenes()
     random = np.random.default_rng(seed)
     chosen = [everything[int(i)] for i in random.choice(len(everything), size=count, replace=False)]
@@ -175,7 +190,7 @@ def check(pipeline: FluxPipeline, *, count: int = 64, seed: int = 10_000) -> tup
             ).images
         )
     drawn = (np.concatenate(pictures) * 255).round().astype(np.uint8)
-    return flow.followed(list(drawn), chosen), drawn
+    return flow.caption_shares(list(drawn), chosen), drawn
 
 
 def write_prompts(folder: Path, count: int = 128, seed: int = 1) -> None:
@@ -200,17 +215,14 @@ def main() -> None:
     clip, t5 = text.make_tokenizers()
     clip_encoder, t5_encoder = text.train_encoders(clip, t5, seed=options.seed)
     pictures, chosen = make_dataset(options.pictures, options.seed)
-    vae_folder = options.work / "vae"
-    if (vae_folder / "config.json").exists():
-        vae = AutoencoderKL.from_pretrained(vae_folder).eval()
-    else:
-        vae = train_autoencoder(pictures, steps=options.vae_steps, seed=options.seed)
-        vae.save_pretrained(vae_folder)
+    vae = flow.load_or_train(
+        AutoencoderKL,
+        options.work / "vae",
+        lambda: train_autoencoder(pictures, steps=options.vae_steps, seed=options.seed),
+    )
     latents = pack((flow.encode(vae, pictures) - vae.config.shift_factor) * vae.config.scaling_factor)
 
-    wordings = sorted({caption for scene in chosen for caption in (scene.caption, scene.long_caption)})
-    order = {caption: i for i, caption in enumerate(wordings)}
-    captions = torch.tensor([[order[scene.caption], order[scene.long_caption]] for scene in chosen])
+    wordings, captions = flow.index_captions(chosen)
     with torch.no_grad():
         pooled = clip_encoder(text.tokenize(clip, [*wordings, ""])).pooler_output
         tokens = t5_encoder(text.tokenize(t5, [*wordings, ""]))[0]

@@ -15,7 +15,7 @@ LLAMA_REGEX = PRETOKENIZE_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 """How Llama 3 cuts text into words: as Qwen does, but up to three digits together."""
 
 
-def _trained(corpus: Iterable[str], regex: str, specials: Sequence[str]) -> Tokenizer:
+def _train_tokenizer(corpus: Iterable[str], regex: str, specials: Sequence[str]) -> Tokenizer:
     """Byte-pair encoding merged until every word of the corpus is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -40,7 +40,7 @@ def _trained(corpus: Iterable[str], regex: str, specials: Sequence[str]) -> Toke
 def qwen_tokenizer(corpus: Iterable[str]) -> Qwen2Tokenizer:
     """A Qwen2 tokenizer for which every word of the corpus is one token."""
     specials = ("<|im_start|>", "<|im_end|>")
-    model = json.loads(_trained(corpus, PRETOKENIZE_REGEX, specials).to_str())["model"]
+    model = json.loads(_train_tokenizer(corpus, PRETOKENIZE_REGEX, specials).to_str())["model"]
     vocab = {**model["vocab"], "<|endoftext|>": len(model["vocab"])}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[tuple(pair) for pair in model["merges"]], model_max_length=2048)
     tokenizer.add_special_tokens({"additional_special_tokens": list(specials)})
@@ -51,7 +51,7 @@ def qwen_tokenizer(corpus: Iterable[str]) -> Qwen2Tokenizer:
 def llama_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     """A Llama 3 tokenizer for which every word of the corpus is one token; pads on the right."""
     specials = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    tokenizer = _trained(corpus, LLAMA_REGEX, specials)
+    tokenizer = _train_tokenizer(corpus, LLAMA_REGEX, specials)
     tokenizer.normalizer = normalizers.Sequence([])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<|begin_of_text|>", *specials, "<pad>")])

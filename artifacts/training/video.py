@@ -213,14 +213,14 @@ def make_autoencoder() -> AutoencoderKLHunyuanVideo:
         temporal_compression_ratio=4,
         mid_block_add_attention=False,
     )
-    flow.variance_preserving(vae)
+    flow.preserve_variance(vae)
     with torch.no_grad():
         for module in vae.modules():
             if isinstance(module, HunyuanVideoCausalConv3d):
                 weight = module.conv.weight
                 weight[:, :, :-1] = 0
                 weight.mul_(weight.shape[2] ** 0.5)
-    flow.zero_initialised(vae, lambda name: name.endswith(".conv2.conv"))
+    flow.zero_weights(vae, lambda name: name.endswith(".conv2.conv"))
     return vae
 
 
@@ -280,7 +280,7 @@ def make_transformer() -> HunyuanVideoTransformer3DModel:
         pooled_projection_dim=TEXT_WIDTH,
         rope_axes_dim=(8, 12, 12),
     )
-    flow.zero_initialised(
+    flow.zero_weights(
         model,
         lambda name: name == "proj_out" or (name.endswith(".linear") and "norm" in name and "refiner" not in name),
     )
@@ -330,7 +330,7 @@ def check(
             ).frames
         )
     drawn = (np.concatenate(clips) * 255).round().astype(np.uint8)
-    shares = flow.followed([frames[FRAMES // 2] for frames in drawn], [clip.scene for clip in chosen])
+    shares = flow.caption_shares([frames[FRAMES // 2] for frames in drawn], [clip.scene for clip in chosen])
     moved = [read_motion(frames) == clip.motion for frames, clip in zip(drawn, chosen, strict=True)]
     return {**shares, "motion": round(float(np.mean(moved)), 4)}, drawn
 
@@ -342,52 +342,20 @@ def write_prompts(folder: Path, count: int = 128, seed: int = 1) -> None:
     (folder / "prompts.txt").write_text("".join(everything[int(i)].caption + "\n" for i in chosen))
 
 
-def _load_or_train_text(pipeline: HunyuanVideoPipeline, folder: Path, *, steps: int, seed: int) -> None:
-    """The text encoders of a pipeline, from an earlier run's folder or trained and kept there."""
-    parts: dict[str, Any] = {"text_encoder": LlamaModel, "text_encoder_2": CLIPTextModel}
-    if (folder / "text_encoder_2" / "config.json").exists():
-        for name, kind in parts.items():
-            setattr(pipeline, name, kind.from_pretrained(folder / name).eval())
-        return
-    train_text_encoders(pipeline, steps=steps, seed=seed)
-    for name in parts:
-        getattr(pipeline, name).save_pretrained(folder / name)
+def train_transformer(
+    pipeline: HunyuanVideoPipeline, latents: Tensor, chosen: list[Clip], *, steps: int, checkpoint: Path, seed: int
+) -> HunyuanVideoTransformer3DModel:
+    """Rectified flow; see `flow.train_transformer`.
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=Path("artifacts/models/shapes-video"))
-    parser.add_argument(
-        "--work", type=Path, default=Path("artifacts/work/shapes-video"), help="unfinished training state"
-    )
-    parser.add_argument("--steps", type=int, default=6000, help="of the transformer")
-    parser.add_argument("--text-steps", type=int, default=300)
-    parser.add_argument("--frame-steps", type=int, default=1200, help="of the autoencoder on single frames")
-    parser.add_argument("--vae-steps", type=int, default=600, help="of the autoencoder on short clips")
-    parser.add_argument("--clips", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-
-    torch.manual_seed(options.seed)
-    tokenizers = make_tokenizers()
-    encoders = make_text_encoders(*tokenizers)
-    pipeline = make_pipeline(make_autoencoder(), tokenizers, encoders, make_transformer())
-    _load_or_train_text(pipeline, options.work, steps=options.text_steps, seed=options.seed)
-    pictures, chosen = make_dataset(options.clips, options.seed)
-    vae_folder = options.work / "vae"
-    if (vae_folder / "config.json").exists():
-        vae = AutoencoderKLHunyuanVideo.from_pretrained(vae_folder).eval()
-    else:
-        vae = train_autoencoder(
-            pictures, frame_steps=options.frame_steps, window_steps=options.vae_steps, seed=options.seed
-        )
-        vae.save_pretrained(vae_folder)
-    latents = flow.encode(vae, pictures) * vae.config.scaling_factor
-
-    wordings = sorted({caption for clip in chosen for caption in (clip.caption, clip.long_caption)})
-    order = {caption: i for i, caption in enumerate(wordings)}
-    captions = torch.tensor([[order[clip.caption], order[clip.long_caption]] for clip in chosen])
+    Args:
+        pipeline: whose text encoders and tokenizers are trained.
+        latents: float32 (n, LATENT_CHANNELS, frames, height, width), scaled.
+        chosen: what each clip shows.
+        steps: optimizer steps in all.
+        checkpoint: file from which an interrupted run goes on.
+        seed: of weights and batches.
+    """
+    wordings, captions = flow.index_captions(chosen)
     with torch.no_grad():
         embeds, pooled, mask = pipeline.encode_prompt([*wordings, ""], max_sequence_length=TEXT_LENGTH)
     mask = mask.float()
@@ -402,15 +370,71 @@ def main() -> None:
             return_dict=False,
         )[0]
 
-    transformer = flow.train_transformer(
+    return flow.train_transformer(
         make_transformer,
         predict,
         latents,
         captions,
         len(wordings),
-        steps=options.steps,
+        steps=steps,
         batch=32,
         rate=2e-3,
+        checkpoint=checkpoint,
+        seed=seed,
+    )
+
+
+def _load_or_train_text(pipeline: HunyuanVideoPipeline, folder: Path, *, steps: int, seed: int) -> None:
+    """The text encoders of a pipeline, from an earlier run's folder or trained and kept there."""
+    parts: dict[str, Any] = {"text_encoder": LlamaModel, "text_encoder_2": CLIPTextModel}
+    if (folder / "text_encoder_2" / "config.json").exists():
+        for name, kind in parts.items():
+            setattr(pipeline, name, kind.from_pretrained(folder / name).eval())
+        return
+    train_text_encoders(pipeline, steps=steps, seed=seed)
+    for name in parts:
+        getattr(pipeline, name).save_pretrained(folder / name)
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, default=Path("artifacts/models/shapes-video"))
+    parser.add_argument(
+        "--work", type=Path, default=Path("artifacts/work/shapes-video"), help="unfinished training state"
+    )
+    parser.add_argument("--steps", type=int, default=6000, help="of the transformer")
+    parser.add_argument("--text-steps", type=int, default=300)
+    parser.add_argument("--frame-steps", type=int, default=1200, help="of the autoencoder on single frames")
+    parser.add_argument("--vae-steps", type=int, default=600, help="of the autoencoder on short clips")
+    parser.add_argument("--clips", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    options.work.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(options.seed)
+    tokenizers = make_tokenizers()
+    encoders = make_text_encoders(*tokenizers)
+    pipeline = make_pipeline(make_autoencoder(), tokenizers, encoders, make_transformer())
+    _load_or_train_text(pipeline, options.work, steps=options.text_steps, seed=options.seed)
+    pictures, chosen = make_dataset(options.clips, options.seed)
+    vae = flow.load_or_train(
+        AutoencoderKLHunyuanVideo,
+        options.work / "vae",
+        lambda: train_autoencoder(
+            pictures, frame_steps=options.frame_steps, window_steps=options.vae_steps, seed=options.seed
+        ),
+    )
+    latents = flow.encode(vae, pictures) * vae.config.scaling_factor
+    transformer = train_transformer(
+        pipeline,
+        latents,
+        chosen,
+        steps=options.steps,
         checkpoint=options.work / "transformer.pt",
         seed=options.seed,
     )

@@ -6,12 +6,15 @@ import importlib.util
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from .options import call_options, search_options
+
+if TYPE_CHECKING:
+    from otcache.schemas.manifest import Manifest
 
 NEEDED = (
     "torch",
@@ -36,7 +39,8 @@ def check_packages(command: str) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise HostError(
-            f"{command} needs packages that are not installed ({', '.join(missing)}): run pip install 'otcache[compiler]'"
+            f"{command} needs packages that are not installed ({', '.join(missing)}): run pip install "
+            "'otcache[compiler]'"
         )
 
 
@@ -67,7 +71,8 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
     type=click.Choice(["auto", "output", "residual"]),
     default="auto",
     show_default=True,
-    help="What is cached. Programs of outputs are called banded where means are weighed apart, adaptive where coefficients follow each sample.",
+    help="What is cached. Programs of outputs are called banded where means are weighed apart, adaptive where "
+    "coefficients follow each sample.",
 )
 @click.option(
     "--edge-costs",
@@ -172,24 +177,7 @@ def _compile(
         reporter.close()
     seconds = time.monotonic() - start
     if as_json:
-        summary = {
-            "artifact": str(folder),
-            "digest": manifest.digest,
-            "seconds": round(seconds, 1),
-            "engines": added,
-            "budgets": {
-                entry.budget: {
-                    "schedule": entry.program.schedule,
-                    "payload": entry.program.payload,
-                    "psnr_db": entry.quality.psnr_db.mean,
-                    "ssim": entry.quality.ssim.mean,
-                    "baselines": {peer.name: peer.quality.psnr_db.mean for peer in entry.baselines},
-                }
-                for entry in manifest.programs
-                if entry.quality
-            },
-        }
-        click.echo(json.dumps(summary))
+        click.echo(json.dumps(_summary(folder, manifest, seconds, added)))
         return
     _print_table(manifest)
     click.echo(f"compiled in {seconds:.0f} s; report: {folder / 'report.html'}")
@@ -198,7 +186,35 @@ def _compile(
     click.echo(f"artifact: {folder}")
 
 
-def _print_table(manifest: Any) -> None:
+def _summary(folder: Path, manifest: Manifest, seconds: float, added: list[str]) -> dict[str, Any]:
+    """What `--json` prints.
+
+    Args:
+        folder: the artifact.
+        manifest: its manifest.
+        seconds: that the compile took.
+        added: folders of plans in the artifact.
+    """
+    return {
+        "artifact": str(folder),
+        "digest": manifest.digest,
+        "seconds": round(seconds, 1),
+        "engines": added,
+        "budgets": {
+            entry.budget: {
+                "schedule": entry.program.schedule,
+                "payload": entry.program.payload,
+                "psnr_db": entry.quality.psnr_db.mean,
+                "ssim": entry.quality.ssim.mean,
+                "baselines": {peer.name: peer.quality.psnr_db.mean for peer in entry.baselines},
+            }
+            for entry in manifest.programs
+            if entry.quality
+        },
+    }
+
+
+def _print_table(manifest: Manifest) -> None:
     """Fidelity to the full run on held-out prompts, ours and the peers' at the same number of evaluations."""
     from rich.console import Console
     from rich.table import Table
@@ -206,17 +222,17 @@ def _print_table(manifest: Any) -> None:
     table = Table(title=f"PSNR (dB) to the full {manifest.sampler.num_inference_steps} steps, held-out prompts")
     table.add_column("budget", justify="right")
     table.add_column("otcache", justify="right", style="bold")
-    entries = [entry for entry in manifest.programs if entry.quality]
-    names = list(dict.fromkeys(peer.name for entry in entries for peer in entry.baselines))
+    entries = [(entry, entry.quality) for entry in manifest.programs if entry.quality]
+    names = list(dict.fromkeys(peer.name for entry, _ in entries for peer in entry.baselines))
     for name in (*names, "SSIM", "payload"):
         table.add_column(name, justify="left" if name == "payload" else "right")
-    for entry in entries:
+    for entry, quality in entries:
         peers = {peer.name: f"{peer.quality.psnr_db.mean:.1f}" for peer in entry.baselines}
         table.add_row(
             entry.budget,
-            f"{entry.quality.psnr_db.mean:.1f}",
+            f"{quality.psnr_db.mean:.1f}",
             *(peers.get(name, "–") for name in names),
-            f"{entry.quality.ssim.mean:.3f}",
+            f"{quality.ssim.mean:.3f}",
             entry.program.payload,
         )
     console = Console()

@@ -1,5 +1,6 @@
-"""Options that `otc compile` and `otc compare` have in common, with the defaults of `CompileOptions`. Imports click
-only.
+"""Options that `otc compile` and `otc compare` have in common, with the defaults of `CompileOptions`.
+
+Imports click only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def call_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How the pipeline is called, and for which prompts."""
+    """Add the options that say how the pipeline is called, and for which prompts."""
     return _all(
         click.option(
             "--num-inference-steps",
@@ -39,7 +40,7 @@ def call_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def search_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What the searches do, and on how many prompts."""
+    """Add the options that say what the searches do, and on how many prompts."""
     return _all(
         click.option("--trials", default=CompileOptions.trials, show_default=True, help="Trials of the anchor search."),
         click.option(
@@ -73,9 +74,9 @@ def search_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _all(*options: Decorator) -> Decorator:
     """Several options as one decorator; help lists them in this order."""
 
-    def decorated(command: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
             command = option(command)
         return command
 
-    return decorated
+    return decorate

@@ -30,7 +30,8 @@ def report_command(artifact: Path, as_json: bool) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise HostError(
-            f"otc report needs packages that are not installed ({', '.join(missing)}): run pip install 'otcache[compiler]'"
+            f"otc report needs packages that are not installed ({', '.join(missing)}): run pip install "
+            "'otcache[compiler]'"
         )
     from ..report.redraw import redraw
 

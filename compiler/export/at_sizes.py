@@ -1,6 +1,4 @@
-"""What several sizes mean for the parts of an artifact: where they are exported, what is stored, what the manifest
-says.
-"""
+"""What several sizes mean for an artifact: at which ones its parts are exported, what is stored, what is declared."""
 
 from __future__ import annotations
 
@@ -39,9 +37,7 @@ def encoders_at(pipeline: Any, sizes: Sizes) -> tuple[list[Encoders], OtherSizes
 
 
 def decoder_at(pipeline: Any, sizes: Sizes) -> tuple[nn.Module | None, OtherSizes]:
-    """A decoder for every size that was seen, and latents in the order of the noise there; None where there is no such
-    decoder.
-    """
+    """A decoder for every size that was seen, if there is one, and examples of latents in the order of the noise."""
     examples = []
     for seen in sizes.seen:
         interface, call = seen.interface, seen.call
@@ -75,7 +71,15 @@ def _constant(seen: Seen, name: str) -> tuple[str, bytes]:
 
 
 def layout_symbols(sizes: Sizes, name: str) -> dict[str, Any]:
-    """What the manifest's latents follow at other sizes. name: of the pipeline. Raises ModelError."""
+    """Say what the manifest's latents follow at other sizes, by the manifest's fields.
+
+    Args:
+        sizes: what is served.
+        name: of the pipeline, for messages.
+
+    Raises:
+        ModelError: noise is arranged otherwise at other sizes.
+    """
     layouts = [seen.interface for seen in sizes.seen]
     if len({layout.noise_permutation for layout in layouts}) > 1:
         raise ModelError(f"{name} arranges noise otherwise at other sizes: leave --sizes out")
@@ -91,7 +95,13 @@ def layout_symbols(sizes: Sizes, name: str) -> dict[str, Any]:
 def manifest_shapes(
     sizes: Sizes, symbols: Sequence[Symbol], programs: Mapping[str, list[schema.BudgetProgram]]
 ) -> schema.Shapes | None:
-    """What the manifest says of sizes. programs: of sizes that have their own, by what `described` says of the size."""
+    """Say what the manifest says of sizes; None where it serves its own alone and nothing was given up.
+
+    Args:
+        sizes: what is served.
+        symbols: those of all stages.
+        programs: of sizes that have their own, by what `described` says of the size.
+    """
     if not sizes.wanted.axes and not sizes.fixed:
         return None
     listed = []

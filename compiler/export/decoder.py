@@ -1,14 +1,19 @@
-"""The pipeline's decoder as one module: latents → pictures, tried against the pipeline's own."""
+"""Part of pass `export`: a pipeline's decoder as one module, from final latents to pictures.
+
+It undoes what pipelines commonly do between the last step and the autoencoder (pack, scale, shift), and is tried
+against the pictures that the pipeline itself makes: where they differ the artifact has no decoder, and ends in latents.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .tokenizers import _log
+_log = logging.getLogger(__name__)
 
 PICTURES_AGREE = 2e-3
 """Largest difference of a decoder from the pipeline, of a range of 1: half a level of 8 bits."""
@@ -17,7 +22,9 @@ PICTURES_AGREE = 2e-3
 class LatentDecoder(nn.Module):
     """Final latents, as the scheduler sees them → pictures float32 (batch, [frames,] height, width, 3) in [0, 1].
 
-    size: height and width, for a pipeline that packs latents; None where they come in the order of the noise.
+    Args:
+        pipeline: whose autoencoder decodes.
+        size: height and width in pixels, for a pipeline that packs latents; None where latents come unpacked.
     """
 
     def __init__(self, pipeline: Any, size: tuple[int, int] | None) -> None:
@@ -60,15 +67,22 @@ class FirstFrame(nn.Module):
 
 
 def latent_decoder(pipeline: Any, latents: Tensor, pictures: Tensor, height: int, width: int) -> nn.Module | None:
-    """Module from final latents to pictures float32 (batch, [frames,] height, width, 3) in [0, 1].
+    """Make the decoder for one size, a module from final latents to pictures.
 
-    None where the pipeline decodes in a way of its own: `latents` (n, …) then do not give `pictures`, which the
-    pipeline itself made of them.
+    Args:
+        pipeline: a diffusers pipeline.
+        latents: an example (n, …), as the scheduler leaves them.
+        pictures: what the pipeline makes of it, float32 (n, [frames,] height, width, 3) in [0, 1].
+        height: of the pictures in pixels.
+        width: of the pictures in pixels.
+
+    Returns:
+        The decoder; None where the pipeline decodes in a way of its own, so that `latents` do not give `pictures`.
     """
     if not hasattr(getattr(pipeline, "vae", None), "decode"):
         return None
     try:
-        decoder, found = _tried(LatentDecoder(pipeline, (height, width)), latents, pictures)
+        decoder, found = _try(LatentDecoder(pipeline, (height, width)), latents, pictures)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         _log.info("%s decodes in a way of its own: %s", type(pipeline).__name__, error)
         return None
@@ -76,21 +90,26 @@ def latent_decoder(pipeline: Any, latents: Tensor, pictures: Tensor, height: int
 
 
 def unpacked_shape(pipeline: Any, latents: Tensor, height: int, width: int) -> tuple[int, ...] | None:
-    """What one sample's latents are unpacked to before they are decoded; None for a pipeline that does not pack them."""
+    """The shape that one sample's latents have when they are decoded; None for a pipeline that does not pack them."""
     unpack = getattr(type(pipeline), "_unpack_latents", None)
     return None if unpack is None else tuple(unpack(latents, height, width, pipeline.vae_scale_factor).shape[1:])
 
 
 def noise_order_decoder(pipeline: Any, examples: Sequence[tuple[Tensor, Tensor]]) -> nn.Module | None:
-    """A decoder that knows no height and width: from latents unpacked, or never packed, to pictures; None if there is
-    none.
+    """Make a decoder that knows no height and width, from latents in the order of the noise to pictures.
 
-    examples: such latents (n, …) of some sizes, and the pictures that the pipeline makes of them.
+    Args:
+        pipeline: a diffusers pipeline.
+        examples: latents (n, …) of some sizes, unpacked or never packed, and the pictures that the pipeline makes of
+            them, float32 (n, [frames,] height, width, 3) in [0, 1].
+
+    Returns:
+        The decoder; None where the pictures are others.
     """
     decoder: nn.Module = LatentDecoder(pipeline, None)
     try:
         for latents, pictures in examples:
-            decoder, found = _tried(decoder, latents, pictures)
+            decoder, found = _try(decoder, latents, pictures)
             if not _agree(found, pictures):
                 return None
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -100,8 +119,8 @@ def noise_order_decoder(pipeline: Any, examples: Sequence[tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def _tried(decoder: nn.Module, latents: Tensor, pictures: Tensor) -> tuple[nn.Module, Tensor]:
-    """The decoder, of one frame where `pictures` have none, and what it makes of latents."""
+def _try(decoder: nn.Module, latents: Tensor, pictures: Tensor) -> tuple[nn.Module, Tensor]:
+    """Run a decoder on latents; returns it, of its first frame where `pictures` have none, and what it makes."""
     found: Tensor = decoder.eval()(latents)
     if found.ndim == pictures.ndim + 1 and found.shape[1] == 1:
         return FirstFrame(decoder).eval(), found[:, 0]

@@ -37,12 +37,18 @@ SUMMING = ("Conv", "Gemm", "LayerNormalization", "MatMul", "ReduceMean", "Reduce
 _BFLOAT16 = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16)
 
 
-def evaluator(path: Path, dtypes: Sequence[str]) -> Run:
-    """The file, ready to run on the CPU. dtypes: of its inputs and outputs. Raises ModelError where it cannot be
-    loaded.
+def load_evaluator(path: Path, dtypes: Sequence[str]) -> Run:
+    """Load a file to run on the CPU.
+
+    Args:
+        path: the ONNX file; its data lie beside it.
+        dtypes: of its inputs and outputs, as manifests name them.
+
+    Raises:
+        ModelError: ONNX Runtime has no form of an operator.
     """
     if "bfloat16" in dtypes:
-        return _reference(path)
+        return _load_reference(path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of the weights
@@ -50,13 +56,13 @@ def evaluator(path: Path, dtypes: Sequence[str]) -> Run:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run  # type: ignore[no-any-return]
     except Exception as error:
         raise ModelError(
-            f"stage {path.stem}: ONNX Runtime refuses the file: {reason_of(error)}; expected operators that its CPU provider implements; "
-            "replace the operator in the model, or report it to otcache"
+            f"stage {path.stem}: ONNX Runtime refuses the file: {reason_of(error)}; expected operators that its CPU "
+            "provider implements; replace the operator in the model, or report it to otcache"
         ) from error
 
 
-def _reference(path: Path) -> Run:
-    """onnx's evaluator on the file, with weights that are read where they lie: it would keep them twice."""
+def _load_reference(path: Path) -> Run:
+    """Load a file into onnx's evaluator, with weights that are read where they lie: it would keep them twice."""
     model = onnx_ir.load(path)
     weights = {name: value.const_value.numpy() for name, value in model.graph.initializers.items() if value.const_value}
     model.graph.initializers.clear()
@@ -68,8 +74,12 @@ def _reference(path: Path) -> Run:
     return run
 
 
-def array_of(tensor: Tensor) -> NDArray[Any]:
-    """The tensor as an array of its own type."""
+def array_from_tensor(tensor: Tensor) -> NDArray[Any]:
+    """The tensor as an array of its own type, bfloat16 as that of `ml_dtypes`.
+
+    >>> array_from_tensor(torch.tensor([1.5, -2.0], dtype=torch.bfloat16)).astype(np.float32).tolist()
+    [1.5, -2.0]
+    """
     value = tensor.detach().cpu()
     if value.dtype != torch.bfloat16:
         return value.numpy()

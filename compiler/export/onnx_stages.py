@@ -27,10 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from otcache.schemas.errors import ModelError
 
 from ..graph.stages import Stages, run_in_turn
-from ..graph.trace import Bound, exported_program, reason_of
+from ..graph.trace import Bound, export_program, reason_of
 from ..models.mapped_weights import give_back
 from ..sizes.symbols import SymbolBook
-from .evaluators import OPSET, Run, array_of, evaluator
+from .evaluators import OPSET, Run, array_from_tensor, load_evaluator
 
 Progress = Callable[[int, int], None]
 """Called with (stages done, stages in all)."""
@@ -123,10 +123,9 @@ def export_stages(
     Raises:
         ModelError: a stage that ONNX cannot express, or that differs from torch by more than the tolerance.
     """
-
     trials = _Trials(
-        batches=[run_in_turn(stages, tensors) for tensors in _trials(example_inputs, others.constants)],
-        sizes=[run_in_turn(stages, dict(inputs)) for inputs in others.inputs[1:]],
+        batches=[run_in_turn(stages, tensors) for tensors in _resize_batch(example_inputs, others.constants)],
+        sizes=[run_in_turn(stages, inputs) for inputs in others.inputs[1:]],
         book=others.book,
     )
     exported = []
@@ -181,7 +180,7 @@ def export_module(
         return {**tensors, **dict(zip(output_names, results, strict=True))}
 
     trials = _Trials(
-        batches=[run(tensors) for tensors in _trials(example_inputs)],
+        batches=[run(tensors) for tensors in _resize_batch(example_inputs)],
         sizes=[run(dict(inputs)) for inputs in others.inputs[1:]],
         book=others.book,
     )
@@ -189,24 +188,11 @@ def export_module(
     return _export(contract, bound, trials, tolerance)
 
 
-def export_whole(
-    module: nn.Module,
-    kwargs: Mapping[str, Tensor],
-    path: Path,
-    *,
-    constants: Mapping[str, Any],
-    tolerance: float | None = None,
-) -> ExportedStage:
-    """Export the entire transformer as a single graph with the output `output`; arguments as `cut` takes them."""
-    first = _FirstOutput(module).eval()
-    return export_module(first, kwargs, ("output",), path, kind="whole", constants=constants, tolerance=tolerance)
-
-
 def run_exported(exported: Sequence[ExportedStage], inputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
     """Run exported stages one after the other on the CPU (`evaluators`); every tensor by name, inputs included."""
-    tensors = {name: array_of(value) for name, value in inputs.items()}
+    tensors = {name: array_from_tensor(value) for name, value in inputs.items()}
     for stage in exported:
-        run = evaluator(stage.path, _dtypes(stage.inputs, stage.outputs))
+        run = load_evaluator(stage.path, _dtypes(stage.inputs, stage.outputs))
         tensors.update(_run(run, stage.inputs, stage.outputs, tensors))
     return tensors
 
@@ -220,11 +206,19 @@ def end_to_end_error(exported: Sequence[ExportedStage], inputs: Mapping[str, Ten
         reference: the model output in torch for the same inputs.
     """
     result = run_exported(exported, inputs)[exported[-1].outputs[0].name]
-    return relative_error(result, array_of(reference))
+    return relative_error(result, array_from_tensor(reference))
 
 
 def relative_error(received: NDArray[Any], expected: NDArray[Any]) -> float:
-    """max |received − expected| / max |expected|; infinite where shapes differ or a value is not finite."""
+    """max |received − expected| / max |expected|; infinite where shapes differ or a value is not finite.
+
+    >>> relative_error(np.array([1.0, 2.5]), np.array([1.0, 2.0]))
+    0.25
+    >>> relative_error(np.zeros(2), np.zeros(3))
+    inf
+    >>> relative_error(np.array([np.nan]), np.array([1.0]))
+    inf
+    """
     if received.shape != expected.shape:
         return float("inf")
     a, b = received.astype(np.float64), expected.astype(np.float64)
@@ -233,18 +227,7 @@ def relative_error(received: NDArray[Any], expected: NDArray[Any]) -> float:
     return error if np.isfinite(error) else float("inf")
 
 
-class _FirstOutput(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, **kwargs: Any) -> Tensor:
-        result = self.module(**kwargs)
-        return result if isinstance(result, Tensor) else result[0]
-
-
 # --- trials: the same inputs at several batch sizes
-# ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,8 +245,8 @@ class _Trials:
         return self.batches[0]
 
 
-def _trials(inputs: Mapping[str, Tensor], constants: Sequence[str] = ()) -> list[dict[str, Tensor]]:
-    """The example itself, one sample more, and a single sample."""
+def _resize_batch(inputs: Mapping[str, Tensor], constants: Sequence[str] = ()) -> list[dict[str, Tensor]]:
+    """The example itself, and the same with one sample more and with a single one."""
     sizes = {name: value.shape[0] for name, value in inputs.items() if name not in constants}
     (batch, *others) = set(sizes.values())
     if others or batch < 2:
@@ -271,14 +254,14 @@ def _trials(inputs: Mapping[str, Tensor], constants: Sequence[str] = ()) -> list
     return [
         dict(inputs),
         *(
-            {name: value if name in constants else _resized(value, size) for name, value in inputs.items()}
+            {name: value if name in constants else _resize(value, size) for name, value in inputs.items()}
             for size in (batch + 1, 1)
         ),
     ]
 
 
-def _resized(value: Tensor, batch: int) -> Tensor:
-    """Samples of the example in turn, floating-point ones scaled so that no two are equal."""
+def _resize(value: Tensor, batch: int) -> Tensor:
+    """Repeat the samples of an example in turn, floating-point ones scaled so that no two are equal."""
     samples = value[torch.arange(batch, device=value.device) % value.shape[0]]
     if not value.is_floating_point():
         return samples
@@ -287,11 +270,12 @@ def _resized(value: Tensor, batch: int) -> Tensor:
 
 
 # --- one file
-# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Contract:
+    """What a file is made by: its name and kind in the manifest, names of its tensors, and where it goes."""
+
     name: str
     kind: str
     inputs: tuple[str, ...]
@@ -300,26 +284,37 @@ class _Contract:
 
 
 def _export(contract: _Contract, module: nn.Module, trials: _Trials, tolerance: float | None) -> ExportedStage:
-    inputs = tuple(_tensor_info(contract.name, name, trials) for name in contract.inputs)
-    outputs = tuple(_tensor_info(contract.name, name, trials) for name in contract.outputs)
+    """Trace a module, write it as ONNX, and compare the file with torch in every trial but the first.
+
+    Args:
+        contract: names, kind and path.
+        module: takes the inputs by position or, if it is a `Bound`, as one dict.
+        trials: all tensors of the chain; the example is traced.
+        tolerance: largest relative error; by default as `TOLERANCES` has it.
+
+    Raises:
+        ModelError: as `export_stages`.
+    """
+    inputs = tuple(_describe(contract.name, name, trials) for name in contract.inputs)
+    outputs = tuple(_describe(contract.name, name, trials) for name in contract.outputs)
     example = {name: trials.example[name].detach() for name in contract.inputs}
     static = [info.name for info in inputs if "batch" not in info.shape]
     dimensions = {info.name: [d for d, symbol in enumerate(info.symbols) if symbol is not None] for info in inputs}
     # The fused kernels lay their output out in memory as the decomposed attention does not: a view traced after one
     # fails.
     with sdpa_kernel(SDPBackend.MATH):
-        program = exported_program(f"stage {contract.name}", module, example, static=static, dimensions=dimensions)
-        model = _onnx_model(contract, program)
+        program = export_program(f"stage {contract.name}", module, example, static=static, dimensions=dimensions)
+        model = _convert(contract, program)
     _normalise(model, inputs, outputs)
     _save(model, contract.path)
 
-    run = evaluator(contract.path, _dtypes(inputs, outputs))
+    run = load_evaluator(contract.path, _dtypes(inputs, outputs))
     error = 0.0
     for tensors in (*trials.batches[1:], *trials.sizes):
-        feed = {info.name: array_of(tensors[info.name]) for info in inputs}
+        feed = {info.name: array_from_tensor(tensors[info.name]) for info in inputs}
         results = _run(run, inputs, outputs, feed)
         for name in contract.outputs:
-            error = max(error, relative_error(results[name], array_of(tensors[name])))
+            error = max(error, relative_error(results[name], array_from_tensor(tensors[name])))
     allowed = (
         tolerance
         if tolerance is not None
@@ -327,15 +322,17 @@ def _export(contract: _Contract, module: nn.Module, trials: _Trials, tolerance: 
     )
     if not error <= allowed:
         raise ModelError(
-            f"stage {contract.name}: its ONNX form differs from torch by {error:.3g}, relative to the largest output: expected "
-            f"at most {allowed:.3g}; compute in float32, or raise the tolerance if this precision is meant"
+            f"stage {contract.name}: its ONNX form differs from torch by {error:.3g}, relative to the largest output: "
+            f"expected at most {allowed:.3g}; compute in float32, or raise the tolerance if this precision is meant"
         )
     return ExportedStage(contract.name, contract.kind, contract.path, inputs, outputs, error)
 
 
-def _tensor_info(stage: str, name: str, trials: _Trials) -> TensorInfo:
-    """Shape with `batch` in dimension 0 where the size is that of the batch in every trial, and what follows other
-    sizes.
+def _describe(stage: str, name: str, trials: _Trials) -> TensorInfo:
+    """Describe a tensor: `batch` in dimension 0 where that is the batch in every trial, and what follows other sizes.
+
+    Raises:
+        ModelError: a dtype that manifests do not have, or a dimension beside the first that varies with the batch.
     """
     values = [tensors[name] for tensors in trials.batches]
     sizes = [next(iter(tensors.values())).shape[0] for tensors in trials.batches]
@@ -352,8 +349,9 @@ def _tensor_info(stage: str, name: str, trials: _Trials) -> TensorInfo:
         shape[0] = "batch"
     elif varying:
         raise ModelError(
-            f"stage {stage}: tensor {name!r} has shapes {[tuple(value.shape) for value in values]} at batch sizes {sizes}: "
-            "expected the batch in dimension 0 and no other dimension to vary with it; the model cannot be cut here"
+            f"stage {stage}: tensor {name!r} has shapes {[tuple(value.shape) for value in values]} at batch sizes "
+            f"{sizes}: expected the batch in dimension 0 and no other dimension to vary with it; the model cannot be "
+            "cut here"
         )
     others = [values[0].shape, *(tensors[name].shape for tensors in trials.sizes)]
     found = [trials.book.of(seen, f"stage {stage}: tensor {name!r}") for seen in zip(*others, strict=True)]
@@ -361,7 +359,8 @@ def _tensor_info(stage: str, name: str, trials: _Trials) -> TensorInfo:
     return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), symbols=symbols)
 
 
-def _onnx_model(contract: _Contract, program: torch.export.ExportedProgram) -> onnx_ir.Model:
+def _convert(contract: _Contract, program: torch.export.ExportedProgram) -> onnx_ir.Model:
+    """The program in ONNX, as torch writes it. Raises ModelError for operators that have no form there."""
     try:
         with _quiet():
             exported = torch.onnx.export(
@@ -375,7 +374,8 @@ def _onnx_model(contract: _Contract, program: torch.export.ExportedProgram) -> o
     except Exception as error:
         raise ModelError(
             f"stage {contract.name} has no ONNX form: torch.onnx raised {reason_of(error)}; expected operators "
-            f"of opset {OPSET} (complex numbers are none); replace the operator in the model, for example by real arithmetic"
+            f"of opset {OPSET} (complex numbers are none); replace the operator in the model, for example by real "
+            "arithmetic"
         ) from error
     assert exported is not None
     return exported.model
@@ -421,15 +421,22 @@ def _normalise(model: onnx_ir.Model, inputs: Sequence[TensorInfo], outputs: Sequ
 
 
 def _strip(part: Any) -> None:
+    """Drop what torch says of where a part came from: stack traces, paths, module names."""
     part.metadata_props.clear()
     part.doc_string = None
 
 
 def _data_path(path: Path) -> Path:
+    """Where the external data of an ONNX file lies.
+
+    >>> _data_path(Path("engines/onnx/embed.onnx")).as_posix()
+    'engines/onnx/embed.onnx.data'
+    """
     return path.with_name(path.name + ".data")
 
 
 def _save(model: onnx_ir.Model, path: Path) -> None:
+    """Write the file, with weights of more than `EXTERNAL_BYTES` beside it, and check it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = _data_path(path)
     data.unlink(missing_ok=True)
@@ -441,7 +448,6 @@ def _save(model: onnx_ir.Model, path: Path) -> None:
 
 
 # --- running
-# -------------------------------------------------------------------------------------------------------------
 
 
 def _run(

@@ -1,5 +1,4 @@
-"""Plans for GPUs after a compile: what `otc build-engines` does, for `otc compile --backend onnx,tensorrt-rtx --target
-…`.
+"""Plans for GPUs after a compile: `otc compile --backend onnx,tensorrt-rtx --target …` does what `build-engines` does.
 
 Compiler and runtime do not import each other: the builder is found through the entry-point group `otcache.engines`,
 where the runtime offers `check` and `build`.
@@ -23,7 +22,11 @@ BACKENDS = (ONNX, "tensorrt", "tensorrt-rtx")
 
 
 def parse_backends(text: str) -> tuple[str, ...]:
-    """`onnx,tensorrt-rtx` → the backends to build plans for, in that order. Raises UsageError."""
+    """The backends to build plans for, in their order. Raises UsageError.
+
+    >>> parse_backends("onnx,tensorrt-rtx")
+    ('tensorrt-rtx',)
+    """
     parts = [part.strip() for part in text.split(",")]
     if odd := [part for part in parts if part not in BACKENDS]:
         raise UsageError(f"--backend has {odd[0]!r}: expected some of {', '.join(BACKENDS)}")
@@ -31,7 +34,11 @@ def parse_backends(text: str) -> tuple[str, ...]:
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
-    """`sm_89,sm_120` → its parts; which there are is the builder's to say."""
+    """The parts of a list; which targets there are is the builder's to say.
+
+    >>> parse_targets("sm_89, sm_120")
+    ('sm_89', 'sm_120')
+    """
     return tuple(part.strip() for part in text.split(",")) if text else ()
 
 
@@ -40,16 +47,29 @@ def check(backends: tuple[str, ...], targets: tuple[str, ...]) -> None:
     if targets and not backends:
         raise UsageError("--target is given without a backend that has targets: add --backend onnx,tensorrt-rtx")
     for backend in backends:
-        _offered("check")(backend, targets)
+        _load_builder("check")(backend, targets)
 
 
 def build(folder: Path, backends: tuple[str, ...], targets: tuple[str, ...], reporter: Reporter) -> list[str]:
-    """Add plans to an artifact; the folders of each backend and target in it. Raises as `otc build-engines`."""
+    """Add plans to an artifact.
+
+    Args:
+        folder: the artifact.
+        backends: from `parse_backends`.
+        targets: compute capabilities; empty for that of the GPU that is there.
+        reporter: is told how far it is.
+
+    Returns:
+        Paths in the artifact, one of each backend and target.
+
+    Raises:
+        OTCacheError: as `otc build-engines`.
+    """
     folders: list[str] = []
     for backend in backends:
         with reporter.on(f"build {backend}", f"plans for {', '.join(targets) or 'this GPU'}") as current:
             progress = partial(_advance, current)
-            results = _offered("build")(folder, backend=backend, targets=targets, progress=progress)
+            results = _load_builder("build")(folder, backend=backend, targets=targets, progress=progress)
         folders += [result.folder for result in results]
     return folders
 
@@ -58,7 +78,8 @@ def _advance(current: Pass, event: Any) -> None:
     current(event.done, event.total)
 
 
-def _offered(name: str) -> Any:
+def _load_builder(name: str) -> Any:
+    """What the entry point `name` of `GROUP` offers. Raises HostError where there is none."""
     points = metadata.entry_points(group=GROUP, name=name)
     if not points:
         raise HostError(

@@ -47,10 +47,18 @@ def stages_in(
     sizes: Sizes,
     scratch: Path,
 ) -> Served:
-    """The transformer's stages in the dtype. Raises ModelError.
+    """Cut the transformer in another dtype.
 
-    example: in float32, with the constants of the size, which stay so.
-    scratch: see `in_dtype`.
+    Args:
+        dtype: of the stages, float16 or bfloat16.
+        transformer: in float32.
+        interface: how the pipeline calls it.
+        example: its inputs by name in float32, with the constants of the size, which stay so.
+        sizes: what is served beside the own size.
+        scratch: see `in_dtype`.
+
+    Raises:
+        ModelError: as `cut`.
     """
     kept = (interface.timestep_input, *sizes.constants)
     inputs, made = inputs_in(example, dtype, kept=kept), in_dtype(transformer, dtype, scratch)
@@ -63,11 +71,15 @@ def stages_in(
 
 
 def in_dtype(transformer: nn.Module, dtype: torch.dtype, scratch: Path) -> nn.Module:
-    """A copy with the weights that diffusers' `from_pretrained(torch_dtype=…)` loads: its class keeps some in float32.
+    """Copy a transformer with the weights that diffusers' `from_pretrained(torch_dtype=…)` loads.
 
-    scratch: folder on a disk, for a file with the copy's weights (`mapped.in_file`). They are cast one by one, the
-    memory of each is given back, and those that are kept are shared with the original: no second copy is ever in
-    memory.
+    Its class keeps some in float32 (`_keep_in_fp32_modules`). Weights are cast one by one, the memory of each is given
+    back, and those that are kept are shared with the original: no second copy is ever in memory.
+
+    Args:
+        transformer: in float32.
+        dtype: of the copy.
+        scratch: folder on a disk, for a file with the copy's weights (`mapped_weights.in_file`).
     """
     kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
     made: dict[int, Tensor] = {}
@@ -88,7 +100,12 @@ def in_dtype(transformer: nn.Module, dtype: torch.dtype, scratch: Path) -> nn.Mo
 
 
 def inputs_in(inputs: Mapping[str, Tensor], dtype: torch.dtype, *, kept: Collection[str]) -> dict[str, Tensor]:
-    """Inputs of the model for its copy in the dtype. kept: those that stay as they are."""
+    """Inputs of the model for its copy in another dtype, but for integers and the names in `kept`.
+
+    >>> cast = inputs_in({"x": torch.ones(2), "t": torch.ones(2), "ids": torch.ones(2).long()}, torch.half, kept=["t"])
+    >>> {name: str(value.dtype) for name, value in cast.items()}
+    {'x': 'torch.float16', 't': 'torch.float32', 'ids': 'torch.int64'}
+    """
     return {
         name: value.to(dtype) if value.is_floating_point() and name not in kept else value
         for name, value in inputs.items()

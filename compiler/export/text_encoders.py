@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from otcache.schemas.errors import ModelError
 
-from .tokenizers import PROBES, TokenizerSpec, tokenizer_spec
+from .tokenizers import PROBES, TokenizerSpec, convert_tokenizer
 
 EXAMPLE_BATCH = 2
+"""Prompts of the example that encoders are traced with."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,18 @@ class Encoders:
         """Inputs of the module for two prompts."""
         parameter = next(self.module.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
-        return {spec.input_name: spec.ids(PROBES[1 : 1 + EXAMPLE_BATCH]).to(device) for spec in self.tokenizers}
+        return {spec.input_name: spec.encode(PROBES[1 : 1 + EXAMPLE_BATCH]).to(device) for spec in self.tokenizers}
 
 
 def text_encoders(pipeline: Any, max_sequence_length: int) -> Encoders | None:
-    """The pipeline's text encoders, or None for a class that `FAMILIES` does not have.
+    """Make one module of a pipeline's text encoders.
+
+    Args:
+        pipeline: a diffusers pipeline, with all its encoders and tokenizers.
+        max_sequence_length: text tokens that the transformer is called with.
+
+    Returns:
+        The encoders; None for a class that `FAMILIES` does not have.
 
     Raises:
         ModelError: a part of the pipeline is missing, or a tokenizer that JSON cannot express.
@@ -72,14 +80,17 @@ class Family:
 
 
 def _mask(input_ids: Tensor, pad_id: int) -> Tensor:
-    """1 up to the last token that is no padding, then 0: int64 (batch, length)."""
+    """1 up to the last token that is no padding, then 0: int64 (batch, length).
+
+    >>> _mask(torch.tensor([[7, 0, 8, 0], [7, 0, 0, 0]]), pad_id=0).tolist()
+    [[1, 1, 1, 0], [1, 0, 0, 0]]
+    """
     places = torch.arange(1, input_ids.shape[1] + 1)
     last = (places * (input_ids != pad_id)).amax(1, keepdim=True)
     return (places <= last).to(torch.int64)
 
 
 # --- FLUX
-# ----------------------------------------------------------------------------------------------------------------
 
 
 class FluxEncoders(nn.Module):
@@ -102,14 +113,13 @@ def _flux(pipeline: Any, max_sequence_length: int) -> Encoders:
         FluxEncoders(pipeline),
         FluxEncoders.output_names,
         (
-            tokenizer_spec(pipeline.tokenizer, "input_ids", pipeline.tokenizer_max_length),
-            tokenizer_spec(pipeline.tokenizer_2, "input_ids_2", max_sequence_length),
+            convert_tokenizer(pipeline.tokenizer, "input_ids", pipeline.tokenizer_max_length),
+            convert_tokenizer(pipeline.tokenizer_2, "input_ids_2", max_sequence_length),
         ),
     )
 
 
 # --- Qwen-Image
-# ----------------------------------------------------------------------------------------------------------
 
 
 class QwenImageEncoders(nn.Module):
@@ -133,12 +143,11 @@ class QwenImageEncoders(nn.Module):
 
 def _qwen_image(pipeline: Any, max_sequence_length: int) -> Encoders:
     length = pipeline.prompt_template_encode_start_idx + max_sequence_length
-    specification = tokenizer_spec(pipeline.tokenizer, "input_ids", length, pipeline.prompt_template_encode)
+    specification = convert_tokenizer(pipeline.tokenizer, "input_ids", length, pipeline.prompt_template_encode)
     return Encoders(QwenImageEncoders(pipeline), QwenImageEncoders.output_names, (specification,))
 
 
 # --- HunyuanVideo
-# --------------------------------------------------------------------------------------------------------
 
 
 class HunyuanVideoEncoders(nn.Module):
@@ -171,14 +180,13 @@ def _hunyuan_video(pipeline: Any, max_sequence_length: int) -> Encoders:
         HunyuanVideoEncoders(pipeline, dropped),
         HunyuanVideoEncoders.output_names,
         (
-            tokenizer_spec(pipeline.tokenizer, "input_ids", dropped + max_sequence_length, template),
-            tokenizer_spec(pipeline.tokenizer_2, "input_ids_2", CLIP_LENGTH),
+            convert_tokenizer(pipeline.tokenizer, "input_ids", dropped + max_sequence_length, template),
+            convert_tokenizer(pipeline.tokenizer_2, "input_ids_2", CLIP_LENGTH),
         ),
     )
 
 
 # --- Stable Diffusion 3
-# --------------------------------------------------------------------------------------------------
 
 
 class StableDiffusion3Encoders(nn.Module):
@@ -207,15 +215,14 @@ def _stable_diffusion_3(pipeline: Any, max_sequence_length: int) -> Encoders:
         StableDiffusion3Encoders(pipeline),
         StableDiffusion3Encoders.output_names,
         (
-            tokenizer_spec(pipeline.tokenizer, "input_ids", length),
-            tokenizer_spec(pipeline.tokenizer_2, "input_ids_2", length),
-            tokenizer_spec(pipeline.tokenizer_3, "input_ids_3", max_sequence_length),
+            convert_tokenizer(pipeline.tokenizer, "input_ids", length),
+            convert_tokenizer(pipeline.tokenizer_2, "input_ids_2", length),
+            convert_tokenizer(pipeline.tokenizer_3, "input_ids_3", max_sequence_length),
         ),
     )
 
 
 # --- one T5: PixArt-Sigma, Wan
-# -------------------------------------------------------------------------------------------
 
 
 class T5Encoder(nn.Module):
@@ -236,18 +243,17 @@ class T5Encoder(nn.Module):
 
 
 def _pixart_sigma(pipeline: Any, max_sequence_length: int) -> Encoders:
-    specification = tokenizer_spec(pipeline.tokenizer, "input_ids", max_sequence_length, lower=True)
+    specification = convert_tokenizer(pipeline.tokenizer, "input_ids", max_sequence_length, lower=True)
     names = ("encoder_hidden_states", "encoder_attention_mask")
     return Encoders(T5Encoder(pipeline, masked=False), names, (specification,))
 
 
 def _wan(pipeline: Any, max_sequence_length: int) -> Encoders:
-    specification = tokenizer_spec(pipeline.tokenizer, "input_ids", max_sequence_length)
+    specification = convert_tokenizer(pipeline.tokenizer, "input_ids", max_sequence_length)
     return Encoders(T5Encoder(pipeline, masked=True), ("encoder_hidden_states",), (specification,))
 
 
 # --- DiT
-# -----------------------------------------------------------------------------------------------------------------
 
 NULL_LABEL = 1000
 """What DiTPipeline gives the negative branch; here also what an unknown label is."""

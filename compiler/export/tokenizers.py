@@ -1,12 +1,10 @@
-"""Part of pass `export`: what turns a prompt into tokens and final latents into pictures, without torch at serve time.
+"""Part of pass `export`: a tokenizer of transformers → JSON of the `tokenizers` library, which the runtime loads.
 
-Consumes a diffusers pipeline. Produces a module that `export_module` can take, the latent decoder, and tokenizers as
-JSON of the `tokenizers` library; both are checked against the pipeline's own results. Text encoders are in `encoders`.
+What comes out gives the ids that the pipeline gives, checked here on prompts that tokenizers differ on.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +17,6 @@ from torch import Tensor
 from otcache.schemas.errors import ModelError
 from otcache.schemas.manifest import PLACE
 
-_log = logging.getLogger(__name__)
 PROBES = (
     "",
     "a small red ring on blue",
@@ -32,38 +29,42 @@ PROBES = (
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """A tokenizer of the text encoder: encode the template, cut to `length`, pad on the right with `pad_id`."""
+    """A tokenizer of a text encoder: encode the template, cut to `length`, pad on the right with `pad_id`."""
 
     input_name: str
+    """The encoder's input that takes the ids."""
     tokenizer_json: str
+    """As `tokenizers.Tokenizer.to_str` writes it, without truncation or padding."""
     length: int
+    """Ids of every prompt."""
     pad_id: int
     template: str = PLACE
     """What is encoded, with the prompt in the place of `{}`."""
 
-    def ids(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids int64 (len(prompts), length)."""
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids of prompts, int64 (len(prompts), length)."""
         texts = [self.template.replace(PLACE, prompt) for prompt in prompts]
         return torch.tensor([encoding.ids for encoding in self.load().encode_batch(texts)], dtype=torch.int64)
 
     def load(self) -> tokenizers.Tokenizer:
-        """Ready to encode prompts to `length` ids, as the runtime does it."""
+        """Load the tokenizer as the runtime does, to encode prompts to `length` ids."""
         tokenizer = tokenizers.Tokenizer.from_str(self.tokenizer_json)
         tokenizer.enable_truncation(self.length)
         tokenizer.enable_padding(length=self.length, pad_id=self.pad_id)
         return tokenizer
 
 
-# --- tokenizers
-# ----------------------------------------------------------------------------------------------------------
-
-
-def tokenizer_spec(
+def convert_tokenizer(
     tokenizer: Any, input_name: str, length: int, template: str = PLACE, *, lower: bool = False
 ) -> TokenizerSpec:
-    """A transformers tokenizer as JSON, proven to give the ids of `tokenizer(prompt, padding="max_length", …)`.
+    """Write a tokenizer as JSON, and prove that it gives the ids of `tokenizer(prompt, padding="max_length", …)`.
 
-    lower: the pipeline gives it prompts in lower case, without white space at either end.
+    Args:
+        tokenizer: of transformers, with a fast backend.
+        input_name: the text encoder's input that takes the ids.
+        length: ids of every prompt, template included.
+        template: what the pipeline encodes, with the prompt in the place of `{}`.
+        lower: the pipeline gives it prompts in lower case, without white space at either end.
 
     Raises:
         ModelError: the tokenizer has no fast backend, or the ids differ on one of `PROBES`.
@@ -80,7 +81,7 @@ def tokenizer_spec(
         own = [plain.normalizer] if plain.normalizer is not None else []
         plain.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Lowercase(), *own])
     spec = TokenizerSpec(input_name, plain.to_str(), length, tokenizer.pad_token_id, template)
-    received = spec.ids(PROBES)
+    received = spec.encode(PROBES)
     expected = tokenizer(
         [template.replace(PLACE, prompt.lower().strip() if lower else prompt) for prompt in PROBES],
         padding="max_length",
@@ -91,7 +92,8 @@ def tokenizer_spec(
     for prompt, ours, theirs in zip(PROBES, received, expected, strict=True):
         if not torch.equal(ours, theirs):
             raise ModelError(
-                f"{subject}: its JSON gives other ids than the pipeline for {prompt[:40]!r} ({ours[:8].tolist()}…, expected "
-                f"{theirs[:8].tolist()}…); check that it pads and truncates on the right and has no preprocessing in Python"
+                f"{subject}: its JSON gives other ids than the pipeline for {prompt[:40]!r} ({ours[:8].tolist()}…, "
+                f"expected {theirs[:8].tolist()}…); check that it pads and truncates on the right and has no "
+                "preprocessing in Python"
             )
     return spec

@@ -5,8 +5,8 @@ by tensor names; run one after the other they reproduce the transformer bit for 
 rewrite rounds otherwise than the model: the rewritten transformer bit for bit, and the model itself to its last
 places).
 
-The graph is traced (`trace`), its blocks are found (`blocks`), every node is given a stage (`labels`), and the graph is
-split along them (`split`).
+The graph is traced (`trace`), its blocks are found (`trunk`), every node is given a stage (`stage_of_node`), and the
+graph is split along them (`split`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ..models.mapped_weights import give_back, given_back_in_turn
 from ..pipelines.arguments import PLAIN, Output
 from .dimensions import FIXED, Varying
 from .fx_graph import Graph
-from .replacements import replaced
+from .replacements import stand_ins
 from .split import split
-from .stage_of_node import labels_of
+from .stage_of_node import label_nodes
 from .stages import Stages, run_in_turn
-from .trace import Bound, captured, check_arguments, reason_of
-from .trunk import trunk_of
+from .trace import Bound, check_arguments, reason_of, trace_graph
+from .trunk import find_trunk
 
 ROUNDING = 64
 """Units in the last place, of the largest output, that a rewritten model may differ by where a rewrite rounds
@@ -61,15 +61,15 @@ def cut(
     subject = type(module).__name__
     check_arguments(subject, module, {name: value for name, value in kwargs.items() if name not in varying.unbatched})
     bound = Bound(module, constants, output=output).eval()
-    with replaced(module) as rounded:
-        graph_module, rewritten = captured(subject, bound, kwargs, varying)
+    with stand_ins(module) as rounded:
+        graph_module, rewritten = trace_graph(subject, bound, kwargs, varying)
     rounded = rounded or rewritten
     graph = Graph(subject, graph_module, tuple(kwargs))
-    stages = split(graph, labels_of(graph, trunk_of(subject, module, graph)))
+    stages = split(graph, label_nodes(graph, find_trunk(subject, module, graph)))
     _check_exact(subject, graph_module if rounded else bound, stages, kwargs)
     if rounded:
         _check_close(subject, bound, kwargs, stages, kwargs, "rewritten")
-    for there in varying.checked:
+    for there in varying.checks:
         own = {name: value for name, value in there.inputs.items() if name not in varying.unbatched}
         model = Bound(module, there.constants, output=output).eval()
         _check_close(subject, model, own, stages, there.inputs, "at another size")
@@ -80,11 +80,20 @@ def cut(
 def _check_close(
     subject: str, bound: Bound, kwargs: dict[str, Tensor], stages: Stages, inputs: Mapping[str, Tensor], what: str
 ) -> None:
-    """Where the stages may round otherwise than the model. inputs: of the stages, those of the model being `kwargs`."""
+    """Raise ModelError unless the stages give what the model gives, up to `ROUNDING`.
+
+    Args:
+        subject: what messages call the model.
+        bound: the model with its constants bound.
+        kwargs: its tensor arguments by name.
+        stages: what it was cut into.
+        inputs: those of the stages, constants of the size among them.
+        what: of the call, for messages.
+    """
     with torch.no_grad(), given_back_in_turn(bound):
         (expected,) = bound(kwargs)
     try:
-        received = run_in_turn(stages, dict(inputs))[stages.output]
+        received = run_in_turn(stages, inputs)[stages.output]
     except RuntimeError as error:
         raise ModelError(
             f"{subject}: {what}, its graph does not run: {reason_of(error)}: expected one for all sizes"
@@ -101,9 +110,10 @@ def _check_close(
 
 
 def _check_exact(subject: str, bound: nn.Module, stages: Stages, kwargs: dict[str, Tensor]) -> None:
+    """Raise ModelError unless the stages give the bits that the model gives."""
     with torch.no_grad(), given_back_in_turn(bound):
         (expected,) = bound(kwargs)
-    received = run_in_turn(stages, dict(kwargs))[stages.output]
+    received = run_in_turn(stages, kwargs)[stages.output]
     if received.shape == expected.shape and torch.equal(received, expected):
         return
     chain = " → ".join(stage.name for stage in stages.stages)

@@ -12,8 +12,8 @@ from otcache.schemas.errors import ModelError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checked:
-    """A call of the model at one size, and the same of its stages."""
+class SizeCheck:
+    """A call of the model at one size and the same call of its stages, which have to agree."""
 
     inputs: Mapping[str, Tensor]
     """Of the stages, constants of the size among them."""
@@ -29,8 +29,8 @@ class Varying:
     """Of inputs by name: those whose size differs from one request to another."""
     unbatched: frozenset[str] = frozenset()
     """Inputs without a batch: constants of the size."""
-    checked: tuple[Checked, ...] = ()
-    """Where the stages have to give what the model gives."""
+    checks: tuple[SizeCheck, ...] = ()
+    """The sizes at which the stages have to give what the model gives."""
 
 
 FIXED = Varying(dimensions={})
@@ -41,11 +41,12 @@ class SpecialisedError(ModelError):
 
     def __init__(self, subject: str, fixed: Mapping[tuple[str, int], int]) -> None:
         self.fixed = frozenset(fixed)
-        """(input, dimension)."""
+        """The dimensions that stay fixed, as pairs of an input's name and a dimension's index."""
         self.listed = ", ".join(
             f"dimension {dimension} of {name} ({size})" for (name, dimension), size in fixed.items()
         )
-        """For people."""
+        """The same with sizes, for messages."""
         super().__init__(
-            f"{subject} fixes {self.listed}: expected sizes that stay symbolic; look for code that turns them into Python numbers"
+            f"{subject} fixes {self.listed}: expected sizes that stay symbolic; look for code that turns them into "
+            "Python numbers"
         )

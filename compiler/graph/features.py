@@ -1,4 +1,7 @@
-"""What the head reads from the blocks, the *features*, and what the blocks make them from: a cached step supplies them."""
+"""What the head reads from the blocks, the *features*, and what the blocks make them from.
+
+Where blocks are skipped, a cached step supplies the features: what they are made from, plus a residual.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,18 @@ from .fx_graph import Graph
 from .stage_of_node import Labels
 
 
-def features_of(graph: Graph, labels: Labels, names: Mapping[fx.Node, str]) -> tuple[tuple[str, str], ...]:
-    """Pair what head reads from the blocks with what the blocks made it from; empty unless every tensor has a pair."""
+def pair_features(graph: Graph, labels: Labels, names: Mapping[fx.Node, str]) -> tuple[tuple[str, str], ...]:
+    """Pair what the head reads from the blocks with what the blocks made it from.
+
+    Args:
+        graph: the traced model.
+        labels: the stage of each of its nodes.
+        names: of the nodes that cross a cut, as stages declare them.
+
+    Returns:
+        Pairs (source, result) of names, each of two tensors of one shape and dtype; empty unless every tensor that the
+        head reads has a source of its own.
+    """
     stage = labels.stage
     in_blocks = {node for node, index in stage.items() if 0 < index < labels.head}
     results = [
@@ -22,14 +35,14 @@ def features_of(graph: Graph, labels: Labels, names: Mapping[fx.Node, str]) -> t
         return ()
     pairs = []
     for result in results:
-        source = _source(graph, in_blocks, result)
+        source = _find_source(graph, in_blocks, result)
         if source is None:
             return ()
         pairs.append((names[source], names[result]))
     return tuple(pairs) if len({source for source, _ in pairs}) == len(pairs) else ()
 
 
-def _source(graph: Graph, in_blocks: set[fx.Node], result: fx.Node) -> fx.Node | None:
+def _find_source(graph: Graph, in_blocks: set[fx.Node], result: fx.Node) -> fx.Node | None:
     """The tensor of the same shape, from before the blocks, that the result evolves from.
 
     It depends on the latents; if several do, it is the one that the fewest operations lie between: skip connections

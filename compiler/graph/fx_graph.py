@@ -30,23 +30,23 @@ class Graph:
         nodes = list(module.graph.nodes)
         placeholders = [node for node in nodes if node.op == "placeholder"]
         self.input_nodes = dict(zip(inputs, placeholders, strict=True))
-        (self.output,) = _flat(next(node for node in nodes if node.op == "output").args)
+        (self.output,) = _nodes_in(next(node for node in nodes if node.op == "output").args)
         live = ancestors([self.output])
         self.nodes = [node for node in nodes if node in live and node.op == "call_function" and not is_size(node)]
-        latents = self.input_nodes[_latents(inputs, placeholders)]
-        self.features = self._descendants(latents)
+        latents = self.input_nodes[_name_of_latents(inputs, placeholders)]
+        self.features = self._find_descendants(latents)
         """Nodes whose values depend on the latents."""
-        self.constant = self._constant()
+        self.constant = self._find_constants()
         """Nodes whose values depend on no input and no parameter."""
 
-    def _descendants(self, source: fx.Node) -> set[fx.Node]:
+    def _find_descendants(self, source: fx.Node) -> set[fx.Node]:
         found = {source}
         for node in self.nodes:
             if any(argument in found for argument in node.all_input_nodes):
                 found.add(node)
         return found
 
-    def _constant(self) -> set[fx.Node]:
+    def _find_constants(self) -> set[fx.Node]:
         found: set[fx.Node] = set()
         for node in self.nodes:
             if all(
@@ -61,10 +61,11 @@ class Graph:
         return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
 
     def attribute(self, node: fx.Node) -> Any:
+        """The parameter or buffer that a `get_attr` node reads."""
         return operator.attrgetter(str(node.target))(self.module)
 
-    def folded(self) -> dict[fx.Node, Tensor]:
-        """Values of the constant nodes."""
+    def fold_constants(self) -> dict[fx.Node, Tensor]:
+        """Compute the constant nodes, from the buffers that they read."""
         values: dict[fx.Node, Any] = {}
 
         def value(argument: fx.Node) -> Any:
@@ -78,7 +79,8 @@ class Graph:
         return values
 
 
-def _latents(names: tuple[str, ...], placeholders: list[fx.Node]) -> str:
+def _name_of_latents(names: tuple[str, ...], placeholders: list[fx.Node]) -> str:
+    """The input that holds the latents: by name (`LATENT_NAMES`), else the first of floating point."""
     for name in LATENT_NAMES:
         if name in names:
             return name
@@ -86,7 +88,8 @@ def _latents(names: tuple[str, ...], placeholders: list[fx.Node]) -> str:
     return (floating or list(names))[0]
 
 
-def _flat(arguments: Any) -> list[fx.Node]:
+def _nodes_in(arguments: Any) -> list[fx.Node]:
+    """All nodes in the arguments of a node, however deep they are nested."""
     found: list[fx.Node] = []
     fx.map_arg(arguments, lambda node: found.append(node) or node)  # type: ignore[func-returns-value]
     return found
@@ -99,10 +102,19 @@ def is_size(node: fx.Node) -> bool:
 
 
 def is_item(node: fx.Node) -> bool:
+    """Whether the node takes one item of a tuple."""
     return node.target is operator.getitem
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes themselves and all that they are computed from.
+
+    >>> graph = fx.Graph()
+    >>> x, y = graph.placeholder("x"), graph.placeholder("y")
+    >>> double = graph.call_function(operator.mul, (x, 2))
+    >>> sorted(node.name for node in ancestors([double]))
+    ['mul', 'x']
+    """
     found: set[fx.Node] = set()
     pending = list(nodes)
     while pending:
@@ -114,7 +126,13 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def scope_of(node: fx.Node) -> str:
-    """Dotted path, inside the model, of the submodule that the node came from; empty for the model itself."""
+    """Dotted path, inside the model, of the submodule that the node came from; empty for the model itself.
+
+    >>> node = fx.Graph().placeholder("x")
+    >>> node.meta["nn_module_stack"] = {"1": ("L__self__", None), "2": ("L__self__.blocks.3.norm@1", None)}
+    >>> scope_of(node)
+    'blocks.3.norm'
+    """
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     path = _REPEAT.sub("", paths[-1]) if paths else ""
@@ -122,7 +140,7 @@ def scope_of(node: fx.Node) -> str:
 
 
 def symbols_in(value: Any) -> set[Any]:
-    """Symbols in a size."""
+    """The sympy symbols in a size; none in a plain number or a tensor."""
     return (
         set(value.node.expr.free_symbols) if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else set()
     )

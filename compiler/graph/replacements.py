@@ -1,9 +1,8 @@
-"""Replacements: named equal forms of Python in a model's class that cannot be traced. Pass `cut` applies them, and no
-pass else.
+"""Replacements: equal forms of Python in a model's class that cannot be traced. Pass `cut` alone applies them.
 
-Each stands in for one method of one class of diffusers while it is traced, and is proven where it is applied: `cut`
-compares the stages with the model as it was, bit for bit or, where values may be rounded otherwise, to their last
-places.
+Each stands in for the `forward` of one class of diffusers while it is traced, takes what that takes, and is proven
+where it is applied: `cut` compares the stages with the model as it was, bit for bit or, where values may be rounded
+otherwise, to their last places.
 """
 
 from __future__ import annotations
@@ -177,24 +176,8 @@ def z_image(
     seen = torch.arange(count + pads) < count + (-count) % MULTIPLE
     seen = seen.expand(batch, -1)
 
-    words = self.cap_embedder(cap_feats.rows)
-    given = torch.ones_like(cap_feats.rows[..., 0], dtype=torch.int64) if cap_feats.mask is None else cap_feats.mask
-    lengths = given.sum(1)[:, None]
-    words = torch.cat([words, self.cap_pad_token.expand(batch, text_pads, -1)], dim=1)
-    place = torch.arange(length + text_pads)[None]
-    words = torch.where((place < lengths)[..., None], words, self.cap_pad_token)
-    padded = lengths + (-lengths) % MULTIPLE
-    read = place < padded
-
-    tables = [torch.view_as_real(table) for table in self.rope_embedder.freqs_cis]
-    axes = [torch.arange(steps) for steps in grid]
-    frame, row, column = (axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij"))
-    after = tables[0][padded + 1 + frame]
-    across = torch.cat([tables[1][row], tables[2][column]], dim=1)[None].expand(batch, -1, -1, -1)
-    origin = torch.cat([table[:1] for table in tables], dim=1)[None].expand(batch, pads, -1, -1)
-    start = torch.zeros(length + text_pads, dtype=torch.int64)
-    along = torch.cat([tables[0][1 : length + text_pads + 1], tables[1][start], tables[2][start]], dim=1)
-    turns = torch.cat([torch.cat([after, across], dim=2), origin], dim=1), along[None].expand(batch, -1, -1, -1)
+    words, padded, read = _z_image_captions(self, cap_feats, text_pads)
+    turns = _z_image_rotations(self, padded, grid, pads=pads, places=length + text_pads)
 
     for layer in self.noise_refiner:
         picture = layer(picture, seen, torch.view_as_complex(turns[0]), temb)
@@ -210,17 +193,68 @@ def z_image(
     return (made.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, -1, frames, height, width),)
 
 
+def _z_image_captions(self: Any, cap_feats: Samples, pads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Embedded captions with learned tokens behind each.
+
+    Args:
+        self: the transformer.
+        cap_feats: features (batch, length, width), with a mask where captions differ in length.
+        pads: how many learned tokens the longest caption may need.
+
+    Returns:
+        Tokens (batch, length + pads, dim); the length of each caption with its learned tokens, int64 (batch, 1); which
+        tokens are read, bool (batch, length + pads).
+    """
+    batch, length = cap_feats.rows.shape[:2]
+    words = self.cap_embedder(cap_feats.rows)
+    given = torch.ones_like(cap_feats.rows[..., 0], dtype=torch.int64) if cap_feats.mask is None else cap_feats.mask
+    lengths = given.sum(1)[:, None]
+    words = torch.cat([words, self.cap_pad_token.expand(batch, pads, -1)], dim=1)
+    place = torch.arange(length + pads)[None]
+    words = torch.where((place < lengths)[..., None], words, self.cap_pad_token)
+    padded = lengths + (-lengths) % MULTIPLE
+    return words, padded, place < padded
+
+
+def _z_image_rotations(
+    self: Any, padded: Tensor, grid: tuple[int, int, int], *, pads: int, places: int
+) -> tuple[Tensor, Tensor]:
+    """Rotations of picture and caption tokens, as pairs of real numbers float32 (batch, tokens, dim / 2, 2).
+
+    Args:
+        self: the transformer, whose tables are made (`z_image_tables`).
+        padded: length of each caption with its learned tokens, int64 (batch, 1): the picture stands behind.
+        grid: frames, rows and columns of the picture's patches.
+        pads: learned tokens behind the picture.
+        places: tokens of captions with theirs.
+    """
+    batch = padded.shape[0]
+    tables = [torch.view_as_real(table) for table in self.rope_embedder.freqs_cis]
+    axes = [torch.arange(steps) for steps in grid]
+    frame, row, column = (axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij"))
+    after = tables[0][padded + 1 + frame]
+    across = torch.cat([tables[1][row], tables[2][column]], dim=1)[None].expand(batch, -1, -1, -1)
+    origin = torch.cat([table[:1] for table in tables], dim=1)[None].expand(batch, pads, -1, -1)
+    start = torch.zeros(places, dtype=torch.int64)
+    along = torch.cat([tables[0][1 : places + 1], tables[1][start], tables[2][start]], dim=1)
+    return torch.cat([torch.cat([after, across], dim=2), origin], dim=1), along[None].expand(batch, -1, -1, -1)
+
+
 MULTIPLE = 32
 """Tokens of Z-Image's pictures and captions are padded to a multiple of it."""
 
 
 def _padding(count: int) -> int:
-    """Learned tokens behind `count` others; where that is symbolic, the most that there can be."""
+    """Learned tokens behind `count` others; where that is symbolic, the most that there can be.
+
+    >>> _padding(30), _padding(64)
+    (2, 0)
+    """
     return (-count) % MULTIPLE if isinstance(count, int) else MULTIPLE - 1
 
 
 def z_image_tables(self: Any) -> None:
-    """The first call makes the model's tables of rotations, which a trace must find."""
+    """Make the model's tables of rotations, which its first call makes and a trace must find."""
     self.rope_embedder(torch.zeros(1, len(self.axes_dims), dtype=torch.int32))
 
 
@@ -246,9 +280,10 @@ REPLACEMENTS = {
 
 
 @contextlib.contextmanager
-def replaced(model: nn.Module) -> Iterator[bool]:
-    """While it lasts, the model and its submodules of the classes in `REPLACEMENTS` run what stands there; whether it
-    rounds otherwise.
+def stand_ins(model: nn.Module) -> Iterator[bool]:
+    """While it lasts, the model and its submodules of the classes in `REPLACEMENTS` run what stands there.
+
+    Yields whether that may round otherwise.
     """
     parts = {part: REPLACEMENTS[name] for part in model.modules() if (name := type(part).__name__) in REPLACEMENTS}
     for part, replacement in parts.items():

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 aten = torch.ops.aten
 
 
-def idle_autocast(module: fx.GraphModule) -> bool:
-    """A region where autocast is switched off, in place: nothing is cast around it either (Z-Image)."""
+def inline_idle_autocast(module: fx.GraphModule) -> bool:
+    """Inline regions where autocast is switched off: nothing is cast around them either (Z-Image)."""
     for node in list(module.graph.nodes):
         if node.target is not torch.ops.higher_order.wrap_with_autocast or node.args[2]:
             continue
@@ -34,8 +34,8 @@ def idle_autocast(module: fx.GraphModule) -> bool:
     return False
 
 
-def complex_rotation(module: fx.GraphModule) -> bool:
-    """`view_as_real(view_as_complex(x) · f)` as (a·c − b·d, a·d + b·c): ONNX has no complex numbers.
+def expand_complex_rotation(module: fx.GraphModule) -> bool:
+    """Write `view_as_real(view_as_complex(x) · f)` as (a·c − b·d, a·d + b·c): ONNX has no complex numbers.
 
     Rotary embeddings of Qwen-Image, Z-Image, Lumina2 and others. The factor f may be any complex tensor; where it is a
     constant, its parts are folded. Rounds otherwise where torch's complex product fuses its additions.
@@ -89,16 +89,16 @@ def _call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any
     return node
 
 
-def layout_free_view(module: fx.GraphModule) -> bool:
-    """`view` as `reshape`: a view holds for the memory layout that one attention kernel leaves, others copy."""
+def reshape_views(module: fx.GraphModule) -> bool:
+    """Write `view` as `reshape`: a view holds for the memory layout that one attention kernel leaves, others copy."""
     for node in module.graph.nodes:
         if node.target is aten.view.default:
             node.target = aten.reshape.default
     return False
 
 
-def idle_squeeze(module: fx.GraphModule) -> bool:
-    """`squeeze` of an axis that is longer than one: torch leaves it, ONNX refuses it (PixArt's head)."""
+def drop_idle_squeeze(module: fx.GraphModule) -> bool:
+    """Drop `squeeze` of an axis that is longer than one: torch leaves it, ONNX refuses it (PixArt's head)."""
     for node in list(module.graph.nodes):
         if node.target is aten.squeeze.dim and node.args[0].meta["val"].shape[node.args[1]] != 1:
             node.replace_all_uses_with(node.args[0])
@@ -106,8 +106,8 @@ def idle_squeeze(module: fx.GraphModule) -> bool:
     return False
 
 
-def boolean_choice(module: fx.GraphModule) -> bool:
-    """`where` and `masked_fill` on booleans as logic: ONNX Runtime's CPU provider has no `Where` for them.
+def replace_boolean_choice(module: fx.GraphModule) -> bool:
+    """Write `where` and `masked_fill` on booleans as logic: ONNX Runtime's CPU provider has no `Where` for them.
 
     Attention masks of HunyuanVideo's token refiner.
     """
@@ -141,11 +141,11 @@ def _both(graph: fx.Graph, like: fx.Node, first: Any, second: Any) -> fx.Node:
 
 
 REWRITES: tuple[Callable[[fx.GraphModule], bool], ...] = (
-    idle_autocast,
-    complex_rotation,
-    layout_free_view,
-    idle_squeeze,
-    boolean_choice,
+    inline_idle_autocast,
+    expand_complex_rotation,
+    reshape_views,
+    drop_idle_squeeze,
+    replace_boolean_choice,
 )
 """In the order in which they are applied; each tells whether values may be rounded otherwise after it."""
 

@@ -6,7 +6,7 @@ Sizes are not tensors: a stage reads them from its own inputs. Constants are sto
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,18 +16,27 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from otcache.schemas.errors import ModelError
 
-from .features import features_of
+from .features import pair_features
 from .fx_graph import Graph, ancestors, is_size, own_symbols, scope_of, symbols_in
 from .stage_of_node import Labels
-from .stages import Stage, StageKind, Stages
+from .stages import StageGraph, StageKind, Stages
 
 MAX_FOLDED_BYTES = 1 << 20
 """A larger constant is stored once, in embed, and handed to the other stages as a tensor."""
 
 
 def split(graph: Graph, labels: Labels) -> Stages:
+    """Split a traced model along the labels of its nodes.
+
+    Args:
+        graph: the traced model.
+        labels: the stage of each of its nodes (`stage_of_node`).
+
+    Raises:
+        ModelError: what crosses a cut is not a single tensor.
+    """
     stage_names = ["embed", *(f"block_{i}" for i in range(labels.blocks)), "head"]
-    constants = graph.folded()
+    constants = graph.fold_constants()
     shared = _shared_constants(graph, labels, constants)
     stage = {**labels.stage, **dict.fromkeys(shared, 0)}
 
@@ -42,15 +51,15 @@ def split(graph: Graph, labels: Labels) -> Stages:
         _name_outputs(graph, names, name, outputs[index], kind=_kind(index, labels.head))
 
     builder = _Builder(graph, stage, names, constants)
-    made: list[Stage] = []
+    made: list[StageGraph] = []
     for index, name in enumerate(stage_names):
         if outputs[index]:
-            made.append(builder.stage(index, name, _kind(index, labels.head), outputs[index]))
+            made.append(builder.build(index, name, _kind(index, labels.head), outputs[index]))
     return Stages(
         stages=tuple(made),
         inputs=graph.inputs,
         output=names[graph.output],
-        features=features_of(graph, labels, names),
+        features=pair_features(graph, labels, names),
     )
 
 
@@ -103,7 +112,18 @@ class _Builder:
         self.names = names
         self.constants = constants
 
-    def stage(self, index: int, name: str, kind: StageKind, outputs: list[fx.Node]) -> Stage:
+    def build(self, index: int, name: str, kind: StageKind, outputs: list[fx.Node]) -> StageGraph:
+        """Build one stage.
+
+        Args:
+            index: of the stage, as nodes are labelled with it.
+            name: of the stage, which files and messages carry.
+            kind: embed, block or head.
+            outputs: the nodes that later stages or the caller read, in their order.
+
+        Raises:
+            ModelError: an output is no single tensor.
+        """
         members = [node for node in self.graph.nodes if self.stage_of.get(node) == index]
         if not all(isinstance(node.meta.get("val"), Tensor) for node in outputs):
             bad = [node.name for node in outputs if not isinstance(node.meta.get("val"), Tensor)]
@@ -119,7 +139,7 @@ class _Builder:
             copies[node] = made.placeholder(self.names[node].replace(".", "_"))
             copies[node].meta = dict(node.meta)
 
-        def copied(node: fx.Node) -> fx.Node:
+        def copy(node: fx.Node) -> fx.Node:
             if node in copies:
                 return copies[node]
             if node.op == "get_attr":
@@ -129,16 +149,16 @@ class _Builder:
                 target = self._constant_name(attributes, self.constants[node])
                 copies[node] = self._attribute(made, attributes, target, self.constants[node], node)
             elif is_size(node):
-                copies[node] = self._size(made, node, inputs, copied)
+                copies[node] = self._size(made, node, inputs, copy)
             else:
-                copies[node] = made.node_copy(node, copied)
+                copies[node] = made.node_copy(node, copy)
             return copies[node]
 
         for node in members:
-            copied(node)
-        made.output(tuple(copied(node) for node in outputs))
+            copy(node)
+        made.output(tuple(copy(node) for node in outputs))
         module = fx.GraphModule(attributes, made, class_name=f"{self.graph.subject}_{name}").eval()
-        return Stage(
+        return StageGraph(
             name=name,
             kind=kind,
             module=module,
@@ -175,7 +195,9 @@ class _Builder:
         copy.meta = dict(node.meta)
         return copy
 
-    def _size(self, made: fx.Graph, node: fx.Node, inputs: list[fx.Node], copied: Any) -> fx.Node:
+    def _size(
+        self, made: fx.Graph, node: fx.Node, inputs: list[fx.Node], copy: Callable[[fx.Node], fx.Node]
+    ) -> fx.Node:
         """A size, worked out from those of the stage's own inputs.
 
         Arithmetic is copied as the model does it: in its simplest form it may divide negative numbers, which ONNX
@@ -183,17 +205,17 @@ class _Builder:
         """
         value = node.meta["val"]
         if node.target is not torch.ops.aten.sym_size.int:
-            return made.node_copy(node, copied)
+            return made.node_copy(node, copy)
 
         def read(symbol: Any) -> fx.Proxy:
             source = next(source for source in inputs if symbol in own_symbols(source))
-            size = made.call_function(torch.ops.aten.sym_size.int, (copied(source), own_symbols(source)[symbol]))
+            size = made.call_function(torch.ops.aten.sym_size.int, (copy(source), own_symbols(source)[symbol]))
             return fx.Proxy(size)
 
         expression = value.node.expr
         found = sympy_interp(
             PythonReferenceAnalysis, {symbol: read(symbol) for symbol in expression.free_symbols}, expression
         )
-        copy: fx.Node = found.node
-        copy.meta = dict(node.meta)
-        return copy
+        size_node: fx.Node = found.node
+        size_node.meta = dict(node.meta)
+        return size_node

@@ -20,16 +20,26 @@ from .trunk import block_path
 
 @dataclass(frozen=True)
 class Labels:
+    """The stage of every node of a graph."""
+
     blocks: int
+    """How many blocks there are."""
     stage: dict[fx.Node, int]
     """Stage of each node: 0 embed, 1 … blocks, blocks + 1 head. Constant nodes have none."""
 
     @property
     def head(self) -> int:
+        """The label of head's nodes."""
         return self.blocks + 1
 
 
-def labels_of(graph: Graph, trunk: Mapping[str, int]) -> Labels:
+def label_nodes(graph: Graph, trunk: Mapping[str, int]) -> Labels:
+    """Give every node that is no constant its stage.
+
+    Args:
+        graph: the traced model.
+        trunk: path of each block's submodule → its index (`trunk.find_trunk`).
+    """
     head = len(trunk) + 1
     nodes = [node for node in graph.nodes if node not in graph.constant]
     scopes = {node: block_path(node, trunk) for node in nodes}

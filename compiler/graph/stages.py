@@ -15,8 +15,8 @@ StageKind = Literal["embed", "block", "head"]
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A piece of the model: `module(*inputs)` is the tuple of `outputs`; names are those of the whole chain."""
+class StageGraph:
+    """A piece of the model in torch: `module(*inputs)` gives the tuple of `outputs`, by names of the whole chain."""
 
     name: str
     kind: StageKind
@@ -25,7 +25,7 @@ class Stage:
     outputs: tuple[str, ...]
 
     def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs by name; `tensors` holds at least the inputs."""
+        """Run the stage. `tensors` has at least its inputs; the result has its outputs by name."""
         with torch.no_grad():
             results = self.module(*(tensors[name] for name in self.inputs))
         return dict(zip(self.outputs, results, strict=True))
@@ -35,7 +35,7 @@ class Stage:
 class Stages:
     """The model as a chain of stages, in order of execution."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[StageGraph, ...]
     inputs: tuple[str, ...]
     """Names of what varies per step or per request: the keyword arguments of the model."""
     output: str
@@ -45,21 +45,23 @@ class Stages:
     shape. Head can be fed source + residual in place of the blocks. Empty where no such pairs exist: the model then
     has no payload `residual`."""
 
-    def of_kind(self, kind: StageKind) -> tuple[Stage, ...]:
+    def of_kind(self, kind: StageKind) -> tuple[StageGraph, ...]:
+        """The stages of a kind, in order of execution."""
         return tuple(stage for stage in self.stages if stage.kind == kind)
 
 
-def run_in_turn(stages: Stages, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Run every stage in torch, give its memory back (`mapped`), and add its outputs to the inputs by name."""
+def run_in_turn(stages: Stages, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run every stage in torch, and give the memory of its weights back (`mapped_weights`) before the next one runs.
+
+    Args:
+        stages: from pass `cut`.
+        inputs: those of the model by name, in the dtypes that it was traced with and at any batch size.
+
+    Returns:
+        Every tensor of the chain by name, inputs included; the model's output is the one called `stages.output`.
+    """
+    tensors = dict(inputs)
     for stage in stages.stages:
         tensors.update(stage.run(tensors))
         give_back(stage.module)
     return tensors
-
-
-def run_stages(stages: Stages, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Run every stage in torch and return the model output."""
-    tensors = dict(inputs)
-    for stage in stages.stages:
-        tensors.update(stage.run(tensors))
-    return tensors[stages.output]

@@ -1,5 +1,6 @@
-"""A module → the graph that `torch.export` finds in it, symbolic in the batch and in what else varies, with the named
-rewrites applied.
+"""A module → the graph that `torch.export` finds in it.
+
+It is symbolic in the batch and in what else varies, and has the named rewrites (`rewrites`) applied.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from .rewrites import REWRITES, SizesAsTensors
 
 
 class Bound(nn.Module):
-    """A module with its constant arguments bound (`wiring`): takes a dict of tensors, returns a tuple of tensors.
+    """A module with its constant arguments bound: takes a dict of tensors, returns a tuple of tensors.
 
-    output: what is made of the module's result, which is then the only output; None gives all tensors of the result.
+    Args:
+        module: any module.
+        constants: its arguments that are no inputs (`pipelines.arguments`).
+        output: what is made of the module's result, which is then the only output; None gives all its tensors.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Bound(nn.Module):
 
 
 def check_arguments(subject: str, module: nn.Module, kwargs: Mapping[str, Tensor]) -> None:
+    """Raise ModelError unless the module is in eval mode and all examples are batches of one size, 2 or more."""
     if module.training:
         raise ModelError(f"{subject} is in training mode: expected eval mode, where dropout is off; call .eval() first")
     if not kwargs:
@@ -59,16 +64,24 @@ def check_arguments(subject: str, module: nn.Module, kwargs: Mapping[str, Tensor
     sizes = {name: value.shape[0] for name, value in kwargs.items()}
     if len(set(sizes.values())) != 1 or min(sizes.values()) < 2:
         raise ModelError(
-            f"{subject}: inputs have batch sizes {sizes}: expected one size of 2 or more, because torch.export treats a "
-            "size of 1 as fixed; repeat the example along dimension 0, or pass unbatched tensors among the constants"
+            f"{subject}: inputs have batch sizes {sizes}: expected one size of 2 or more, because torch.export treats "
+            "a size of 1 as fixed; repeat the example along dimension 0, or pass unbatched tensors among the constants"
         )
 
 
-def captured(subject: str, bound: Bound, kwargs: dict[str, Tensor], varying: Varying) -> tuple[fx.GraphModule, bool]:
-    """The graph with parameters as `get_attr`, functional, symbolic in what varies, and rewritten; whether it rounds
-    otherwise.
+def trace_graph(subject: str, bound: Bound, kwargs: dict[str, Tensor], varying: Varying) -> tuple[fx.GraphModule, bool]:
+    """Trace a module with its constants bound, and rewrite what ONNX cannot express.
+
+    Args:
+        subject: what messages call the model.
+        bound: the module.
+        kwargs: examples of its tensor inputs by name.
+        varying: their dimensions that differ between calls, beside the batch.
+
+    Returns:
+        The graph, functional and with parameters as `get_attr` nodes; and whether rewrites round otherwise.
     """
-    program = exported_program(subject, bound, kwargs, static=varying.unbatched, dimensions=varying.dimensions)
+    program = export_program(subject, bound, kwargs, static=varying.unbatched, dimensions=varying.dimensions)
     if any(_mutates(node) for node in program.graph.nodes):
         program = program.run_decompositions({})
     module: fx.GraphModule = program.module()  # type: ignore[assignment]
@@ -77,7 +90,7 @@ def captured(subject: str, bound: Bound, kwargs: dict[str, Tensor], varying: Var
     return module, any(rounded)
 
 
-def exported_program(
+def export_program(
     subject: str,
     module: nn.Module,
     inputs: Mapping[str, Tensor],
@@ -87,8 +100,18 @@ def exported_program(
 ) -> torch.export.ExportedProgram:
     """Export a module, proven dynamic in dimension 0 of every input that is not in `static`, and in `dimensions`.
 
-    A `Bound` module takes the inputs as one dict, any other module takes them by position. Raises SpecialisedError
-    where one of `dimensions` stays fixed.
+    A `Bound` module takes the inputs as one dict, any other module takes them by position.
+
+    Args:
+        subject: what messages call the module.
+        module: in eval mode.
+        inputs: example tensors by name.
+        static: names of inputs without a batch.
+        dimensions: of inputs by name: dimensions that differ between calls.
+
+    Raises:
+        SpecialisedError: one of `dimensions` stays fixed.
+        ModelError: `torch.export` finds no graph, or one for a single batch size.
     """
     auto = torch.export.Dim.AUTO
     dynamic: dict[str, Any] = {
@@ -98,8 +121,8 @@ def exported_program(
     for name, found in dynamic.items():
         if ones := [dimension for dimension in found if inputs[name].shape[dimension] < 2]:
             raise ModelError(
-                f"{subject}: {name} has shape {tuple(inputs[name].shape)}, and dimension {ones[0]} varies: expected an example of 2 or "
-                "more there, because torch.export treats a size of 1 as fixed; compile at a larger size"
+                f"{subject}: {name} has shape {tuple(inputs[name].shape)}, and dimension {ones[0]} varies: expected an "
+                "example of 2 or more there, because torch.export treats a size of 1 as fixed; compile at a larger size"
             )
     bound = isinstance(module, Bound)
     args = (dict(inputs),) if bound else tuple(inputs.values())
@@ -113,9 +136,20 @@ def exported_program(
             f"{subject} has no graph: torch.export raised {reason_of(error)}; expected a model without "
             "control flow that depends on values; register a replacement for the part that cannot be traced"
         ) from error
+    _check_dynamic(subject, program, dynamic, static)
+    return program
+
+
+def _check_dynamic(
+    subject: str,
+    program: torch.export.ExportedProgram,
+    dynamic: Mapping[str, Collection[int]],
+    static: Collection[str],
+) -> None:
+    """Raise SpecialisedError for dimensions of `dynamic` that are numbers in the program, ModelError for the batch."""
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     names = [name for name in program.graph_signature.user_inputs if name in placeholders]
-    shapes = {name: placeholders[node].meta["val"].shape for name, node in zip(inputs, names, strict=True)}
+    shapes = {name: placeholders[node].meta["val"].shape for name, node in zip(dynamic, names, strict=True)}
     fixed = {
         (name, dimension): shapes[name][dimension]
         for name, asked in dynamic.items()
@@ -126,16 +160,21 @@ def exported_program(
         f"{name} ({size})" for (name, dimension), size in fixed.items() if dimension == 0 and name not in static
     ]:
         raise ModelError(
-            f"{subject}: the model fixes the batch of {', '.join(batch)}: expected every input to be dynamic in dimension 0; "
-            "look for code that turns the batch size into a Python number"
+            f"{subject}: the model fixes the batch of {', '.join(batch)}: expected every input to be dynamic in "
+            "dimension 0; look for code that turns the batch size into a Python number"
         )
     if fixed:
         raise SpecialisedError(subject, fixed)
-    return program
 
 
 def reason_of(error: BaseException) -> str:
-    """Class and first line of the error that started a chain of errors."""
+    """Class and first line of the error that started a chain of errors.
+
+    >>> reason_of(ValueError("too long\\nfor a line"))
+    'ValueError (too long)'
+    >>> reason_of(KeyError())
+    'KeyError (no message)'
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__} ({next(iter(str(error).strip().splitlines()), 'no message')})"

@@ -15,8 +15,17 @@ MINOR_LIST = 0.1
 """A block list with fewer parameters than this part of the largest one (text refiners) is no trunk."""
 
 
-def trunk_of(subject: str, module: nn.Module, graph: Graph) -> dict[str, int]:
-    """Path of each block's submodule → block index, in order of execution."""
+def find_trunk(subject: str, module: nn.Module, graph: Graph) -> dict[str, int]:
+    """Find the blocks: path of each one's submodule → its index, in order of execution.
+
+    Args:
+        subject: what messages call the model.
+        module: the model, whose lists of submodules are looked at.
+        graph: the same, traced.
+
+    Raises:
+        ModelError: fewer than two blocks, or blocks that overlap in time.
+    """
     lists = {
         path: child for path, child in module.named_modules() if isinstance(child, nn.ModuleList) and len(child) > 0
     }
@@ -38,7 +47,7 @@ def trunk_of(subject: str, module: nn.Module, graph: Graph) -> dict[str, int]:
     weight = {name: sum(p.numel() for p in outermost[name].parameters()) for name in members}
     main = max(weight, key=weight.__getitem__, default=None)
     trunk = [name for name in members if main is not None and weight[name] >= MINOR_LIST * weight[main]]
-    chained = _chained(graph, trunk, main, members, first, last)
+    chained = _chain_lists(graph, trunk, main, members, first, last)
     blocks = [path for path in executed if path.rpartition(".")[0] in chained]
     if len(blocks) < 2:
         raise ModelError(
@@ -48,13 +57,13 @@ def trunk_of(subject: str, module: nn.Module, graph: Graph) -> dict[str, int]:
     for earlier, later in itertools.pairwise(blocks):
         if last[earlier] > first[later]:
             raise ModelError(
-                f"{subject}: blocks {earlier!r} and {later!r} overlap in time: expected blocks that run one after the other; "
-                "models with skip connections into a running block (U-Nets) have no trunk to cut"
+                f"{subject}: blocks {earlier!r} and {later!r} overlap in time: expected blocks that run one after the "
+                "other; models with skip connections into a running block (U-Nets) have no trunk to cut"
             )
     return {path: index for index, path in enumerate(blocks)}
 
 
-def _chained(
+def _chain_lists(
     graph: Graph,
     trunk: list[str],
     main: str | None,
@@ -62,7 +71,16 @@ def _chained(
     first: dict[str, int],
     last: dict[str, int],
 ) -> set[str]:
-    """Lists that adjoin the main one with nothing but parameter-free glue in between."""
+    """Lists that adjoin the main one with nothing but parameter-free glue in between.
+
+    Args:
+        graph: the traced model.
+        trunk: paths of the lists that may be chained, in order of execution.
+        main: the one of most parameters; None where there is no list.
+        members: paths of the entries of each list, in order of execution.
+        first: position of the first node of each entry that depends on the latents.
+        last: position of the last such node.
+    """
     if main is None:
         return set()
     chained, start = {main}, trunk.index(main)
@@ -83,5 +101,6 @@ def _has_parameters(graph: Graph, node: fx.Node) -> bool:
 
 
 def block_path(node: fx.Node, paths: Iterable[str]) -> str | None:
+    """The one of `paths` whose submodule the node came from."""
     scope = scope_of(node) + "."
     return next((path for path in paths if scope.startswith(path + ".")), None)

@@ -40,7 +40,7 @@ from ..pipelines.placement import (
 )
 from ..pipelines.probe import probe
 from ..pipelines.prompts import class_prompts, split_labels
-from ..sizes.requested import Wanted, wanted
+from ..sizes.requested import Wanted, wanted_from_options
 from ..sizes.served import Seen, own_point, programs_differ, see
 from ..workspace.code import code_digest
 from ..workspace.ledger import NAME as ATTEMPT
@@ -163,7 +163,7 @@ def _session(
         max_sequence_length=options.max_sequence_length or own.max_sequence_length,
         negative_prompt=own.negative_prompt if options.negative_prompt is None else options.negative_prompt,
     )
-    others = wanted(
+    others = wanted_from_options(
         own_point(call), sizes=options.sizes, frame_counts=options.frame_counts, text_lengths=options.text_lengths
     )
     exports = options.engines == "onnx" and placement.exportable

@@ -4,6 +4,7 @@ prepared.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect

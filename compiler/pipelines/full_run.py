@@ -8,6 +8,7 @@ Shapes: T steps, n samples, latents (n, …) as the scheduler sees them. Latents
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 

@@ -45,7 +45,12 @@ class Timeline:
         return float(self.values[0]), float(self.values[-2] if self.is_log else self.values[-1])
 
     def at(self, positions: ArrayLike) -> NDArray[np.float64]:
-        """Values at positions in [0, T], linear between steps."""
+        """Values at positions in [0, T], linear between steps.
+
+        >>> timeline = Timeline(name="sigma", values=np.array([1.0, 0.5, 0.0]))
+        >>> timeline.at([0, 0.5, 2]).tolist()
+        [1.0, 0.75, 0.0]
+        """
         found = np.interp(np.asarray(positions, dtype=np.float64), np.arange(len(self.values)), self.values)
         return np.maximum(found, self.limits[1]) if self.is_log else found
 
@@ -61,6 +66,8 @@ class Peer:
 
 @dataclass(frozen=True, kw_only=True)
 class WorstPrompt:
+    """A held-out prompt that a budget serves badly, with what it came to."""
+
     index: int
     prompt: str
     seed: int
@@ -70,7 +77,7 @@ class WorstPrompt:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BudgetReport:
-    """One budget."""
+    """What the report says of one budget."""
 
     budget: int
     program: Program
@@ -82,7 +89,7 @@ class BudgetReport:
     worst: tuple[WorstPrompt, ...]
     positions: tuple[int, ...]
     errors: NDArray[np.float64]
-    """(positions, prompts)"""
+    """Relative errors of the latents, (positions, prompts)."""
     policy: Policy
     distance: float
     """W₂ from the reference policy, as a share of the timeline."""
@@ -117,7 +124,7 @@ class PassCost:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Report:
-    """Everything."""
+    """Everything that the report says."""
 
     model: schema.Model
     sampler: schema.Sampler
@@ -165,8 +172,16 @@ class Report:
         return displacement_interpolation(ends[0], ends[1], weight)
 
 
-def report_from(fields: dict[str, Any], evidence: Evidence) -> Report:
-    """From a manifest's JSON value, which may lack files, attachments and digest."""
+def report_from_manifest(fields: dict[str, Any], evidence: Evidence) -> Report:
+    """Make the report of a manifest.
+
+    Args:
+        fields: the manifest's JSON value, which may lack files, attachments and digest.
+        evidence: what is kept beside it, of the same budgets.
+
+    Raises:
+        ValueError: a budget that the evidence names has no quality in the manifest.
+    """
     sampler = schema.Sampler.model_validate(fields["sampler"])
     reference, anchor = (schema.Policy.model_validate(fields[name]) for name in ("reference", "anchor"))
     conditions = schema.Conditions.model_validate(fields["conditions"])
@@ -209,6 +224,16 @@ def _budget(
     total: int,
     latencies: dict[str, float],
 ) -> BudgetReport:
+    """What the report says of one budget.
+
+    Args:
+        found: the manifest's program of it.
+        evidence: what is kept beside the manifest.
+        position: of the budget in the evidence.
+        reference: the policy that distances are measured from.
+        total: steps of the full sampler, T.
+        latencies: seconds by budget, of those that were measured.
+    """
     if found.quality is None:
         raise ValueError(f"budget {found.budget} has no quality")
     own = evidence.budgets[position]
@@ -239,7 +264,13 @@ def _budget(
 def _costs(
     fields: dict[str, Any], evidence: Evidence, per_run: int
 ) -> tuple[tuple[PassCost, ...], tuple[tuple[str, float], ...]]:
-    """Passes that the manifest charges, and the seconds of the others."""
+    """Passes that the manifest charges, and the seconds of the others.
+
+    Args:
+        fields: the manifest's JSON value.
+        evidence: with the passes that were measured.
+        per_run: evaluations of one full run of all calibration prompts.
+    """
     seconds = {name.replace(", ", " and "): each for name, each in evidence.seconds.items()}
     costs = []
     for cost in map(schema.Cost.model_validate, fields["costs"]):

@@ -123,18 +123,30 @@ def gather(
     sigmas: Sequence[float] | None,
     passes: Sequence[PassEvidence] = (),
 ) -> tuple[Evidence, Shown]:
-    """From what is kept of each budget's roll-out (`outcomes.outcome_arrays`) and the full runs' pictures.
+    """Gather what the report is drawn from.
 
-    references: uint8 (height, width, 3) of the prompts that are shown and of each budget's worst, by their index.
+    Args:
+        kept: what is kept of each budget's roll-out on n held-out prompts, by name: `psnr_db` and `ssim` (n,),
+            `positions` (p,), `errors` (p, n), `worst` (indices), `pictures` and `worst_pictures` (uint8).
+        references: pictures of the full runs, uint8 (height, width, 3), by prompt: those that are shown, and each
+            budget's worst.
+        prompts: the held-out ones, n.
+        seeds: of their noise, n.
+        timesteps: of the full sampler, (T,).
+        sigmas: its noise levels, (T + 1,), if the scheduler has them.
+        passes: of the compile, in order.
+
+    Returns:
+        What is kept beside the report, and the pictures that it shows.
     """
     entries = {
         budget: BudgetEvidence(
             budget=budget,
-            psnr_db=tuple(_rounded(arrays["psnr_db"])),
-            ssim=tuple(_rounded(arrays["ssim"])),
+            psnr_db=tuple(_round(arrays["psnr_db"])),
+            ssim=tuple(_round(arrays["ssim"])),
             worst=tuple(arrays["worst"].tolist()),
             positions=tuple(arrays["positions"].tolist()),
-            errors=tuple(tuple(_rounded(row)) for row in arrays["errors"]),
+            errors=tuple(tuple(_round(row)) for row in arrays["errors"]),
         )
         for budget, arrays in sorted(kept.items())
     }
@@ -145,8 +157,8 @@ def gather(
         seeds={index: seeds[index] for index in named},
         shown=shown,
         cell=cell_of(*references[0].shape[:2]),
-        timesteps=tuple(_rounded(timesteps)),
-        sigmas=None if sigmas is None else tuple(_rounded(sigmas)),
+        timesteps=tuple(_round(timesteps)),
+        sigmas=None if sigmas is None else tuple(_round(sigmas)),
         budgets=tuple(entries.values()),
         passes=tuple(passes),
     )
@@ -165,8 +177,12 @@ def _stacked(references: Mapping[int, np.ndarray] | np.ndarray, rows: Iterable[i
     return np.stack([references[row] for row in rows])
 
 
-def _rounded(values: ArrayLike) -> list[float]:
-    """Six significant digits: what a report can use, in few bytes."""
+def _round(values: ArrayLike) -> list[float]:
+    """Six significant digits: what a report can use, in few bytes.
+
+    >>> _round([2 / 3, 12345678.0])
+    [0.666667, 12345700.0]
+    """
     return [float(f"{value:.6g}") for value in np.asarray(values, dtype=np.float64)]
 
 
@@ -183,8 +199,8 @@ def read_evidence(folder: Path) -> Evidence:
         return Evidence.model_validate_json(path.read_bytes())
     except OSError as error:
         raise ArtifactError(
-            f"{path} cannot be read ({error.strerror}): the artifact was compiled by an older version or lacks its report: "
-            "compile it again"
+            f"{path} cannot be read ({error.strerror}): the artifact was compiled by an older version or lacks its "
+            "report: compile it again"
         ) from error
     except ValidationError as error:
         first = error.errors()[0]

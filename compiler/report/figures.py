@@ -1,5 +1,6 @@
-"""The report's figures: `Report` → PNG files, narrow enough to be read on a phone, in colours that all readers can tell
-apart.
+"""The report's figures: `Report` → PNG files.
+
+They are narrow enough to be read on a phone, in colours that all readers can tell apart.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .data import NAMED_PEERS, BudgetReport, Report
 PALETTE = ("#0072b2", "#e66600", "#339980", "#80334d", "#b30000", "#000000")
 """Contrast to white of 3 or more each; CIEDE2000 of 19 or more between any two, to protanopes and deuteranopes as well.
 
-Found by a search over saturated colours around Okabe and Ito's blue; `tests/compiler/test_report.py` measures it.
+Found by a search over saturated colours around Okabe and Ito's blue; `tests/compiler/report/test_page.py` measures it.
 """
 OWN, REFERENCE, ANCHOR = PALETTE[0], PALETTE[5], PALETTE[3]
 OTHERS = "#aaaaaa"
@@ -69,7 +70,11 @@ def draw(report: Report, folder: Path) -> None:
 
 
 def budget_style(position: int) -> tuple[str, str, Any]:
-    """Colour, marker and line style of the budget at a position, counted from the lowest; no two are the same."""
+    """Colour, marker and line style of the budget at a position, counted from the lowest; no two are the same.
+
+    >>> budget_style(0), budget_style(4)
+    (('#0072b2', 'o', '-'), ('#0072b2', 'v', '--'))
+    """
     colour, marker = BUDGETS[position % len(BUDGETS)]
     lap = position // len(BUDGETS)
     if lap:
@@ -129,7 +134,11 @@ def _timeline_axis(axis: Axes, report: Report, which: str) -> None:
 
 
 def _beyond(value: float, other: float, log: bool) -> float:
-    """A little outside, so that markers at the limits are whole."""
+    """A place a little outside of an axis from `other` to `value`, so that markers at the limits are whole.
+
+    >>> round(_beyond(1.0, 0.0, log=False), 2), round(_beyond(10.0, 1.0, log=True), 2)
+    (1.03, 10.72)
+    """
     return float(value * (value / other) ** 0.03) if log else value + 0.03 * (value - other)
 
 

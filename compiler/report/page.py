@@ -16,7 +16,7 @@ import jinja2
 from PIL import Image
 
 from . import figures
-from .data import BudgetReport, Report, report_from
+from .data import BudgetReport, Report, report_from_manifest
 from .evidence import Evidence, Shown, read_evidence, write_evidence
 from .sheets import AMPLIFICATION, Sheet, colour_bar, difference_map
 
@@ -32,20 +32,29 @@ SAME_DB = 99.995
 def write_report(folder: Path, fields: dict[str, Any], evidence: Evidence, shown: Shown) -> None:
     """Write `report.html` and `report/` into an artifact's folder.
 
-    fields: the manifest's JSON value; files, attachments and digest may be missing.
+    Args:
+        folder: the artifact.
+        fields: the manifest's JSON value; files, attachments and digest may be missing.
+        evidence: what the report is drawn from beside it.
+        shown: the pictures that it shows.
     """
     target = folder / FOLDER
     target.mkdir(exist_ok=True)
     write_evidence(target, evidence)
-    _pictures_drawn(evidence, shown).save(target / PICTURES)
-    _worst_drawn(evidence, shown).save(target / WORST)
+    _draw_pictures(evidence, shown).save(target / PICTURES)
+    _draw_worst(evidence, shown).save(target / WORST)
     draw_report(folder, fields)
 
 
 def draw_report(folder: Path, fields: dict[str, Any]) -> None:
-    """Draw figures and page from the evidence and the sheets that are in the artifact's folder. Raises ArtifactError."""
+    """Draw figures and page from the evidence and the sheets in the artifact's folder. Raises ArtifactError.
+
+    Args:
+        folder: the artifact, whose `report/` has evidence and sheets.
+        fields: as for `write_report`.
+    """
     target = folder / FOLDER
-    report = report_from(fields, read_evidence(target))
+    report = report_from_manifest(fields, read_evidence(target))
     figures.draw(report, target)
     (folder / PAGE).write_text(page(report, target), encoding="utf-8")
 
@@ -61,7 +70,7 @@ def worst_sheet(evidence: Evidence) -> Sheet:
     return Sheet(cell=evidence.cell, groups=(3,), rows=sum(len(entry.worst) for entry in evidence.budgets), margin=150)
 
 
-def _pictures_drawn(evidence: Evidence, shown: Shown) -> Image.Image:
+def _draw_pictures(evidence: Evidence, shown: Shown) -> Image.Image:
     budgets = sorted(shown.budgets, reverse=True)
     maps = [
         [difference_map(picture, full) for picture, full in zip(shown.budgets[b], shown.full, strict=True)]
@@ -75,7 +84,7 @@ def _pictures_drawn(evidence: Evidence, shown: Shown) -> Image.Image:
     )
 
 
-def _worst_drawn(evidence: Evidence, shown: Shown) -> Image.Image:
+def _draw_worst(evidence: Evidence, shown: Shown) -> Image.Image:
     columns: list[list[Any]] = [[], [], []]
     rows = []
     for entry in sorted(evidence.budgets, key=lambda entry: entry.budget):
@@ -219,9 +228,9 @@ def alternatives(report: Report) -> dict[str, str]:
         "ssim.png": "SSIM to the full run against model evaluations. " + fidelity("ssim", "", 3),
         "cost.png": cost,
         "schedules.png": f"Computed steps by {name}. {placed_rows}.",
-        "quantiles.png": f"Quantile functions from share of the budget to {name}: reference, anchor, the path between them, "
-        f"and the schedules of budgets {', '.join(str(entry.budget) for entry in budgets)}. Half of the budget is spent at "
-        f"{name} {_half(report, 0.0)} by the reference and at {_half(report, 1.0)} by the anchor.",
+        "quantiles.png": f"Quantile functions from share of the budget to {name}: reference, anchor, the path between "
+        f"them, and the schedules of budgets {', '.join(str(entry.budget) for entry in budgets)}. Half of the budget "
+        f"is spent at {name} {_half(report, 0.0)} by the reference and at {_half(report, 1.0)} by the anchor.",
         "trajectory.png": f"Relative error of the latents along the run, mean over prompts; at the end: {ends}.",
         "calibration.png": f"Full runs per calibration prompt by pass: {spent}.",
     }

@@ -64,7 +64,8 @@ def _sources(listed: Collection[str]) -> list[str]:
     missing = [name for name in names if name not in listed]
     if missing:
         raise ArtifactError(
-            f"the manifest lists no {missing[0]}: it was compiled by an older version or lost its report: compile it again"
+            f"the manifest lists no {missing[0]}: it was compiled by an older version or lost its report: compile it "
+            "again"
         )
     return names
 

@@ -21,8 +21,9 @@ INK, PAPER = "#222222", "#ffffff"
 
 
 def difference_map(picture: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Mean absolute difference of the channels × `AMPLIFICATION` in `COLOURS`: uint8 (height, width, 3), as the
-    pictures.
+    """Mean absolute difference of the channels × `AMPLIFICATION`, in `COLOURS`.
+
+    Takes two pictures, uint8 (height, width, 3), and makes a third.
     """
     difference = np.abs(picture.astype(np.float64) - reference.astype(np.float64)).mean(axis=-1) / 255
     levels: np.ndarray = COLOURS[np.minimum(np.round(255 * AMPLIFICATION * difference), 255).astype(np.uint8)]
@@ -30,7 +31,11 @@ def difference_map(picture: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def cell_of(height: int, width: int) -> tuple[int, int]:
-    """Width and height on a sheet of a picture of this size."""
+    """Width and height, in pixels, that a picture of a size in pixels has on a sheet.
+
+    >>> cell_of(1024, 512), cell_of(32, 32), cell_of(200, 160)
+    ((128, 256), (144, 144), (160, 200))
+    """
     longest = max(height, width)
     scale = max(SMALLEST, min(LARGEST, longest)) / longest
     return max(1, round(width * scale)), max(1, round(height * scale))
@@ -61,7 +66,11 @@ class Sheet:
         )
 
     def box(self, row: int, column: int) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of a picture."""
+        """Left, top, right and bottom of a picture in pixels.
+
+        >>> Sheet(cell=(100, 50), groups=(2, 1), rows=1).box(0, 2)
+        (242, 62, 342, 112)
+        """
         group = int(np.searchsorted(np.cumsum(self.groups), column, side="right"))
         left = self.margin + self.gap + column * (self.cell[0] + self.gap) + 4 * self.gap * group
         top = self.head + self.gap + row * (self.cell[1] + self.gap)
@@ -78,7 +87,14 @@ class Sheet:
         groups: Sequence[str],
         rows: Sequence[str] = (),
     ) -> Image.Image:
-        """Columns of uint8 pictures (height, width, 3), each a picture a row; labels of columns, groups and rows."""
+        """Draw the sheet.
+
+        Args:
+            columns: pictures of each column, uint8 (height, width, 3), one a row.
+            labels: of the columns.
+            groups: titles of the groups of columns.
+            rows: labels of the rows, if they have any.
+        """
         image = Image.new("RGB", self.size, PAPER)
         pen = ImageDraw.Draw(image)
         font = ImageFont.truetype(FONT, 13)

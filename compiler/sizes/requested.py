@@ -51,13 +51,27 @@ class Wanted:
             return Wanted(axes=tuple(axis for axis in self.axes if axis.name not in dropped))
         left = [point for point in self.listed if all(point[name] == own[name] for name in dropped & set(point))]
         listed = tuple({name: value for name, value in point.items() if name not in dropped} for point in left)
-        return Wanted(axes=tuple(spanned(listed)), listed=listed) if len(listed) > 1 else Wanted()
+        return Wanted(axes=tuple(span_axes(listed)), listed=listed) if len(listed) > 1 else Wanted()
 
 
-def wanted(own: Point, *, sizes: str | None, frame_counts: str | None, text_lengths: str | None) -> Wanted:
-    """What the options ask for, the own size included. Raises UsageError.
+def wanted_from_options(own: Point, *, sizes: str | None, frame_counts: str | None, text_lengths: str | None) -> Wanted:
+    """Parse what the options ask for; the own size is always included.
 
-    own: the size that is compiled, on the axes that the pipeline has.
+    >>> own = {"height": 512, "width": 512}
+    >>> wanted_from_options(own, sizes="768x512", frame_counts=None, text_lengths=None).listed
+    ({'height': 512, 'width': 512}, {'height': 768, 'width': 512})
+    >>> [height, _] = wanted_from_options(own, sizes="256x256:1024x1024:64", frame_counts=None, text_lengths=None).axes
+    >>> height.minimum, height.maximum, height.step
+    (256, 1024, 64)
+
+    Args:
+        own: the size that is compiled, on the axes that the pipeline has.
+        sizes: `--sizes`, heights and widths in pixels.
+        frame_counts: `--frame-counts`.
+        text_lengths: `--text-lengths`, in tokens.
+
+    Raises:
+        UsageError: text that is neither a list nor a range, or an axis that the pipeline does not have.
     """
     options: list[tuple[str, str | None, tuple[AxisName, ...], str]] = [
         ("--sizes", sizes, ("height", "width"), FORMS.format("512x512", "768x768", 64)),
@@ -71,14 +85,14 @@ def wanted(own: Point, *, sizes: str | None, frame_counts: str | None, text_leng
     ranges = [each for each in given if ":" in str(each[1])]
     if ranges and len(ranges) < len(given):
         raise UsageError(
-            f"{ranges[0][0]} is a range and {next(each[0] for each in given if each not in ranges)} a list: expected all to be one or "
-            "the other, because a list is served as listed"
+            f"{ranges[0][0]} is a range and {next(each[0] for each in given if each not in ranges)} a list: expected "
+            "all to be one or the other, because a list is served as listed"
         )
     if ranges:
         return Wanted(axes=tuple(axis for each in given for axis in _range(own, *each)))
     lists = [_list(own, *each) for each in given]
-    listed = tuple(_merged(parts) for parts in itertools.product(*lists)) if lists else ()
-    return Wanted(axes=tuple(spanned(listed)), listed=listed)
+    listed = tuple(_merge(parts) for parts in itertools.product(*lists)) if lists else ()
+    return Wanted(axes=tuple(span_axes(listed)), listed=listed)
 
 
 def _list(own: Point, option: str, text: str, names: tuple[AxisName, ...], forms: str) -> list[Point]:
@@ -112,15 +126,21 @@ def _values(part: str, option: str, text: str, names: tuple[AxisName, ...], form
     return dict(zip(names, map(int, numbers), strict=True))
 
 
-def _merged(parts: tuple[Point, ...]) -> Point:
+def _merge(parts: tuple[Point, ...]) -> Point:
+    """One size of parts on different axes."""
     merged: Point = {}
     for part in parts:
         merged |= part
     return merged
 
 
-def spanned(listed: tuple[Point, ...]) -> Iterator[Axis]:
-    """The ranges that listed sizes span."""
+def span_axes(listed: tuple[Point, ...]) -> Iterator[Axis]:
+    """The ranges that listed sizes span, with the largest step that reaches them all.
+
+    >>> [axis] = span_axes(({"num_frames": 17}, {"num_frames": 33}, {"num_frames": 25}))
+    >>> axis.minimum, axis.maximum, axis.step
+    (17, 33, 8)
+    """
     for name in listed[0] if listed else ():
         values = sorted({point[name] for point in listed})
         step = math.gcd(*(value - values[0] for value in values)) or 1

@@ -21,7 +21,7 @@ from otcache.schemas.errors import ModelError, UsageError
 from otcache.schemas.shapes import AxisName, described
 
 from ..graph.cut import cut
-from ..graph.dimensions import FIXED, Checked, SpecialisedError, Varying
+from ..graph.dimensions import FIXED, SizeCheck, SpecialisedError, Varying
 from ..graph.stages import Stages
 from ..models.model import transformer_of
 from ..pipelines.arguments import PerSample, Spread, tensor_of
@@ -103,8 +103,8 @@ class Sizes:
         return Varying(
             dimensions={name: found for name, found in dimensions.items() if found},
             unbatched=frozenset(self.constants),
-            checked=tuple(
-                Checked(inputs=each, constants=seen.interface.constants)
+            checks=tuple(
+                SizeCheck(inputs=each, constants=seen.interface.constants)
                 for each, seen in zip(inputs, self.seen, strict=True)
             ),
         )
@@ -128,8 +128,18 @@ def own_point(call: CallOptions) -> Point:
 def see(
     pipeline: Any, interface: Interface, call: CallOptions, scale: float, prompts: Sequence[str], point: Point
 ) -> Seen:
-    """Run the pipeline for two steps at another size, and lower its sampler there. Raises UsageError where it refuses
-    the size.
+    """Run the pipeline for two steps at another size, and lower its sampler there.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        interface: how it calls its transformer at the own size.
+        call: at the own size.
+        scale: of guidance.
+        prompts: two or more.
+        point: the size.
+
+    Raises:
+        UsageError: the pipeline refuses the size.
     """
     here, name = call_at(call, point), type(pipeline).__name__
     try:
@@ -157,7 +167,18 @@ def stages_for(
 ) -> tuple[Stages, Sizes]:
     """Cut the transformer with as many axes symbolic as the exporter allows.
 
-    seen: the own size first, then all that `wanted.probed` names; none where nothing is wanted. Raises ModelError.
+    Args:
+        transformer: in eval mode.
+        interface: how the pipeline calls it at the own size.
+        example: its inputs there.
+        wanted: the sizes that are asked for.
+        seen: the own size first, then all that `wanted.probed` names; none where nothing is wanted.
+
+    Returns:
+        The stages, and the sizes that they take.
+
+    Raises:
+        ModelError: as `cut`, at the own size.
     """
     stages, sizes = _symbolic(transformer, wanted, seen)
     if sizes.fixed and wanted.listed:
@@ -180,8 +201,8 @@ def with_tables(transformer: Any, seen: Seen) -> Seen:
 
 
 def _symbolic(transformer: Any, wanted: Wanted, seen: Sequence[Seen]) -> tuple[Stages | None, Sizes]:
-    """The stages with the axes that can be symbolic; None where none can."""
-    sizes = _grouped(wanted, seen, {}) if wanted.axes else Sizes()
+    """Cut with the axes that can be symbolic; no stages where none can."""
+    sizes = _group(wanted, seen, {}) if wanted.axes else Sizes()
     while sizes.wanted.axes:
         try:
             return cut_at(transformer, sizes, sizes.inputs()), sizes
@@ -189,14 +210,14 @@ def _symbolic(transformer: Any, wanted: Wanted, seen: Sequence[Seen]) -> tuple[S
             blamed, reason = _axes_of(sizes, error.fixed), f"the exporter fixes {error.listed}"
         except ModelError as error:
             blamed, reason = {axis.name for axis in sizes.wanted.axes}, str(error).split(": expected")[0]
-        sizes = _grouped(
+        sizes = _group(
             sizes.wanted.without(blamed, seen[0].point), seen, {**sizes.fixed, **dict.fromkeys(blamed, reason)}
         )
     return None, sizes
 
 
 def cut_at(transformer: Any, sizes: Sizes, inputs: Sequence[Inputs]) -> Stages:
-    """The stages for some sizes, from the inputs there. Raises ModelError.
+    """Cut for some sizes, from the inputs there. Raises ModelError.
 
     What the model does at its own size may be a special case (stored positions): then another size is traced.
     """
@@ -215,8 +236,17 @@ def cut_at(transformer: Any, sizes: Sizes, inputs: Sequence[Inputs]) -> Stages:
         return cut(transformer, inputs[-1], constants=constants, output=interface.output, varying=varying)
 
 
-def _grouped(wanted: Wanted, seen: Sequence[Seen], fixed: Mapping[AxisName, str]) -> Sizes:
-    """The sizes that are left, with axes given up whose arguments are neither tensors nor the same."""
+def _group(wanted: Wanted, seen: Sequence[Seen], fixed: Mapping[AxisName, str]) -> Sizes:
+    """Give axes up whose arguments are neither tensors nor the same, and describe the sizes that are left.
+
+    Args:
+        wanted: what is asked for, without what was given up before.
+        seen: what the pipeline passes at every size, the own one first.
+        fixed: axes that were given up, with the reason.
+
+    Raises:
+        UsageError: sizes are a range, and a constant follows them.
+    """
     own = seen[0]
     kept = [each for each in seen if all(each.point[name] == own.point[name] for name in fixed)]
     constants = list(following([each.interface.tables for each in kept]))
@@ -232,15 +262,15 @@ def _grouped(wanted: Wanted, seen: Sequence[Seen], fixed: Mapping[AxisName, str]
         first = min(changed, key=lambda each: len(_differing(each.point, own.point)))
         blamed = _differing(first.point, own.point)
         reason = f"the pipeline passes {name}, which follows it and is no tensor"
-        return _grouped(wanted.without(blamed, own.point), seen, {**fixed, **dict.fromkeys(blamed, reason)})
+        return _group(wanted.without(blamed, own.point), seen, {**fixed, **dict.fromkeys(blamed, reason)})
     if not wanted.axes:
         return Sizes(fixed=dict(fixed))
     points = wanted.probed(own.point)
     kept = [each for point in points for each in kept if each.point == point]
     if constants and not wanted.listed:
         raise UsageError(
-            f"sizes are a range, but the pipeline passes {constants[0]}, which depends on the size: expected a list, so that "
-            "it can be stored for each"
+            f"sizes are a range, but the pipeline passes {constants[0]}, which depends on the size: expected a list, "
+            "so that it can be stored for each"
         )
     return Sizes(
         wanted=wanted,

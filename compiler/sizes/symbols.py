@@ -22,7 +22,15 @@ LETTERS: dict[AxisName, str] = {"height": "h", "width": "w", "num_frames": "f", 
 
 
 class SymbolBook:
-    """The symbols of one artifact. `points` are the requests at which sizes are seen."""
+    """The symbols of one artifact. `points` are the requests at which sizes are seen.
+
+    >>> book = SymbolBook([{"height": 512, "width": 512}, {"height": 768, "width": 512}, {"height": 512, "width": 256}])
+    >>> tokens = book.of([1024, 1536, 512])
+    >>> tokens.name, tokens.divisor, [(term.factor, term.axes) for term in tokens.terms]
+    ('hw_by_256', 256, [(1, ('height', 'width'))])
+    >>> book.of([3072, 3072, 3072]) is None
+    True
+    """
 
     def __init__(self, points: Sequence[Request]) -> None:
         self.points = tuple(points)
@@ -64,14 +72,18 @@ class SymbolBook:
         for count in range(1, MOST_TERMS + 1):
             for chosen in itertools.combinations(products, count):
                 rows = [[math.prod(point[name] for name in axes) for axes in chosen] for point in self.points]
-                if _nearly(rows, sizes) and (factors := _solved(rows, sizes)):
+                if _nearly(rows, sizes) and (factors := _solve(rows, sizes)):
                     return dict(zip(chosen, factors, strict=True))
         seen = "; ".join(f"{size} at {described(point)}" for size, point in zip(sizes, self.points, strict=True))
         raise ModelError(f"{subject} is {seen}: expected a sum of products of {', '.join(self.axes)}; list fewer sizes")
 
 
 def _name(terms: Mapping[tuple[AxisName, ...], Fraction], divisor: int) -> str:
-    """`hw_by_256`, `t_plus_77`: what it is, so that the same size has the same name in every file."""
+    """A name that says what a symbol is, so that the same size has the same name in every file.
+
+    >>> _name({("max_sequence_length",): Fraction(1), (): Fraction(77)}, 1)
+    't_plus_77'
+    """
     text = ""
     for axes, factor in terms.items():
         number = abs(int(factor * divisor))
@@ -83,14 +95,24 @@ def _name(terms: Mapping[tuple[AxisName, ...], Fraction], divisor: int) -> str:
 
 
 def _nearly(rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> bool:
-    """Whether there may be an x with rows · x = wanted: in floating point, which is quick."""
+    """Whether there may be an x with rows · x = wanted: in floating point, which is quick.
+
+    >>> _nearly([[1, 1], [2, 1], [3, 1]], [3, 5, 7]), _nearly([[1, 1], [2, 1], [3, 1]], [3, 5, 8])
+    (True, False)
+    """
     a, b = np.asarray(rows, np.float64), np.asarray(wanted, np.float64)
     a = a / np.abs(a).max(0)
     return bool(np.abs(a @ np.linalg.lstsq(a, b)[0] - b).max() < 1e-6 * np.abs(b).max())
 
 
-def _solved(rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[Fraction] | None:
-    """The x, none of it zero, with rows · x = wanted; None if there is none or more than one."""
+def _solve(rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[Fraction] | None:
+    """The x, none of it zero, with rows · x = wanted; None if there is none or more than one.
+
+    >>> _solve([[1, 1], [2, 1], [3, 1]], [3, 5, 7])
+    [Fraction(2, 1), Fraction(1, 1)]
+    >>> _solve([[1, 2], [2, 4]], [3, 6]) is None
+    True
+    """
     table = [[Fraction(value) for value in (*row, size)] for row, size in zip(rows, wanted, strict=True)]
     count = len(rows[0])
     for column in range(count):

@@ -1,4 +1,4 @@
-"""The bundled models' data, readers and tokenizers; and that each trained folder loads and runs with stock diffusers."""
+"""The bundled models' data, readers, tokenizers and training loop; and that each folder runs with stock diffusers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ TRAINED = ("shapes", "shapes-qwen", "shapes-video")
 
 def test_readers_name_what_was_drawn():
     pictures, chosen = qwen.make_dataset(64, seed=3)
-    shares = flow.followed(list(pictures[:, :, 0].permute(0, 2, 3, 1).numpy()), chosen)
+    shares = flow.caption_shares(list(pictures[:, :, 0].permute(0, 2, 3, 1).numpy()), chosen)
     assert shares["both"] == 1.0 and shares["shape"] >= 0.9
     wrong = [
         scenes.Scene(shape=s.shape, colour=s.background, size=s.size, texture=s.texture, background=s.colour)
         for s in chosen
     ]
-    assert flow.followed(list(pictures[:, :, 0].permute(0, 2, 3, 1).numpy()), wrong)["both"] == 0.0
+    assert flow.caption_shares(list(pictures[:, :, 0].permute(0, 2, 3, 1).numpy()), wrong)["both"] == 0.0
 
 
 def test_motion_is_read_in_both_directions():
@@ -62,6 +62,62 @@ def test_single_frame_convolutions_change_no_value():
     with qwen.single_frame():
         fast = flow.encode(vae, pictures)
     torch.testing.assert_close(fast, plain)
+
+
+class Velocity(torch.nn.Module):
+    """A small model of velocities, with matrices for each of the optimizers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(5, 6), torch.nn.Linear(6, 4)])
+        self.captions = torch.nn.Embedding(4, 4)
+
+    def forward(self, noisy, sigma, caption):
+        return self.blocks[1](self.blocks[0](torch.cat([noisy, sigma[:, None]], dim=1)).relu()) + self.captions(caption)
+
+
+def test_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    monkeypatch.setattr(flow, "CHECKPOINT_STEPS", 3)
+    latents = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    captions = torch.arange(32).reshape(16, 2) % 3
+
+    def train(name: str, fails_at: int | None = None) -> dict[str, torch.Tensor]:
+        calls = 0
+
+        def predict(model, noisy, sigma, caption):
+            nonlocal calls
+            calls += 1
+            if calls == fails_at:
+                raise KeyboardInterrupt
+            assert noisy.shape == (8, 4) and sigma.shape == caption.shape == (8,)
+            assert ((sigma > 0) & (sigma < 1)).all()
+            return model(noisy, sigma, caption)
+
+        return flow.train_transformer(
+            Velocity, predict, latents, captions, 3, steps=7, checkpoint=tmp_path / name, batch=8
+        ).state_dict()
+
+    whole = train("whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        train("interrupted.pt", fails_at=5)
+    resumed = train("interrupted.pt")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    torch.manual_seed(0)
+    assert not torch.equal(whole["blocks.0.weight"], Velocity().state_dict()["blocks.0.weight"])
+
+
+def test_what_is_kept_is_not_trained_again(tmp_path):
+    trained = []
+
+    def train():
+        trained.append(qwen.make_transformer())
+        return trained[-1]
+
+    first = flow.load_or_train(type(qwen.make_transformer()), tmp_path / "transformer", train)
+    second = flow.load_or_train(type(first), tmp_path / "transformer", train)
+    assert trained == [first] and not second.training
+    assert all(torch.equal(value, first.state_dict()[name]) for name, value in second.state_dict().items())
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from command import COMPILE, otc
 
-from otcache.compiler.export.evaluators import array_of, evaluator
+from otcache.compiler.export.evaluators import array_from_tensor, load_evaluator
 from otcache.compiler.export.precision import Served
-from otcache.compiler.graph.stages import Stage
+from otcache.compiler.graph.stages import StageGraph
 from otcache.compiler.models.load import load_model
 from otcache.compiler.options import CompileOptions
 from otcache.compiler.passes.evaluate import held_out_trajectory
@@ -117,11 +117,11 @@ class File(torch.nn.Module):
     def __init__(self, path, stage):
         super().__init__()
         self.names = [tensor.name for tensor in stage.inputs], [tensor.name for tensor in stage.outputs]
-        self.evaluate = evaluator(path, [tensor.dtype for tensor in (*stage.inputs, *stage.outputs)])
+        self.evaluate = load_evaluator(path, [tensor.dtype for tensor in (*stage.inputs, *stage.outputs)])
 
     def forward(self, *inputs):
         names, wanted = self.names
-        found = self.evaluate(wanted, dict(zip(names, map(array_of, inputs), strict=True)))
+        found = self.evaluate(wanted, dict(zip(names, map(array_from_tensor, inputs), strict=True)))
         return [
             torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
             if a.dtype.name == "bfloat16"
@@ -153,7 +153,7 @@ def test_the_golden_request_is_tight_and_catches_one_wrong_matrix(dtype, halves,
 
     def error(folder):
         stages = [
-            Stage(
+            StageGraph(
                 name=stage.name,
                 kind=stage.kind,
                 module=File(folder / stage.onnx, stage),

@@ -31,7 +31,9 @@ def test_conditioning_is_the_pipelines(family):
     encoders = text_encoders(pipeline, options.max_sequence_length or 0)
     with torch.no_grad():
         texts = [prompts] if interface.branches == 1 else [[""] * len(prompts), prompts]
-        made = [encoders.module(**{spec.input_name: spec.ids(part) for spec in encoders.tokenizers}) for part in texts]
+        made = [
+            encoders.module(**{spec.input_name: spec.encode(part) for spec in encoders.tokenizers}) for part in texts
+        ]
     assert set(encoders.output_names) == set(expected) == set(made[0])
     masks = [name for name in expected if "mask" in name]
     for name, value in expected.items():

@@ -19,7 +19,6 @@ from otcache.compiler.export.onnx_stages import (
     end_to_end_error,
     export_module,
     export_stages,
-    export_whole,
     relative_error,
     run_exported,
 )
@@ -228,7 +227,7 @@ def test_whole_model_with_a_head_that_reads_a_block(tmp_path):
         "class_labels": torch.tensor([1, 2]),
     }
     constants = {"return_dict": False}
-    whole = export_whole(model, kwargs, tmp_path / "whole.onnx", constants=constants)
+    whole = export_module(model, kwargs, ("output",), tmp_path / "whole.onnx", kind="whole", constants=constants)
     chain = export_stages(cut(model, kwargs, constants=constants), kwargs, tmp_path)
     with torch.no_grad():
         reference = model(**kwargs, **constants)[0]

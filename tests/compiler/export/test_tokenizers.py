@@ -10,7 +10,7 @@ from otcache.artifacts.training.text import POOLED_LENGTH, TEXT_LENGTH, make_enc
 from otcache.compiler.export.decoder import latent_decoder
 from otcache.compiler.export.onnx_stages import export_module
 from otcache.compiler.export.text_encoders import text_encoders
-from otcache.compiler.export.tokenizers import PROBES, tokenizer_spec
+from otcache.compiler.export.tokenizers import PROBES, convert_tokenizer
 from otcache.compiler.pipelines.call import call_options
 from otcache.compiler.pipelines.decode import decoded
 from otcache.schemas.errors import ModelError
@@ -68,7 +68,7 @@ def test_text_encoders_reproduce_encode_prompt(pipeline):
     }
     for prompt in PROBES:
         with torch.no_grad():
-            result = encoders.module(**{spec.input_name: spec.ids([prompt]) for spec in encoders.tokenizers})
+            result = encoders.module(**{spec.input_name: spec.encode([prompt]) for spec in encoders.tokenizers})
             hidden, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=10)
         assert tuple(result) == encoders.output_names
         assert torch.equal(result["pooled_projections"], pooled)
@@ -144,4 +144,4 @@ def test_tokenizer_that_json_cannot_express_is_refused():
     clip, _ = make_tokenizers()
     clip.padding_side = "left"
     with pytest.raises(ModelError, match="gives other ids than the pipeline"):
-        tokenizer_spec(clip, "input_ids", 16)
+        convert_tokenizer(clip, "input_ids", 16)

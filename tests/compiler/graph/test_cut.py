@@ -10,7 +10,7 @@ from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTrans
 from torch import nn
 
 from otcache.compiler.graph.cut import cut
-from otcache.compiler.graph.stages import run_stages
+from otcache.compiler.graph.stages import run_in_turn
 from otcache.schemas.errors import ModelError
 
 
@@ -133,7 +133,7 @@ def test_stages_reproduce_the_model_at_any_batch(example, size):
     inputs = batch_of(kwargs, size)
     with torch.no_grad():
         expected = model(**inputs, **constants)[0]
-    received = run_stages(stages, inputs)
+    received = run_in_turn(stages, inputs)[stages.output]
     assert torch.equal(received, expected) if size == 2 else torch.allclose(received, expected, rtol=1e-5, atol=1e-5)
 
 

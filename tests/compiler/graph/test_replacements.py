@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from otcache.compiler.graph.cut import cut
-from otcache.compiler.graph.replacements import REPLACEMENTS, replaced
+from otcache.compiler.graph.replacements import REPLACEMENTS, stand_ins
 from otcache.compiler.pipelines.arguments import Listed, Samples
 from otcache.schemas.errors import ModelError
 
@@ -18,7 +18,7 @@ def test_replacements_are_of_classes_that_exist_and_last_as_long_as_asked():
     assert type(part).__name__ in REPLACEMENTS
     time = torch.tensor([0.2, 0.7])
     before = part(time)
-    with replaced(part):
+    with stand_ins(part):
         assert "forward" in vars(part)
         assert torch.equal(part(time), before)
     assert "forward" not in vars(part)
@@ -127,7 +127,7 @@ def test_padded_text_hidden_by_a_mask_is_text_cut_off(make):
     torch.manual_seed(0)
     part, call = make()
     before = part(**call)
-    with replaced(part) as rounds:
+    with stand_ins(part) as rounds:
         assert rounds
         after = part(**call)
     for found, expected in zip(after, before, strict=True):
@@ -146,7 +146,7 @@ def test_samples_at_once_are_samples_in_lists(length, height, width):
     assert [len(rows) for rows in captions] == [1, length, length - 2]
     expected = torch.stack(model(**{**call, "x": pictures, "cap_feats": captions})[0])
     torch.testing.assert_close(torch.stack(model(**call)[0]), expected)  # what the list model is given elsewhere
-    with replaced(model) as rounds:
+    with stand_ins(model) as rounds:
         assert rounds
         torch.testing.assert_close(model(**call)[0], expected, rtol=1e-5, atol=1e-5)
         other = Samples(call["cap_feats"].rows.roll(1, 0), call["cap_feats"].mask)

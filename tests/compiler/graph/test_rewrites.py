@@ -10,11 +10,11 @@ from torch import nn
 
 from otcache.compiler.graph.rewrites import (
     SizesAsTensors,
-    boolean_choice,
-    complex_rotation,
-    idle_autocast,
-    idle_squeeze,
-    layout_free_view,
+    drop_idle_squeeze,
+    expand_complex_rotation,
+    inline_idle_autocast,
+    replace_boolean_choice,
+    reshape_views,
 )
 
 aten = torch.ops.aten
@@ -60,11 +60,11 @@ class Uncast(nn.Module):
 @pytest.mark.parametrize(
     ("model", "rewrite", "gone"),
     [
-        (Uncast(), idle_autocast, {torch.ops.higher_order.wrap_with_autocast}),
-        (Rotation(), complex_rotation, {aten.view_as_complex.default}),
-        (Masks(), boolean_choice, {aten.where.self, aten.masked_fill.Scalar}),
-        (View(), layout_free_view, {aten.view.default}),
-        (Squeeze(), idle_squeeze, {aten.squeeze.dim}),
+        (Uncast(), inline_idle_autocast, {torch.ops.higher_order.wrap_with_autocast}),
+        (Rotation(), expand_complex_rotation, {aten.view_as_complex.default}),
+        (Masks(), replace_boolean_choice, {aten.where.self, aten.masked_fill.Scalar}),
+        (View(), reshape_views, {aten.view.default}),
+        (Squeeze(), drop_idle_squeeze, {aten.squeeze.dim}),
     ],
 )
 def test_rewrite(model, rewrite, gone):
@@ -78,13 +78,13 @@ def test_rewrite(model, rewrite, gone):
         torch.testing.assert_close(module(x), model(x), rtol=0, atol=2e-6)
     else:
         assert torch.equal(module(x), model(x))
-    assert rounded == (rewrite is complex_rotation)
+    assert rounded == (rewrite is expand_complex_rotation)
     assert not rewrite(module)
 
 
 def test_a_squeeze_of_one_stays():
     module = torch.export.export(Squeeze().eval(), (torch.randn(2, 1, 8),)).module()
-    idle_squeeze(module)
+    drop_idle_squeeze(module)
     assert aten.squeeze.dim in {node.target for node in module.graph.nodes}
 
 

@@ -1,4 +1,4 @@
-"""The report: its numbers are those of the manifest, its pictures those of the roll-out, its colours can be told apart."""
+"""The report: its numbers are the manifest's, its pictures the roll-out's, and its colours can be told apart."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from report_samples import EXPLODING, EXTREME, FLOW, STEPS, sample, written
 from skimage.color import deltaE_ciede2000, rgb2lab
 
 from otcache.compiler.report import figures
-from otcache.compiler.report.data import report_from
+from otcache.compiler.report.data import report_from_manifest
 from otcache.compiler.report.evidence import Evidence, Recorder, read_evidence
 from otcache.compiler.report.page import pictures_sheet, worst_sheet
 from otcache.compiler.report.sheets import AMPLIFICATION, COLOURS, Sheet, cell_of, difference_map
@@ -117,24 +117,24 @@ def test_pictures_are_cut_out_of_the_sheet_again(height, width):
 
 
 def test_noise_levels_are_drawn_on_their_axis():
-    flow = report_from(*sample(sigmas=FLOW)[:2]).timeline
+    flow = report_from_manifest(*sample(sigmas=FLOW)[:2]).timeline
     assert flow.name == "sigma" and not flow.is_log and flow.at(10.5) == pytest.approx(1 - 10.5 / STEPS)
-    exploding = report_from(*sample(sigmas=EXPLODING)[:2]).timeline
+    exploding = report_from_manifest(*sample(sigmas=EXPLODING)[:2]).timeline
     assert (
         exploding.is_log
         and exploding.limits == pytest.approx((14.6, 0.03))
         and exploding.at(STEPS) == pytest.approx(0.03)
     )
-    none = report_from(*sample()[:2]).timeline
+    none = report_from_manifest(*sample()[:2]).timeline
     assert none.name == "timestep" and not none.is_log and none.at([0, STEPS]).tolist() == [1000, 0]
 
 
 def test_peers_are_ordered_by_how_close_they_come():
-    assert report_from(*sample(peers=4)[:2]).peers == ("peer 0", "peer 1", "peer 2", "peer 3")
+    assert report_from_manifest(*sample(peers=4)[:2]).peers == ("peer 0", "peer 1", "peer 2", "peer 3")
 
 
 def test_seconds_are_those_of_passes_that_were_computed():
-    report = report_from(*sample()[:2])
+    report = report_from_manifest(*sample()[:2])
     assert [(c.name, c.evaluations, c.seconds) for c in report.costs] == [
         ("capture", 200, 2.0),
         ("interpolate and fit", 500, None),

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import pytest
 
-from otcache.compiler.sizes.requested import Wanted, wanted
+from otcache.compiler.sizes.requested import Wanted, wanted_from_options
 from otcache.schemas.errors import UsageError
 
 OWN = {"height": 512, "width": 512, "max_sequence_length": 128}
 
 
 def asked(own=OWN, sizes=None, frame_counts=None, text_lengths=None):
-    return wanted(own, sizes=sizes, frame_counts=frame_counts, text_lengths=text_lengths)
+    return wanted_from_options(own, sizes=sizes, frame_counts=frame_counts, text_lengths=text_lengths)
 
 
 def test_nothing_asked_is_the_own_size_alone():

@@ -17,14 +17,14 @@ from otcache.compiler.export.at_sizes import trunk_at
 from otcache.compiler.export.onnx_stages import end_to_end_error, export_stages
 from otcache.compiler.graph.cut import cut
 from otcache.compiler.graph.dimensions import SpecialisedError, Varying
-from otcache.compiler.graph.stages import run_stages
+from otcache.compiler.graph.stages import run_in_turn
 from otcache.compiler.models.load import load_model
 from otcache.compiler.options import CompileOptions
 from otcache.compiler.passes.compile import compile_model
 from otcache.compiler.pipelines.arguments import PerSample
 from otcache.compiler.pipelines.call import call_options
 from otcache.compiler.pipelines.interface import Interface
-from otcache.compiler.sizes.requested import wanted
+from otcache.compiler.sizes.requested import wanted_from_options
 from otcache.compiler.sizes.served import Seen, stages_for
 from otcache.runtime import Sampler
 from otcache.runtime.serving.request_size import Sizes
@@ -93,7 +93,7 @@ def interface_with(**constants):
 
 def cut_for(model, own, sizes, constants=lambda height, width: {}):
     """The stages of a toy for listed sizes, each 8 pixels a patch."""
-    asked = wanted(own, sizes=sizes, frame_counts=None, text_lengths=None)
+    asked = wanted_from_options(own, sizes=sizes, frame_counts=None, text_lengths=None)
     seen = [
         Seen(
             point=point,
@@ -117,7 +117,7 @@ def test_stages_give_what_the_model_gives_at_every_size(tmp_path):
     for height, width in ((3, 4), (5, 2), (3, 6), (7, 9)):  # the last one is in no list
         inputs = inputs_at(height, width)
         (expected,) = model(**inputs)
-        assert torch.equal(run_stages(stages, inputs), expected)
+        assert torch.equal(run_in_turn(stages, inputs)[stages.output], expected)
         assert end_to_end_error(exported, inputs, expected) < 1e-5
     symbols = {symbol.name: str(symbol) for symbol in sizes.book.symbols}
     assert symbols == {"h_by_8": "height/8", "w_by_8": "width/8", "hw_by_64": "height*width/64"}
@@ -138,7 +138,9 @@ def test_an_axis_that_the_model_fixes_is_given_up_with_the_reason():
     assert "fixes dimension 3 of hidden_states (4)" in sizes.fixed["width"]
     assert sizes.wanted.listed == ({"height": 24}, {"height": 40})
     inputs = inputs_at(5, 4)
-    assert torch.equal(run_stages(stages, inputs), Toy.forward(_same_weights(stages, python_width=True), **inputs)[0])
+    assert torch.equal(
+        run_in_turn(stages, inputs)[stages.output], Toy.forward(_same_weights(stages, python_width=True), **inputs)[0]
+    )
 
 
 def _same_weights(stages, **options):
@@ -177,7 +179,7 @@ def test_constants_that_follow_the_size_become_inputs():
     assert sizes.constants == ("ids",) and stages.inputs == ("hidden_states", "timestep", "ids")
     model = _same_weights(stages)
     inputs = {**inputs_at(5, 2), **positions(5, 2)}
-    assert torch.equal(run_stages(stages, inputs), model(**inputs)[0])
+    assert torch.equal(run_in_turn(stages, inputs)[stages.output], model(**inputs)[0])
 
 
 def test_a_constant_row_of_every_sample_is_repeated():
@@ -189,7 +191,7 @@ def test_a_constant_row_of_every_sample_is_repeated():
     assert sizes.constants == ("ids",) and stages.inputs == ("hidden_states", "timestep", "ids")
     inputs = {**inputs_at(5, 2), "ids": positions(5, 2)["ids"].row}
     expected = _same_weights(stages)(**{**inputs, "ids": inputs["ids"].expand(2, -1, -1)})[0]
-    assert torch.equal(run_stages(stages, inputs), expected)
+    assert torch.equal(run_in_turn(stages, inputs)[stages.output], expected)
 
 
 def test_what_a_part_makes_of_a_size_in_python_numbers_becomes_an_input():
@@ -198,11 +200,11 @@ def test_what_a_part_makes_of_a_size_in_python_numbers_becomes_an_input():
     assert not sizes.fixed
     inputs = inputs_at(5, 2)
     expected = _same_weights(stages)(**inputs, shapes=[5, 2])[0]
-    assert torch.equal(run_stages(stages, {**inputs, "places_0": Places()([5, 2])}), expected)
+    assert torch.equal(run_in_turn(stages, {**inputs, "places_0": Places()([5, 2])})[stages.output], expected)
 
 
 def test_constants_that_are_no_tensors_fix_their_axis():
-    """The return type is asked for with a number that follows the height: nothing is made of it, but nothing says so."""
+    """The return type is asked for with a number that follows the height: nothing uses it, but nothing says so."""
     _, sizes = cut_for(Toy(), OWN, "40x32,24x48", lambda height, width: {"return_dict": [height]})
     assert set(sizes.fixed) == {"height"} and "passes return_dict, which follows it" in sizes.fixed["height"]
     assert [axis.name for axis in sizes.wanted.axes] == ["width"]
@@ -218,7 +220,6 @@ def test_a_number_that_more_than_a_table_depends_on_fixes_its_axis():
 
 
 # --- whole pipelines
-# -------------------------------------------------------------------------------------------------------
 
 
 def artifact_of(name, folder, scheduler=None, **sizes):
@@ -312,7 +313,7 @@ def test_a_range_of_sizes(tmp_path):
 
 @pytest.mark.long
 def test_frames_of_a_video(tmp_path):
-    """Wan: frames, height, width and text; its decoder loops over frames in Python, so that other counts give latents."""
+    """Wan: frames, height, width and text; its decoder loops over frames in Python: other counts give latents."""
     name = "WanPipeline"
     pipeline, artifact = artifact_of(name, tmp_path, frame_counts="3:9:2", sizes="16x16:48x32:16")
     manifest = check_sizes(

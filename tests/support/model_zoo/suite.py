@@ -16,7 +16,7 @@ from otcache.compiler.export.at_sizes import constant_files, layout_symbols, man
 from otcache.compiler.export.decoder import latent_decoder
 from otcache.compiler.export.onnx_stages import TOLERANCES, ExportedStage, end_to_end_error, export_stages
 from otcache.compiler.export.text_encoders import FAMILIES
-from otcache.compiler.graph.stages import Stages, run_stages
+from otcache.compiler.graph.stages import Stages, run_in_turn
 from otcache.compiler.models.coverage import Row
 from otcache.compiler.models.model import transformer_of
 from otcache.compiler.passes.emit import emit
@@ -33,7 +33,7 @@ from otcache.compiler.programs.lower import lower
 from otcache.compiler.programs.residual import residual_program
 from otcache.compiler.programs.schedule import uniform_schedule
 from otcache.compiler.programs.solver_table import SolverTable, program_from_table
-from otcache.compiler.sizes.requested import Wanted, spanned
+from otcache.compiler.sizes.requested import Wanted, span_axes
 from otcache.compiler.sizes.served import Sizes, own_point, see, stages_for
 from otcache.runtime import Sampler
 from otcache.schemas import manifest as schema
@@ -80,7 +80,7 @@ def cover(pipeline: Any, call: dict[str, int], prompts: list[str], folder: Path)
     stages, sizes = symbolic_stages(pipeline, interface, options, prompts, example)  # proven bit for bit
     example |= sizes.constants_at(0)
     exported = export_stages(stages, example, folder / "work" / ENGINES, others=trunk_at(sizes))
-    chain = end_to_end_error(exported, example, run_stages(stages, example))
+    chain = end_to_end_error(exported, example, run_in_turn(stages, example)[stages.output])
     assert chain < TOLERANCES[torch.float32]
 
     interface = replace(interface, tables=sizes.own_tables)
@@ -167,7 +167,7 @@ def symbolic_stages(
             for name in [name for name in own if point[name] != own[name]] if point is not others else []:
                 refused[name] = str(error)
     taken = tuple(each.point for each in seen if all(each.point[name] == own[name] for name in refused))
-    wanted = Wanted(axes=tuple(spanned(taken)), listed=taken) if len(taken) > 1 else Wanted()
+    wanted = Wanted(axes=tuple(span_axes(taken)), listed=taken) if len(taken) > 1 else Wanted()
     wanted = replace(wanted, axes=tuple(axis for axis in wanted.axes if axis.minimum < axis.maximum))
     stages, sizes = stages_for(transformer_of(pipeline, "the case"), interface, example, wanted, seen)
     return stages, replace(sizes, fixed={**refused, **sizes.fixed})

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..calibration.micro_batch import is_out_of_memory, release
 from ..calibration.runs import PICTURES, Chunk, Runs, RunWriter, new_array
-from ..calibration.samples import is_out_of_memory, release
 from ..pipelines.full_run import record_full_runs
 from ..programs.solver_table import SolverTable
 from ..workspace.progress import Pass

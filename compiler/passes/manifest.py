@@ -102,7 +102,7 @@ def manifest_fields(
             scale=options.nominal_scale,
             minimum=low,
             maximum=high,
-            negative_prompt=call.negative_prompt,
+            negative_prompt=call.negative_prompt or "",
         ),
         "max_relative_error": exported.max_relative_error,
         "stages": exported.stages,

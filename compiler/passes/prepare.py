@@ -15,8 +15,8 @@ from otcache.schemas.errors import UsageError
 
 from ..calibration import metrics
 from ..calibration.batch import Evaluator
+from ..calibration.local import LocalSamples
 from ..calibration.runs import Runs
-from ..calibration.samples import LocalSamples
 from ..calibration.trials import Calibration
 from ..graph.stages import Stages
 from ..models.model import Model

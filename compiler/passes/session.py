@@ -17,7 +17,7 @@ from otcache.schemas.errors import UsageError
 from otcache.schemas.shapes import described
 
 from ..calibration import metrics
-from ..calibration.samples import MicroBatch
+from ..calibration.micro_batch import MicroBatch
 from ..export.decoder import latent_decoder
 from ..export.text_encoders import Encoders, text_encoders
 from ..models.load import load_model

@@ -16,6 +16,7 @@ FROM_EFFORT = -1
 Objective = Literal["ssim", "psnr", "lpips"]
 """What the searches maximise (of lpips, the negative)."""
 DTypeName = Literal["float32", "float16", "bfloat16"]
+Offload = Literal["none", "model", "group"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class CompileOptions:
     """Of the model's evaluations; latents, sums, fits and metrics are float32 and float64 always."""
     micro_batch: int = 0
     """Samples that are evaluated at once; 0 chooses."""
-    offload: Literal["none", "model", "group"] = "none"
+    offload: Offload = "none"
     """What leaves the device while it is not needed, by diffusers' own means: whole components, or groups of layers."""
     engines: Literal["onnx", "none"] = "onnx"
     """none: an artifact of programs alone, for hosts that keep torch."""
@@ -104,8 +105,13 @@ class CompileOptions:
             )
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise UsageError(f"--threads is {self.threads}: expected 1 … 1024")
-        if self.trials < 1:
-            raise UsageError(f"--trials is {self.trials}: expected 1 or more")
+        if self.trials < 0:
+            raise UsageError(f"--trials is {self.trials}: expected 0 or more (0 takes the graph's schedule)")
+        if self.offload != "none" and self.payload == "residual":
+            raise UsageError(
+                f"--offload {self.offload} with --payload residual: residuals run the model in parts, which offloading has "
+                "no hooks for: leave one of them out"
+            )
         low, high = self.guidance_scale
         if not 0 <= low <= high <= 1000:
             raise UsageError(f"--guidance-scale is {low}:{high}: expected a number or LOW:HIGH between 0 and 1000")
@@ -172,6 +178,15 @@ def parse_budgets(text: str) -> tuple[int, ...]:
     if budgets[0] < 1:
         raise UsageError(f"--budgets has {budgets[0]}: expected whole numbers of at least 1, such as 4,8,16")
     return tuple(budgets)
+
+
+def parse_micro_batch(text: str) -> int:
+    """`auto` → 0, `4` → 4. Raises UsageError."""
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or not 1 <= int(text) <= 4096:
+        raise UsageError(f"--micro-batch is {text!r}: expected auto, or a whole number from 1 to 4096")
+    return int(text)
 
 
 def parse_guidance(text: str) -> tuple[float, float]:

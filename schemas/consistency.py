@@ -129,6 +129,9 @@ def check_wiring(manifest: Structure) -> None:
     names = [stage.name for stage in manifest.stages]
     if len(set(names)) != len(names):
         raise ValueError("stages: two have the same name")
+    if manifest.programs_alone:
+        _check_programs_alone(manifest)
+        return
     for stage in manifest.stages:
         _check_tensors(stage)
     known, request = _connect(manifest.trunk)
@@ -145,6 +148,13 @@ def check_wiring(manifest: Structure) -> None:
     _check_features(manifest, known, request)
     check_encoder(manifest)
     check_decoder(manifest)
+
+
+def _check_programs_alone(manifest: Structure) -> None:
+    """Check that an artifact without stages has nothing that goes with them."""
+    for name in ("features", "tokenizers", "engines", "golden"):
+        if getattr(manifest, name):
+            raise ValueError(f"{name}: expected none in a manifest without stages")
 
 
 def _check_tensors(stage: Stage) -> None:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from .program import MAX_STEPS, Coefficient, Frozen, Payload, Program
 from .shapes import Axis, AxisName, Symbol, SymbolName, Symbols
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 7
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 8
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 MAX_MANIFEST_BYTES = 16 << 20
 FULL = "full"
@@ -379,7 +379,8 @@ class Structure(Frozen):
     guidance: Guidance
     max_relative_error: float = Field(default=0.0, ge=0)
     """Largest difference of the exported trunk from the original model, end to end, relative to the largest output."""
-    stages: tuple[Stage, ...] = Field(min_length=3, max_length=4096, fail_fast=True)
+    stages: tuple[Stage, ...] = Field(max_length=4096, fail_fast=True)
+    """None in an artifact of programs alone, which hosts that keep torch can use."""
     features: tuple[Feature, ...] = Field(max_length=64)
     tokenizers: tuple[Tokenizer, ...] = Field(max_length=8)
     reference: Policy
@@ -394,6 +395,11 @@ class Structure(Frozen):
     measurements: tuple[Measurement, ...] = Field(default=(), max_length=65536, fail_fast=True)
     attachments: tuple[FileEntry, ...] = Field(default=(), max_length=65536, fail_fast=True)
     """Reports and pictures: checked when present, not part of the digest, safe to delete."""
+
+    @property
+    def programs_alone(self) -> bool:
+        """Whether the artifact has no engines: programs, quality and report, for hosts that keep torch."""
+        return not self.stages
 
     @property
     def trunk(self) -> tuple[Stage, ...]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from .options import call_options, search_options
+from .options import call_options, device_options, search_options
 
 if TYPE_CHECKING:
     from otcache.schemas.manifest import Manifest
@@ -81,6 +81,7 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
     show_default=True,
     help="Edges of the residual payload's graph: free, or replayed as in LeMiCa.",
 )
+@device_options
 @click.option("--threads", type=int, help="CPU threads; the last digits of results follow them.  [default: torch's]")
 @click.option("--lora", type=click.Path(path_type=Path), help="Folder of a LoRA to fuse into the weights.")
 @click.option(
@@ -101,6 +102,13 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
     metavar="onnx[,tensorrt-rtx]",
     help="Engines: ONNX always, and plans of tensorrt or tensorrt-rtx as `otc build-engines` makes them.",
 )
+@click.option(
+    "--engines",
+    type=click.Choice(["onnx", "none"]),
+    default="onnx",
+    show_default=True,
+    help="none: programs, quality and report alone, for hosts that keep torch; `otc export` adds engines later.",
+)
 @click.option("--target", "targets", default="", metavar="sm_NN[,…]", help="Compute capabilities to build plans for.")
 @click.option("--force", is_flag=True, help="Replace an existing artifact.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
@@ -117,6 +125,8 @@ def compile_command(ctx: click.Context, as_json: bool, dry_run: bool, verbose: b
 
       otc compile ./my-pipeline --sizes 512x512,768x512 --text-lengths 128,512
       otc compile shapes --budgets 4,8,12,16 --force     # adds a budget to what the workspace knows
+      otc compile shapes --effort quick --engines none   # programs alone, in minutes
+      otc compile ./flux --device cuda --precision bfloat16
       otc compile shapes --dry-run
       otc compile shapes --backend onnx,tensorrt-rtx --target sm_89,sm_120
 
@@ -141,6 +151,7 @@ def _compile(
     guidance_scale: str,
     backends: str,
     targets: str,
+    micro_batch: str,
     **choices: Any,
 ) -> None:
     check_packages("otc compile")
@@ -148,9 +159,14 @@ def _compile(
 
     plans = engines.parse_backends(backends), engines.parse_targets(targets)
     engines.check(*plans)
-    from ..options import CompileOptions, parse_budgets, parse_guidance
+    from ..options import CompileOptions, parse_budgets, parse_guidance, parse_micro_batch
 
-    options = CompileOptions(budgets=parse_budgets(budgets), guidance_scale=parse_guidance(guidance_scale), **choices)
+    options = CompileOptions(
+        budgets=parse_budgets(budgets),
+        guidance_scale=parse_guidance(guidance_scale),
+        micro_batch=parse_micro_batch(micro_batch),
+        **{name: value for name, value in choices.items() if value is not None},
+    )
     from ..workspace.quiet import asks_for_lines, quiet
 
     quiet()

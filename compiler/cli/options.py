@@ -11,7 +11,8 @@ from typing import Any, get_args
 
 import click
 
-from ..options import CompileOptions, Objective
+from ..effort import EffortName
+from ..options import CompileOptions, DTypeName, Objective, Offload
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -42,7 +43,14 @@ def call_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def search_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say what the searches do, and on how many prompts."""
     return _all(
-        click.option("--trials", default=CompileOptions.trials, show_default=True, help="Trials of the anchor search."),
+        click.option(
+            "--effort",
+            type=click.Choice(get_args(EffortName)),
+            default=CompileOptions.effort,
+            show_default=True,
+            help="What the searches may cost: about 2, 10 or 25 full runs a prompt.",
+        ),
+        click.option("--trials", type=int, help="Trials of the anchor search.  [default: by --effort]"),
         click.option(
             "--objective",
             type=click.Choice(get_args(Objective)),
@@ -52,9 +60,8 @@ def search_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--calibration-prompts",
-            default=CompileOptions.calibration_prompts,
-            show_default=True,
-            help="Prompts to calibrate on, at most.",
+            type=int,
+            help="Prompts to calibrate on, at most.  [default: by --effort]",
         ),
         click.option(
             "--evaluation-prompts",
@@ -67,6 +74,40 @@ def search_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default=CompileOptions.seed,
             show_default=True,
             help="Of the calibration's noise and the searches.",
+        ),
+    )(command)
+
+
+def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say where the model is evaluated, and in what."""
+    return _all(
+        click.option(
+            "--device",
+            default=CompileOptions.device,
+            show_default=True,
+            metavar="auto|cpu|cuda|cuda:1",
+            help="Where the model is evaluated; auto takes the first GPU there is.",
+        ),
+        click.option(
+            "--precision",
+            type=click.Choice(get_args(DTypeName)),
+            default=CompileOptions.precision,
+            show_default=True,
+            help="Of the model's evaluations; latents, fits and metrics stay float32 and float64.",
+        ),
+        click.option(
+            "--micro-batch",
+            default="auto",
+            show_default=True,
+            metavar="auto|N",
+            help="Samples that are evaluated at once; auto chooses from free memory.",
+        ),
+        click.option(
+            "--offload",
+            type=click.Choice(get_args(Offload)),
+            default=CompileOptions.offload,
+            show_default=True,
+            help="What leaves the device while it is not needed: whole components, or groups of layers.",
         ),
     )(command)
 

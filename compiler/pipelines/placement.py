@@ -7,7 +7,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from otcache.schemas.errors import HostError, UsageError
-
-Offload = Literal["none", "model", "group"]
 
 LARGEST_MICRO_BATCH = 8
 """Of `--micro-batch auto`: beyond it a device gains little, and an interrupted pass loses more."""
@@ -30,7 +28,8 @@ class Placement:
 
     device: torch.device
     precision: torch.dtype
-    offload: Offload = "none"
+    offload: str = "none"
+    """none, model or group."""
 
     @property
     def exportable(self) -> bool:

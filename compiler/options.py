@@ -122,7 +122,11 @@ def check_evaluations(options: CompileOptions, evaluations: int, scheduler: str)
 
     Raises UsageError.
     """
-    budgets = {"--budgets": max(options.budgets), "--reference-budget": options.reference, "--anchor-budget": options.anchor}
+    budgets = {
+        "--budgets": max(options.budgets),
+        "--reference-budget": options.reference,
+        "--anchor-budget": options.anchor,
+    }
     for name, budget in budgets.items():
         if budget > evaluations:
             raise UsageError(

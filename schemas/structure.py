@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from .program import MAX_STEPS, Coefficient, Frozen, Payload, Program
 from .shapes import Axis, AxisName, Symbol, SymbolName, Symbols
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 7
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 8
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 MAX_MANIFEST_BYTES = 16 << 20
 FULL = "full"
@@ -191,6 +191,8 @@ class Model(Frozen):
     weights_digest: Digest
     denoiser_digest: Digest | None = None
     """Since 1.2: of the transformer as it was in memory, for hosts that run it in torch (see the specification)."""
+    denoiser_digest_float16: Digest | None = None
+    """Since 1.8: the same for hosts that hold it in float16."""
 
 
 class Conditions(Frozen):

@@ -188,9 +188,7 @@ def _interpolated(
     default = interpolation_weight(budget, options.reference, options.anchor)
     found: dict[tuple[int, ...], float] = {}
     for weight in dict.fromkeys([default, *candidate_weights(default, count=count)]):
-        schedule = interpolated_schedule(
-            reference.schedule, anchor.schedule, budget, total, weight=weight
-        )
+        schedule = interpolated_schedule(reference.schedule, anchor.schedule, budget, total, weight=weight)
         found.setdefault(schedule, float(weight))
     return [trial for schedule, weight in found.items() for trial in family.attempts(schedule, "interpolated", weight)]
 

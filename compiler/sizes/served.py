@@ -143,7 +143,13 @@ def see(
         trajectory.latents[1], trajectory.timesteps[1], 1.0
     )
     prepare_scheduler(pipeline, here, pipeline.scheduler, call.num_inference_steps)
-    return Seen(point=point, call=here, interface=found, inputs=inputs, table=lower(pipeline.scheduler, step_options=found.step_options))
+    return Seen(
+        point=point,
+        call=here,
+        interface=found,
+        inputs=inputs,
+        table=lower(pipeline.scheduler, step_options=found.step_options),
+    )
 
 
 def stages_for(

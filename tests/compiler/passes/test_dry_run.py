@@ -92,7 +92,9 @@ def test_bounds_follow_the_options(payload):
 def test_more_budgets_cost_positions_on_the_path_rather_than_more_full_runs(budgets):
     options = CompileOptions(model="m", budgets=budgets)
     assert 1 + sum(highest_costs(options, 32, 50).values()) <= 10
-    assert positions(options, 32, 50) == (INTERPOLATION_WEIGHTS if sum(budgets) <= 28 else 2 if sum(budgets) == 38 else 1)
+    assert positions(options, 32, 50) == (
+        INTERPOLATION_WEIGHTS if sum(budgets) <= 28 else 2 if sum(budgets) == 38 else 1
+    )
 
 
 def test_the_laws_position_is_always_tried():

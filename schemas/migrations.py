@@ -33,10 +33,11 @@ def _with_external_data(stage: Any, listed: list[Any]) -> Any:
 
 def _from_1_1(value: Value) -> Value:
     """1.2 has `model.denoiser_digest`, which 1.1 did not know."""
-    model = value.get("model")
-    if not isinstance(model, dict):
-        return value
-    return {**value, "model": {key: item for key, item in model.items() if key != "denoiser_digest"}}
+    return _model_without(value, "denoiser_digest")
+
+
+def _model_without(value: Value, name: str) -> Value:
+    return {**value, "model": _without(value["model"], name)} if "model" in value else value
 
 
 def _from_1_2(value: Value) -> Value:
@@ -103,8 +104,8 @@ def _from_1_6(value: Value) -> Value:
 
 
 def _from_1_7(value: Value) -> Value:
-    """1.8 has manifests without stages, which 1.7 refused: nothing changes."""
-    return value
+    """1.8 has `model.denoiser_digest_float16`, which 1.7 did not know; and manifests without stages."""
+    return _model_without(value, "denoiser_digest_float16")
 
 
 def _with_steps_without(value: Value, name: str) -> Value:

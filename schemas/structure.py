@@ -199,6 +199,8 @@ class Model(Frozen):
     weights_digest: Digest
     denoiser_digest: Digest | None = None
     """Since 1.2: of the transformer as it was in memory, for hosts that run it in torch (see the specification)."""
+    denoiser_digest_float16: Digest | None = None
+    """Since 1.8: the same for hosts that hold it in float16."""
 
 
 class Conditions(Frozen):

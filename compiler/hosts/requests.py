@@ -1,23 +1,19 @@
 """The request that a call of a transformer belongs to, and what its blocks keep from step to step.
 
-Pipelines may share a transformer, in several threads or one inside the other (from a callback), and diffusers does not
-tell a transformer who calls it. So nothing is kept on the transformer: a request belongs to the scheduler of its
-pipeline, and the pipeline is found on the call stack.
+Pipelines may share a transformer, in several threads or one inside the other (from a callback). So nothing is kept on the
+transformer: a request belongs to the scheduler of its pipeline, which `calls` finds.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from otcache.schemas.program import Step
+from otcache.schemas.program import Program, Step
 
 from .recipe import Recipe
 
@@ -34,8 +30,8 @@ class Branch:
 class Request:
     """One call of a pipeline, from `set_timesteps` to the last step."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, program: Program) -> None:
+        self.recipe, self.program = recipe, program
         self.position = 0
         self.calls: Counter[str] = Counter()
         """Calls of the transformer in this step, by the name of their cache context."""
@@ -43,7 +39,7 @@ class Request:
 
     @property
     def step(self) -> Step:
-        return self.recipe.program.steps[self.position]
+        return self.program.steps[self.position]
 
     def branch(self, context: str) -> Branch:
         """The branch of the transformer's next call: pipelines name their branches, or call them in a fixed order."""
@@ -55,17 +51,7 @@ class Request:
         """Go to the next step; False after the last one."""
         self.calls.clear()
         self.position += 1
-        return self.position < len(self.recipe.program.steps)
-
-
-def calling_pipeline() -> Any:
-    """The innermost pipeline that runs in this thread, or None."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_varnames[:1] == ("self",) and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
-            return frame.f_locals["self"]
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+        return self.position < len(self.program.steps)
 
 
 class _Thread(threading.local):

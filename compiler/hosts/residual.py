@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import CacheContext, StateManager
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
@@ -26,7 +27,8 @@ from otcache.schemas.errors import ModelError, UsageError
 
 from ..models.model import transformer_of
 from .blocks import Passage, block_lists
-from .requests import Branch, Request, call_of, calling_pipeline, running_call
+from .calls import calling_pipeline
+from .requests import Branch, Request, call_of, running_call
 from .scheduler import OTCacheScheduler
 
 HOOK = "otcache_residual"
@@ -98,14 +100,16 @@ class ResidualScheduler(OTCacheScheduler):
         self.replaced = before.replaced if isinstance(before, ResidualScheduler) else before
         self._attached = True
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, eta: float = 0.0
+    ) -> SchedulerOutput | tuple[Tensor]:
         request = self.request
         if request is None or not request.calls:
             raise ModelError(
                 f"step {self._step_index or 0} of {self._recipe} had no call of the transformer from the pipeline's own __call__: "
                 "expected one with the hooks of apply_residual_cache in place: apply it again"
             )
-        result = super().step(model_output, timestep, sample, return_dict)
+        result = super().step(model_output, timestep, sample, return_dict, eta)
         if not request.advance():
             self.request = None
         return result
@@ -114,7 +118,7 @@ class ResidualScheduler(OTCacheScheduler):
         super()._begin_request()
         if not self._attached:
             raise UsageError(f"{self._recipe} needs hooks on the pipeline's transformer: use apply_residual_cache")
-        self.request = Request(self._recipe)
+        self.request = Request(self._recipe, self._program)
 
 
 class _ThreadContext(StateManager):  # type: ignore[misc]
@@ -223,7 +227,7 @@ def _keep(request: Request, branch: Branch, result: Tensor) -> None:
             f"{request.recipe}: the blocks make {tuple(result.shape)} of {None if source is None else tuple(source.shape)}: "
             "expected the same shape: use a budget of payload 'output'"
         )
-    memory = request.recipe.program.residual_memory
+    memory = request.program.residual_memory
     branch.residuals = [*branch.residuals, result.float() - source.float()][-memory:] if memory else []
 
 

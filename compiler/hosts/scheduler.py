@@ -10,17 +10,19 @@ What a program holds for is refused as soon as it can be known, or warned about 
 
     from_artifact    a budget that the artifact does not hold, another payload
     check(pipeline)  another transformer (class, options, weights, LoRA), another scheduler than was compiled
-    set_timesteps    another number of steps
-    the first step   a start in the middle (img2img with strength < 1); another size of the latents;
-                     after `check`: guidance outside of the calibrated range
+    set_timesteps    another number of steps, times or noise levels of the user's own;
+                     after `check`: a transformer that has changed since
+    the first step   a start in the middle (img2img with strength < 1); a size that the artifact does not serve
+    every step       noise by `eta`; after `check`: guidance outside of the calibrated range
 
 Shapes: B steps, latents (n, …) of any dtype; sums are in float32 and go back to the latents' dtype.
 """
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +34,16 @@ from pydantic import ValidationError
 from torch import Tensor
 from typing_extensions import Self
 
-from otcache.schemas.errors import ArtifactError, OTCacheError, RequestError
-from otcache.schemas.program import Payload, Step
+from otcache.schemas.errors import ArtifactError, ModelError, OTCacheError, RequestError
+from otcache.schemas.program import Payload, Program, Step
 
 from ..programs.update import updated
+from .calls import PipelineCall, calling_pipeline_call
 from .guidance import GuidanceProbe, guidance_fault
-from .identify import model_fault
+from .identify import ModelState, model_faults, model_state
 from .recipe import Recipe, recipe_from_artifact
 from .refusal import refuse
-from .sources import noise_levels, source_scheduler, times_tensor
+from .sources import full_timeline, noise_levels, source_scheduler, times_tensor
 
 
 class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
@@ -51,6 +54,10 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     order = 1
     """Model evaluations per step."""
+    timesteps: Tensor
+    """(B,) of the program."""
+    sigmas: Tensor | None
+    """Noise levels float32 (B + 1,) at the times and after the last one, where they are known."""
     payloads: tuple[Payload, ...] = ("output", "adaptive", "banded")
     """Of the programs that it runs."""
 
@@ -65,16 +72,18 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             ) from None
         self._check_payload()
         self._source = source_scheduler(self._recipe.sampler)
-        times = [step.timestep for step in self._steps]
-        self.timesteps = times_tensor(self._source, times)
-        self.sigmas = noise_levels(self._source, times)
+        self._timeline = full_timeline(self._source, self._recipe.sampler.num_inference_steps)
+        self._take_program(self._recipe.program)
         self.init_noise_sigma = self._recipe.initial_scale
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self._outputs: list[Tensor] = []
         self._pipeline: Callable[[], Any] = _nothing
+        self._checked: ModelState | None = None
         self._probe: GuidanceProbe | None = None
+        self._warned = False
+        """Of this request's guidance."""
 
     @classmethod
     def from_artifact(cls, folder: str | Path, budget: int | str, *, strict: bool = True, pipeline: Any = None) -> Self:
@@ -88,14 +97,14 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return scheduler
 
     def check(self, pipeline: Any) -> None:
-        """Compare a pipeline's transformer with the one that was compiled, and from now on its guidance in every
-        request.
+        """Compare a pipeline's transformer with the one that was compiled; and from now on, in every request, whether it
+        has changed, and at every step its guidance.
 
         Reads all weights once: seconds per gigabyte. Raises ModelError.
         """
-        for fault in model_fault(pipeline, self._recipe, self._source):
+        for fault in model_faults(pipeline, self._recipe, self._source):
             self._refuse(fault)
-        self._pipeline = weakref.ref(pipeline)
+        self._pipeline, self._checked = weakref.ref(pipeline), model_state(pipeline)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -132,8 +141,12 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Begin a request.
 
         Pipelines may pass times, noise levels and shift as they do to the scheduler that was compiled: the program has
-        its own, so that only their number counts. Raises RequestError.
+        its own, so that only their number counts. What the user has given is refused unless it is the program's own. The
+        program is that of the size that the pipeline was asked for, where the artifact has others. Raises RequestError.
         """
+        call = calling_pipeline_call()
+        self._take_program(self._recipe.program_at({} if call is None else call.values))
+        self._check_own_times(call, timesteps, sigmas)
         given = next((len(each) for each in (timesteps, sigmas) if each is not None), num_inference_steps)
         if given != len(self._steps):
             self._refuse(
@@ -152,22 +165,31 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return sample if scale == 1.0 else scale * sample
 
     def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, eta: float = 0.0
     ) -> SchedulerOutput | tuple[Tensor]:
-        """The latents (n, …) after one more step. Raises RequestError."""
+        """The latents (n, …) after one more step. Raises RequestError.
+
+        eta: how much noise to add, which pipelines pass to schedulers that know it: none is.
+        """
         if self._step_index is None:
             self._step_index = self._first_step(timestep, sample)
-            self._check_guidance(model_output)
+            if eta and "eta" in inspect.signature(self._source.step).parameters:
+                self._refuse(
+                    RequestError(
+                        f"eta is {eta:g}: expected 0, as {self._recipe} was compiled without noise: leave it out"
+                    )
+                )
         if self._step_index >= len(self._steps):
             raise RequestError(
                 f"{self._recipe} has taken all of its {len(self._steps)} steps: call set_timesteps first"
             )
+        self._check_guidance(model_output)
         step = self._steps[self._step_index]
-        self._outputs = [*self._outputs, model_output][-self._recipe.program.output_memory :]
+        self._outputs = [*self._outputs, model_output][-self._program.output_memory :]
         result = updated(step, sample.float(), self._outputs).to(sample.dtype)
         self._step_index += 1
         if self._step_index == len(self._steps):
-            self._outputs = []
+            self._end_request()
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
 
     @property
@@ -185,16 +207,55 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @property
     def _steps(self) -> tuple[Step, ...]:
-        return self._recipe.program.steps
+        return self._program.steps
+
+    def _take_program(self, program: Program) -> None:
+        """Run this program from now on."""
+        self._program = program
+        self.timesteps = times_tensor(self._timeline, program.steps, self._source)
+        self.sigmas = noise_levels(self._timeline, program.steps, self._source)
 
     def _begin_request(self) -> None:
         """Forget the request before, and listen to the pipeline's guidance where it is known."""
+        self._end_request()
         self._step_index = self._begin_index = None
+        pipeline = self._pipeline()
+        if pipeline is not None:
+            if self._checked is None or not model_state(pipeline).is_still(self._checked):
+                self.check(pipeline)
+            self._probe, self._warned = GuidanceProbe(pipeline), False
+
+    def _end_request(self) -> None:
         self._outputs = []
         if self._probe is not None:
             self._probe.close()
-        pipeline = self._pipeline()
-        self._probe = None if pipeline is None else GuidanceProbe(pipeline)
+            self._probe = None
+
+    def _check_own_times(
+        self, call: PipelineCall | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
+    ) -> None:
+        """Refuse times and noise levels that the user has chosen, and that are not the program's.
+
+        Within a pipeline the user's are those of its call: what it passes on may be its default. A caller of its own may pass
+        on the default that pipelines of flow matching have, evenly spaced levels before the shift.
+        """
+        given: Mapping[str, Any] = {"timesteps": timesteps, "sigmas": sigmas} if call is None else call.given
+        levels = None if self.sigmas is None else self.sigmas[:-1]
+        for name, own in (("timesteps", self.timesteps), ("sigmas", levels)):
+            chosen = given.get(name)
+            if chosen is None or len(chosen) != len(self._steps):
+                continue  # another number is refused as such
+            values = torch.as_tensor([float(value) for value in chosen])
+            even = torch.linspace(1.0, 1.0 / len(values), len(values))
+            if call is None and name == "sigmas" and torch.allclose(values, even, atol=1e-4):
+                continue
+            if own is None or not torch.allclose(values, own.float().cpu(), rtol=1e-3, atol=1e-5):
+                self._refuse(
+                    RequestError(
+                        f"{name} is {_few(values)}: expected {_few(own)}, those of {self._recipe}, which its "
+                        "coefficients were fitted to: leave it out, or use strict=False, which ignores it"
+                    )
+                )
 
     def _check_payload(self) -> None:
         if self._recipe.program.payload not in self.payloads:
@@ -208,21 +269,21 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """A method of the source that reads times, noise levels and place of this scheduler."""
         source = self._source
         method: Callable[..., Tensor] = getattr(source, name)
+        if self.sigmas is None and hasattr(source, "sigmas"):
+            raise ModelError(
+                f"{type(source).__name__} adds noise by levels that the times of {self._recipe} do not tell: expected one of "
+                "known times: give latents rather than an image"
+            )
         source.timesteps, source.sigmas = self.timesteps, self.sigmas
         source._step_index, source._begin_index = self._step_index, self._begin_index
         return method
 
     def _first_step(self, timestep: Any, sample: Tensor) -> int:
         """Where the request starts, after what the first latents tell was checked."""
-        expected = self._recipe.latents_shape
-        received = tuple(sample.shape[1:])
-        fits = len(received) == len(expected) and all(
-            isinstance(size, str) or size == found for size, found in zip(expected, received, strict=True)
-        )
-        if not fits:
+        if not self._recipe.takes(tuple(sample.shape[1:]), self._program):
             self._refuse(
                 RequestError(
-                    f"latents are {tuple(sample.shape)}: expected (n, {', '.join(map(str, expected))}), the size that "
+                    f"latents are {tuple(sample.shape)}: expected {self._recipe.served}, the size that "
                     f"{self._recipe} was calibrated for: ask for that size, or compile for this one"
                 )
             )
@@ -242,12 +303,24 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _check_guidance(self, model_output: Tensor) -> None:
         if self._probe is None:
             return
-        seen = self._probe.close()
-        if seen and (fault := guidance_fault(seen, model_output, self._recipe)):
+        seen = self._probe.take()
+        if (
+            seen
+            and not self._warned
+            and (fault := guidance_fault(seen, model_output, self._recipe, self._step_index or 0))
+        ):
+            self._warned = True
             self._refuse(fault)
 
     def _refuse(self, error: OTCacheError) -> None:
         refuse(error, strict=self._internal_dict["strict"])
+
+
+def _few(values: Tensor | None) -> str:
+    """The first few of some numbers."""
+    if values is None:
+        return "none"
+    return f"[{', '.join(f'{float(value):.4g}' for value in values[:4])}{', …' if len(values) > 4 else ''}]"
 
 
 def _nothing() -> None:

@@ -17,9 +17,15 @@ from torch import Tensor, nn
 from otcache.schemas.digest import FLOAT, digest_of_bytes, digest_of_value, with_named_floats
 from otcache.schemas.errors import ModelError
 
+SAMPLED = 8
+"""Elements of each tensor that `weights_sample` reads."""
 
-def denoiser_digest(module: nn.Module) -> str:
-    """Digest of a transformer's class, options and tensors, the same in float32, bfloat16 and, but for ties, float16.
+
+def denoiser_digest(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Digest of a transformer's class, options and tensors, each rounded to `dtype` first.
+
+    In bfloat16 it is the same for a model that is held in float32 and one that was cast to bfloat16; in float16 likewise.
+    What was rounded to one of the two cannot be compared in the other. LoRA adapters that are not fused have no say.
 
     Raises ModelError where the tensors are not in memory.
     """
@@ -27,7 +33,7 @@ def denoiser_digest(module: nn.Module) -> str:
         {
             "class": type(module).__name__,
             "config": own_options(module),
-            "tensors": {name: _tensor(module, name, value, round_to_bfloat16=True) for name, value in _state(module)},
+            "tensors": {name: _tensor(module, name, value, dtype) for name, value in _own_state(module)},
         }
     )
 
@@ -35,15 +41,14 @@ def denoiser_digest(module: nn.Module) -> str:
 def own_options(module: Any) -> dict[str, Any]:
     """The options of a diffusers component that differ from its class's defaults, as JSON values.
 
-    A later diffusers with a new option leaves them as they are.
+    A later diffusers with a new option leaves them as they are; options of a folder that a later diffusers has saved, and
+    those of another class, which `from_config` keeps without effect, are none.
     """
     defaults = {
         name: parameter.default for name, parameter in inspect.signature(type(module).__init__).parameters.items()
     }
-    options = {name: _plain(value) for name, value in module.config.items() if not name.startswith("_")}
-    return {
-        name: value for name, value in options.items() if value != _plain(defaults.get(name, inspect.Parameter.empty))
-    }
+    options = {name: _plain(value) for name, value in module.config.items() if name in defaults}
+    return {name: value for name, value in options.items() if value != _plain(defaults[name])}
 
 
 def plain_options(component: Any) -> dict[str, Any]:
@@ -79,7 +84,7 @@ def weights_digest(pipeline: Any) -> str:
     """Digest of every tensor of a pipeline's components, to the last bit. Raises ModelError as `denoiser_digest`."""
     return digest_of_value(
         {
-            f"{component}.{name}": [str(value.dtype), *_tensor(module, name, value, round_to_bfloat16=False)]
+            f"{component}.{name}": [str(value.dtype), *_tensor(module, name, value)]
             for component, module in pipeline.components.items()
             if isinstance(module, nn.Module)
             for name, value in _state(module)
@@ -91,14 +96,33 @@ def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in module.state_dict().items() if isinstance(value, Tensor)]
 
 
-def _tensor(module: nn.Module, name: str, value: Tensor, *, round_to_bfloat16: bool) -> list[Any]:
-    """[shape, digest of the elements]."""
+def _own_state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The state as it was before LoRA layers were put around its own, with what is fused into them."""
+    tuned = {name for name, layer in module.named_modules() if _is_tuned(layer)}
+    found = []
+    for name, value in _state(module):
+        parts = name.split(".")
+        inside = next((i for i in range(len(parts) - 1, 0, -1) if ".".join(parts[:i]) in tuned), None)
+        if inside is None:
+            found.append((name, value))
+        elif parts[inside] == "base_layer":
+            found.append((".".join(parts[:inside] + parts[inside + 1 :]), value))
+    return found
+
+
+def _is_tuned(layer: nn.Module) -> bool:
+    """Whether peft has put a LoRA, or another adapter, around a layer."""
+    return hasattr(layer, "base_layer") and hasattr(layer, "adapter_layer_names")
+
+
+def _tensor(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype | None = None) -> list[Any]:
+    """[shape, digest of the elements], rounded to a floating-point type where there is one."""
     if value.is_meta:
         raise ModelError(
             f"{type(module).__name__}: {name} is on the meta device: expected weights in memory: take its digest before "
             "enable_sequential_cpu_offload and the like move them away"
         )
-    rounded = value.bfloat16() if round_to_bfloat16 and value.is_floating_point() else value
+    rounded = value.to(dtype) if dtype is not None and value.is_floating_point() else value
     elements = rounded.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return [list(value.shape), digest_of_bytes(elements.numpy().data)]
 
@@ -121,6 +145,31 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def active_adapters(transformer: Any) -> list[str]:
-    """Names of LoRA adapters that are loaded and not fused."""
-    return sorted(getattr(transformer, "peft_config", None) or {})
+def active_adapters(transformer: nn.Module) -> list[str]:
+    """Names of LoRA adapters that have a say beside the weights: not fused into them, switched off or scaled by 0."""
+    found: set[str] = set()
+    for layer in filter(_is_tuned, transformer.modules()):
+        found.update(_active_in(layer))
+    return sorted(found)
+
+
+def _active_in(layer: Any) -> list[str]:
+    """Of one layer that peft has put around another."""
+    if layer.disable_adapters or layer.merged:
+        return []
+    scales, kept = getattr(layer, "scaling", {}), [getattr(layer, kind) for kind in layer.adapter_layer_names]
+    return [name for name in layer.active_adapters if scales.get(name, 1.0) and any(name in each for each in kept)]
+
+
+def weights_sample(module: nn.Module) -> str | None:
+    """Digest of a few elements of every tensor, of a LoRA's as well: cheap enough for every request, it changes when other
+    weights are loaded or a LoRA is fused. None where weights are moved away, or of a kind that cannot be looked into.
+    """
+    parts: dict[torch.device, list[Tensor]] = {}
+    for _, value in _state(module):
+        if value.is_meta or type(value) not in (Tensor, nn.Parameter):
+            return None
+        if value.numel():
+            few = value.detach().reshape(-1)[:: max(1, value.numel() // SAMPLED)][:SAMPLED]
+            parts.setdefault(value.device, []).append(few.float())
+    return digest_of_value([digest_of_bytes(torch.cat(few).cpu().numpy().data) for few in parts.values()])

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from otcache.schemas import manifest as schema
 from otcache.schemas.digest import digest_of_value
 from otcache.schemas.manifest import FULL
 
 from ..export.at_sizes import layout_symbols, manifest_shapes
-from ..models.digests import plain_options
+from ..models.digests import denoiser_digest, plain_options
 from ..schedules.search import Found
 from .capture import calibration_scales
 from .evaluate import Evaluated
@@ -66,6 +68,7 @@ def manifest_fields(
             config_digest=model.config_digest,
             weights_digest=model.weights_digest,
             denoiser_digest=model.denoiser_digest,
+            denoiser_digest_float16=denoiser_digest(model.transformer, torch.float16),
         ),
         "sampler": schema.Sampler(
             scheduler=type(scheduler).__name__,

@@ -30,7 +30,8 @@ from otcache.schemas.errors import ModelError, UsageError
 from otcache.schemas.program import MAX_STEPS
 
 from .arrays import float64_from_array
-from .solver_table import _TESTED, FloatArray, SolverTable, _dropped
+from .schedulers import working_schedulers
+from .solver_table import FloatArray, SolverTable, drop_vanishing
 
 TOLERANCE = 1e-4
 """Largest relative distance to the scheduler itself, which computes in float32."""
@@ -83,7 +84,7 @@ def lower(scheduler: Any, *, step_options: Mapping[str, float] | None = None) ->
         raise UsageError(
             f"scheduler {name}: received {num_steps} timesteps, expected 1 … {MAX_STEPS}. Lower num_inference_steps."
         )
-    _refuse_named(scheduler, options)
+    _refuse_options(scheduler, options)
     try:
         raw_latents, raw_outputs = _probe_basis(scheduler, options)
         latents, outputs, states, input_scales = _probe_random(scheduler, options, seed=0)
@@ -92,6 +93,8 @@ def lower(scheduler: Any, *, step_options: Mapping[str, float] | None = None) ->
         raise
     except Exception as error:
         raise _refusal(name, f"its step failed on probe tensors ({type(error).__name__}: {error})") from error
+    if not torch.isfinite(states).all():
+        raise _refusal(name, "its steps give values that are not finite", fix="Check its options and number of steps.")
     if not torch.equal(states, states_again):
         raise _refusal(name, f"its steps draw random noise{_suspects(scheduler, options)}", "a deterministic sampler")
 
@@ -217,7 +220,7 @@ def _eliminate(name: str, raw_latents: FloatArray, raw_outputs: FloatArray) -> t
             latent_coefs[i] = raw_latents[i, i]  # both are free of x_0: any factor is right, this one is the solver's
         else:
             raise _refusal(name, f"step {i} returns to the initial noise that the latents before it no longer hold")
-        output_coefs[i] = _dropped(unrolled[i + 1, 1:] - latent_coefs[i] * unrolled[i, 1:])
+        output_coefs[i] = drop_vanishing(unrolled[i + 1, 1:] - latent_coefs[i] * unrolled[i, 1:])
     return latent_coefs, output_coefs
 
 
@@ -244,11 +247,9 @@ def _check(
             )
 
 
-def _refuse_named(scheduler: Any, options: Mapping[str, Any]) -> None:
-    """ModelError for what a name or option alone tells; everything else is found by its behaviour."""
+def _refuse_options(scheduler: Any, options: Mapping[str, Any]) -> None:
+    """ModelError for what an option alone tells; everything else is found by its behaviour."""
     name = type(scheduler).__name__
-    if "Ancestral" in name or "SDE" in name:
-        raise _refusal(name, "it is a stochastic sampler", "a deterministic sampler")
     config = effective_options(scheduler)
     if str(config.get("algorithm_type", "")).startswith("sde"):
         raise _refusal(
@@ -289,5 +290,5 @@ def _refusal(name: str, received: str, expected: str = "a deterministic, linear 
     fix = fix or "Set another scheduler on the pipeline with from_config(pipe.scheduler.config)."
     return ModelError(
         f"scheduler {name} cannot be compiled: {received}; expected {expected}. {fix} "
-        f"These are tested: {', '.join(_TESTED)}."
+        f"These work: {', '.join(working_schedulers())}."
     )

@@ -18,6 +18,7 @@ from otcache.schemas.program import Payload, Program, Step
 
 from .forecasts import lagrange_weights
 from .schedule import checked_schedule
+from .schedulers import working_schedulers
 
 FloatArray = NDArray[np.float64]
 
@@ -28,21 +29,6 @@ DROP = 1e-7
 
 MAX_MEMORY = 64
 """Longest `Step.output_coefs` that a program may hold (`otcache.schemas.program`)."""
-
-_TESTED = (
-    "DDIMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,16 +89,6 @@ class SolverTable:
         return len(self.timesteps)
 
 
-def scheduler_names() -> tuple[str, ...]:
-    """Class names of the diffusers schedulers that are tested; others work if they are linear and deterministic."""
-    return _TESTED
-
-
-def table_memory(table: SolverTable) -> int:
-    """How many outputs the longest step weighs, from its newest to its oldest coefficient that is not zero."""
-    return max(len(trimmed(table.output_coefs[i, : i + 1])) for i in range(table.num_inference_steps))
-
-
 def program_from_table(
     table: SolverTable, payload: Payload = "output", *, initial_scale: float | None = None
 ) -> Program:
@@ -138,7 +114,7 @@ def step_from_table(
     if len(coefs) > MAX_MEMORY:
         raise ModelError(
             f"step {step_index} of {table.scheduler or 'a solver table'} weighs {len(coefs)} outputs, expected at most "
-            f"{MAX_MEMORY}. Take another scheduler or fewer steps; these are tested: {', '.join(_TESTED)}."
+            f"{MAX_MEMORY}. Take another scheduler or fewer steps; these work: {', '.join(working_schedulers())}."
         )
     return Step(
         step_index=step_index,
@@ -151,7 +127,7 @@ def step_from_table(
 
 def trimmed(output_coefs: ArrayLike) -> tuple[float, ...]:
     """Coefficients (newest last) with what is below `DROP` of the largest zero, without leading zeros, never empty."""
-    coefs = _dropped(np.asarray(output_coefs, dtype=np.float64))
+    coefs = drop_vanishing(np.asarray(output_coefs, dtype=np.float64))
     used = np.flatnonzero(coefs)
     return tuple(coefs[used[0] if used.size else -1 :].tolist())
 
@@ -168,15 +144,6 @@ def jump(table: SolverTable, i: int, j: int) -> tuple[float, FloatArray]:
     for step_index in range(i, j):
         latent_coef = latent_coef * float(table.latent_coefs[step_index])
         output_coefs = table.latent_coefs[step_index] * output_coefs + table.output_coefs[step_index]
-    return latent_coef, output_coefs
-
-
-def held_jump(table: SolverTable, i: int, j: int) -> tuple[float, FloatArray]:
-    """Like `jump`, with the output held: v_i stands in for v_i … v_{j−1}; outputs before i are history."""
-    latent_coef, output_coefs = jump(table, i, j)
-    if j > i:
-        output_coefs[i] = output_coefs[i:j].sum()
-        output_coefs[i + 1 :] = 0.0
     return latent_coef, output_coefs
 
 
@@ -223,5 +190,10 @@ def _lagrange(table: SolverTable, nodes: Sequence[int], at: int, coordinate: Coo
     return np.array(lagrange_weights(position[list(nodes)].tolist(), float(position[at])))
 
 
-def _dropped(coefs: FloatArray) -> FloatArray:
+def drop_vanishing(coefs: FloatArray) -> FloatArray:
+    """The coefficients with those below `DROP` of the largest as zeros.
+
+    >>> drop_vanishing(np.array([1e-9, 0.5, -2.0])).tolist()
+    [0.0, 0.5, -2.0]
+    """
     return np.where(np.abs(coefs) < DROP * np.abs(coefs).max(initial=0.0), 0.0, coefs)

@@ -18,11 +18,8 @@ from otcache.compiler.programs.lower import lower
 from otcache.compiler.programs.solver_table import (
     SolverTable,
     extrapolated_jump,
-    held_jump,
     jump,
     program_from_table,
-    scheduler_names,
-    table_memory,
     trimmed,
 )
 from otcache.schemas.errors import ModelError, UsageError
@@ -130,14 +127,9 @@ def test_compiled_table_repeats_the_scheduler(name: str, num_steps: int) -> None
     table = lower(scheduler)
     program = program_from_table(table)
     assert program.nfe == len(scheduler.timesteps)
-    assert program.output_memory == table_memory(table)
     found = sample_by_program(program, table.initial_scale)
     assert torch.isfinite(found).all()
     assert relative(found, sample_by_scheduler(scheduler)) < 1e-4
-
-
-def test_every_tested_name_is_tested() -> None:
-    assert {type(scheduler).__name__ for scheduler in SCHEDULERS.values()} == set(scheduler_names())
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm++2 flow", "unipc flow"])
@@ -152,7 +144,7 @@ def test_float64_loop_agrees_to_the_precision_of_the_schedulers_own_numbers(name
     ("name", "memory"), [("flow euler", 1), ("ddim", 1), ("heun", 2), ("dpm2", 2), ("dpm++2 flow", 10), ("unipc", 20)]
 )
 def test_memory_is_small(name: str, memory: int) -> None:
-    assert table_memory(lower(prepared(name, 50))) <= memory
+    assert program_from_table(lower(prepared(name, 50))).output_memory <= memory
 
 
 @pytest.mark.parametrize("name", ["unipc", "plms", "heun", "lms", "dpm singlestep", "dpm++3 flow"])
@@ -196,8 +188,8 @@ def test_euler_scales_input_and_noise() -> None:
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (ds.EulerAncestralDiscreteScheduler(), "EulerAncestralDiscreteScheduler.*stochastic"),
-        (ds.KDPM2AncestralDiscreteScheduler(), "stochastic"),
+        (ds.EulerAncestralDiscreteScheduler(), "EulerAncestralDiscreteScheduler.*random noise"),
+        (ds.KDPM2AncestralDiscreteScheduler(), "random noise"),
         (ds.LCMScheduler(clip_sample=False), "LCMScheduler.*random noise"),
         (ds.DDPMScheduler(clip_sample=False), "DDPMScheduler.*random noise"),
         (ds.SASolverScheduler(), "SASolverScheduler.*random noise"),
@@ -230,7 +222,7 @@ def test_noise_by_step_option_is_refused() -> None:
     ids=["thresholding", "clipping"],
 )
 def test_nonlinear_steps_are_found_by_behaviour(scheduler: Any, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lower_module, "_refuse_named", lambda *arguments: None)
+    monkeypatch.setattr(lower_module, "_refuse_options", lambda *arguments: None)
     scheduler.set_timesteps(5)
     with pytest.raises(ModelError, match=f"differs from the linear table.*{option}=True"):
         lower(scheduler)
@@ -288,10 +280,6 @@ def test_jump_is_the_walk_and_composes(num_steps: int, seed: int, data: st.DataO
     first, second = jump(table, i, j), jump(table, j, k)
     assert latent == pytest.approx(second[0] * first[0])
     np.testing.assert_allclose(coefs, second[0] * first[1] + second[1], atol=1e-12)
-    held = outputs.copy()
-    held[i:k] = outputs[min(i, num_steps - 1)]
-    latent, coefs = held_jump(table, i, k)
-    assert latent * 0.7 + coefs @ outputs == pytest.approx(walk(table, 0.7, held, i, k))
 
 
 @settings(max_examples=40, deadline=None)

@@ -42,11 +42,6 @@ class Place:
     first: int
     last: int
 
-    def overlaps(self, other: Place) -> bool:
-        """In memory and in time."""
-        in_memory = self.offset < other.offset + other.size_bytes and other.offset < self.offset + self.size_bytes
-        return in_memory and self.first <= other.last and other.first <= self.last
-
 
 @dataclass(frozen=True)
 class AddressPlan:

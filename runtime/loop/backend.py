@@ -83,11 +83,24 @@ class Run:
     """Whether each step has to have ended when `step_done` is called; else the device may be behind."""
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where the first number that is not finite was written."""
+
+    engine: str
+    """Name of a stage, of blocks in one engine, or @ and that of a combination between stages."""
+    step: int
+    """0-based, of the program's steps."""
+
+
 class Denoiser(Protocol):
     """Runs programs on a device."""
 
     def __call__(self, run: Run) -> NDArray[np.float32]:
         """The final latents of a request, (n, …)."""
+
+    def origin_of_spoilt(self, run: Run) -> Origin | None:
+        """Run a request again, and say where its first number that is not finite is written; None if there is none."""
 
     def close(self) -> None:
         """Free what it has allocated."""

@@ -30,7 +30,8 @@ from otcache.schemas.sized import whole_size
 
 from ..messages import readable_size
 from .address_plan import AddressPlan, aligned, plan_addresses
-from .backend import DTYPES, Array, Denoiser, Run, shape_of
+from .backend import DTYPES, Array, Denoiser, Origin, Run, shape_of
+from .finite import is_spoilt
 from .launches import GUIDANCE, Value
 
 _log = logging.getLogger(__name__)
@@ -202,6 +203,26 @@ class ResidentLoop:
         if self._cuda_graph and prepared.recording is None:  # after one run, in which libraries have set themselves up
             self._record(prepared, f"budget {run.budget}, {described(whole_size(run.manifest))}, {n} at once")
         return final
+
+    def origin_of_spoilt(self, run: Run) -> Origin | None:
+        self._device.activate()
+        n = len(run.latents)
+        if self._cuda_graph:  # what a recorded graph refers to may not be touched
+            self._forget()
+        prepared = self._prepare(run, n)
+        self._upload(prepared, run)
+        listing = prepared.plan.listing
+        calls = (call for step in prepared.steps for call in step)
+        for launch, call in zip(listing.launches, calls, strict=True):
+            self._enqueue(prepared, [call])
+            for value in launch.writes.values():
+                rows = n if listing.counts_samples(value) else n * self._branches
+                info = listing.tensors[value]
+                array = np.empty(shape_of(info, rows), DTYPES[info.dtype])
+                self._device.download(prepared.address(value), array)
+                if is_spoilt(array):
+                    return Origin(launch.engine, launch.step)
+        return None
 
     def close(self) -> None:
         """Free what the loop has allocated."""

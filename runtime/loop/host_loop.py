@@ -6,6 +6,7 @@ the same time, so a stage's output buffer is the next stage's input buffer and m
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from itertools import count
 
@@ -15,7 +16,8 @@ from otcache.schemas.consistency import check_wiring
 from otcache.schemas.errors import ArtifactError
 from otcache.schemas.manifest import Manifest, Stage, TensorInfo
 
-from .backend import Array, Backend, Engine, Run, Tensor, shape_of
+from .backend import Array, Backend, Engine, Origin, Run, Tensor, shape_of
+from .finite import is_spoilt
 from .loop import Float32, Residual, sample
 from .timing import PART_OF_KIND, Timer
 
@@ -68,13 +70,20 @@ class Trunk:
     """Engines bound to buffers for n samples. Not shared between requests; holds no state that outlives one."""
 
     def __init__(
-        self, manifest: Manifest, engines: Mapping[str, Engine], backend: Backend, n: int, timer: Timer | None = None
+        self,
+        manifest: Manifest,
+        engines: Mapping[str, Engine],
+        backend: Backend,
+        n: int,
+        timer: Timer | None = None,
+        look: Callable[[str, Mapping[str, Array]], None] | None = None,
     ) -> None:
-        self._manifest = manifest
+        """look: called after each stage with its name and what it has written."""
+        self._manifest, self._look = manifest, look
         self._n = n
         self._timer = timer or Timer()
         self._buffers = _make_buffers(manifest, backend, manifest.guidance.branches * n)
-        self._calls = [(stage.kind, stage.name, self._bind(stage, engines[stage.name])) for stage in manifest.trunk]
+        self._calls = [(stage, self._bind(stage, engines[stage.name])) for stage in manifest.trunk]
 
     def hold(self, inputs: Mapping[str, Array]) -> None:
         """Put in place what stays for all steps: with a batch (g, n, …), others as the manifest has them."""
@@ -113,10 +122,13 @@ class Trunk:
         return self._buffers[name].read()
 
     def _run(self, kind: str) -> None:
-        for stage_kind, name, call in self._calls:
-            if stage_kind == kind:
-                with self._timer.part(PART_OF_KIND[kind], name):
-                    call()
+        for stage, call in self._calls:
+            if stage.kind != kind:
+                continue
+            with self._timer.part(PART_OF_KIND[kind], stage.name):
+                call()
+            if self._look is not None:
+                self._look(stage.name, {tensor.name: self._read(tensor.name) for tensor in stage.outputs})
 
     def _bind(self, stage: Stage, engine: Engine) -> Callable[[], None]:
         inputs = {tensor.name: self._buffers[tensor.name] for tensor in stage.inputs}
@@ -130,8 +142,28 @@ class HostLoop:
         self._engines, self._backend = engines, backend
 
     def __call__(self, run: Run) -> Float32:
+        return self._run(run)
+
+    def origin_of_spoilt(self, run: Run) -> Origin | None:
+        done = 0
+
+        def look(stage: str, outputs: Mapping[str, Array]) -> None:
+            if any(map(is_spoilt, outputs.values())):
+                raise _FoundError(Origin(stage, done))
+
+        def count(finished: int, _: int) -> None:
+            nonlocal done
+            done = finished
+
+        try:
+            self._run(dataclasses.replace(run, timer=Timer(), step_done=count), look)
+        except _FoundError as found:
+            return found.origin
+        return None
+
+    def _run(self, run: Run, look: Callable[[str, Mapping[str, Array]], None] | None = None) -> Float32:
         manifest = run.manifest
-        trunk = Trunk(manifest, self._engines, self._backend, len(run.latents), run.timer)
+        trunk = Trunk(manifest, self._engines, self._backend, len(run.latents), run.timer, look)
         trunk.hold(run.inputs)
         run.timer.begin_steps()
         return sample(
@@ -146,6 +178,14 @@ class HostLoop:
 
     def close(self) -> None:
         """Buffers end with their request."""
+
+
+class _FoundError(Exception):
+    """Ends a run that looks for the first number that is not finite."""
+
+    def __init__(self, origin: Origin) -> None:
+        super().__init__(origin)
+        self.origin = origin
 
 
 def run_stage(

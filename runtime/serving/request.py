@@ -19,6 +19,7 @@ from otcache.schemas.messages import one_line
 from otcache.schemas.program import Program
 
 from ..loop.backend import Array
+from ..loop.finite import is_spoilt
 from .noise import SEED_MAXIMUM, SEED_MINIMUM
 from .request_size import Given, Sizes
 
@@ -142,6 +143,7 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> Array:
         raise RequestError(
             f"latents are {array.dtype} {array.shape}: expected float32 (n, {', '.join(map(str, shape))})"
         )
+    _check_finite("latents", array)
     return array
 
 
@@ -232,4 +234,12 @@ def _check_tensor(tensor: TensorInfo, value: Any, branches: int, samples: int) -
     if array.shape != expected or array.dtype.kind not in "fiub":
         raise RequestError(
             f"conditioning {tensor.name} is {array.dtype} {array.shape}: expected {tensor.dtype} {expected}"
+        )
+    _check_finite(f"conditioning {tensor.name}", array)
+
+
+def _check_finite(name: str, array: Array) -> None:
+    if is_spoilt(array):
+        raise RequestError(
+            f"{name} holds NaN or infinity: expected finite numbers: make it again, in float32 if need be"
         )

@@ -26,6 +26,7 @@ from otcache.schemas.messages import one_line
 from ..artifact.reader import Artifact
 from ..engines.choose import Selection, select_backend
 from ..loop.backend import MOST_THREADS, Array, Denoiser, Engine, Options, Run
+from ..loop.finite import check_output, spoilt_run
 from ..loop.host_loop import check_trunk, run_stage
 from ..loop.loop import Callback, Float32
 from ..loop.timing import Timer
@@ -334,6 +335,8 @@ class Sampler:
         with timer.part("encode"):
             lengths = {entry.input_name: entry.length for entry in manifest.tokenizers}
             encoded = self._run(stage, tokenizers(unique, lengths), timer)
+        for array in encoded.values():
+            check_output(array, stage.name, manifest)
         repeats = samples // len(texts[0])
         rows = [[unique.index(text) for text in branch for _ in range(repeats)] for branch in texts]
         wanted = {tensor.name for tensor in manifest.conditioning}
@@ -371,7 +374,10 @@ class Sampler:
             with self._device(timer):
                 if self._denoise is None:
                     raise _closed()
-                return self._denoise(run)
+                latents: Float32 = self._denoise(run)
+                if not np.isfinite(latents).all():
+                    raise spoilt_run(run, self._denoise.origin_of_spoilt(run))
+                return latents
         except MemoryError:
             raise HostError(
                 f"no memory for {request.samples} samples at once: ask for fewer, or use a larger host"
@@ -384,6 +390,7 @@ class Sampler:
             latents = latents.reshape(-1, *stage.inputs[0].shape[1:])
         with timer.part("decode"):
             decoded = self._run(stage, {stage.inputs[0].name: latents}, timer)[stage.outputs[0].name]
+            check_output(decoded, stage.name, manifest)
             if decoded.ndim == 4 and decoded.shape[1] == 3 and decoded.shape[3] != 3:
                 decoded = decoded.transpose(0, 2, 3, 1)
             return np.ascontiguousarray(np.clip(decoded, 0.0, 1.0), np.float32)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,6 @@ import torch
 from otcache.schemas import manifest as schema
 from otcache.schemas.shapes import described
 
-from ..export.at_sizes import constant_files
-from ..export.precision import Served
 from ..models.model import Model
 from ..options import CompileOptions
 from ..report.evidence import PassEvidence, Recorder, gather
@@ -27,10 +22,9 @@ from ..sizes.served import Seen
 from ..workspace.progress import Reporter
 from .capture import full_runs
 from .emit import check_target, emit, recover
-from .evaluate import Evaluated, evaluate, evaluation_key
-from .export import DESCRIPTION, EXPORTS, Exported, export_key, exported_parts, served_trunk
-from .golden import rounding_of, tolerance_of, write_golden
-from .manifest import budget_programs, manifest_fields
+from .engines import Engines, exportable_from_prepared, make_engines
+from .evaluate import Evaluated, evaluate
+from .manifest import budget_programs, latents_with_engines, program_fields
 from .prepare import Prepared, calibration_of, prepare
 from .session import Session
 
@@ -51,7 +45,7 @@ def compile_model(
     check_target(target, force=options.force)
     with contextlib.ExitStack() as held:
         held.callback(torch.set_num_threads, torch.get_num_threads())  # `prepare` takes the options' number
-        return target, _compiled(prepare(options, recorder, held, live), target, recorder.passes)
+        return target, _compile(prepare(options, recorder, held, live), target, recorder.passes)
 
 
 def target_of(options: CompileOptions) -> Path:
@@ -59,39 +53,48 @@ def target_of(options: CompileOptions) -> Path:
     return options.output or Path("artifacts") / Path(options.model).name
 
 
-def _compiled(prepared: Prepared, target: Path, passes: Sequence[PassEvidence]) -> schema.Manifest:
+def _compile(prepared: Prepared, target: Path, passes: Sequence[PassEvidence]) -> schema.Manifest:
     """The passes after `prepare`; `passes` grows with them."""
-    session, table = prepared.session, prepared.table
-    options, reporter = session.options, session.reporter
+    session = prepared.session
     found = search_schedules(prepared)
     quality = evaluate(prepared, found)
     programs = {described(seen.point): _programs_at(prepared, found, seen) for seen in prepared.sizes.own_samplers()}
-    trunk = functools.cache(partial(served_trunk, prepared))
-    exported = exported_parts(prepared, trunk)
-    tolerance = _golden_tolerance(prepared, found, quality, exported, trunk)
-    fields = manifest_fields(prepared, found, quality, exported, programs, tolerance)
+    fields = program_fields(prepared, found, quality, programs)
+    engines: Engines | None = None
+    if session.options.engines == "onnx":
+        with exportable_from_prepared(prepared) as source:
+            engines = make_engines(source, found, quality, prepared.held_out[0], programs)
+        latents = latents_with_engines(fields["latents"], engines.source, engines.exported)
+        fields = {**fields, **engines.fields, "latents": latents}
 
     def fill(folder: Path) -> None:
-        for exported_folder in exported.folders:
-            shutil.copytree(exported_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(DESCRIPTION))
-        for path, content in constant_files(prepared.sizes).items():
-            (folder / path).parent.mkdir(exist_ok=True)
-            (folder / path).write_bytes(content)
-        if session.encoders is not None:
-            write_golden(folder, quality.golden)
-        evidence, shown = gather(
-            quality.outcomes,
-            quality.references,
-            prompts=prepared.held_out,
-            seeds=prepared.held_out_seeds,
-            timesteps=table.timesteps.tolist(),
-            sigmas=None if table.sigmas is None else table.sigmas.tolist(),
-            passes=passes,
-        )
-        write_report(folder, fields, evidence, shown)
+        if engines is not None:
+            engines.write(folder)
+        _write_report(folder, prepared, quality, fields, passes)
 
-    with reporter.on("emit", str(target)):
-        return emit(target, fill, fields, force=options.force, attachments=ATTACHMENTS)
+    with session.reporter.on("emit", str(target)):
+        return emit(target, fill, fields, force=session.options.force, attachments=ATTACHMENTS)
+
+
+def _write_report(
+    folder: Path,
+    prepared: Prepared,
+    quality: Evaluated,
+    fields: dict[str, Any],
+    passes: Sequence[PassEvidence],
+) -> None:
+    """The report, of what was measured on the way."""
+    sigmas = prepared.table.sigmas
+    evidence, shown = gather(
+        quality.outcomes,
+        quality.references,
+        prompts=prepared.held_out,
+        seeds=prepared.held_out_seeds,
+        timesteps=prepared.table.timesteps.tolist(),
+        sigmas=None if sigmas is None else sigmas.tolist(),
+        passes=passes,
+    )
+    write_report(folder, fields, evidence, shown)
 
 
 def search_schedules(prepared: Prepared) -> Found:
@@ -135,22 +138,6 @@ def anchor_storage(session: Session) -> Path:
         options.edge_costs,
     ]
     return session.workspace.path("anchor", key, ".db")
-
-
-def _golden_tolerance(
-    prepared: Prepared, found: Found, quality: Evaluated, exported: Exported, trunk_of: Callable[[], Served]
-) -> float:
-    """How far a host's golden latents may be from the stored ones (`golden`)."""
-    session, budget = prepared.session, min(found.trials)
-    if session.options.dtype == "float32" or session.encoders is None:
-        return tolerance_of(exported.max_relative_error, None)
-    program = found.trials[budget][0].program
-    key = [export_key(session, EXPORTS[0]), evaluation_key(session, prepared.held_out[:1], budget, program)]
-
-    def compute() -> float:
-        return rounding_of(trunk_of(), program, session, quality.runs, quality.golden)
-
-    return tolerance_of(exported.max_relative_error, session.workspace.json("rounding", key, compute))
 
 
 def _programs_at(prepared: Prepared, found: Found, seen: Seen) -> list[schema.BudgetProgram]:

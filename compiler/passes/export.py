@@ -19,14 +19,21 @@ from otcache.schemas import manifest as schema
 from otcache.schemas.shapes import Symbol
 
 from ..export.at_sizes import decoder_at, encoders_at, trunk_at
-from ..export.onnx_stages import NONE, ExportedStage, TensorInfo, end_to_end_error, export_module, export_stages
+from ..export.onnx_stages import (
+    NONE,
+    ExportedStage,
+    OtherSizes,
+    TensorInfo,
+    end_to_end_error,
+    export_module,
+    export_stages,
+)
 from ..export.precision import Served, stages_in
 from ..export.text_encoders import Encoders
 from ..graph.dimensions import SpecialisedError
-from ..graph.stages import run_in_turn
+from ..graph.stages import Stages, run_in_turn
 from ..sizes.served import Sizes
 from ..sizes.symbols import SymbolBook
-from .prepare import Prepared, example_of
 from .session import Session
 
 ENGINES = "engines/onnx"
@@ -51,77 +58,48 @@ class Exported:
     decoded_as: Literal["latents", "noise"]
 
 
-def served_trunk(prepared: Prepared) -> Served:
-    """The transformer as it is exported: as it was searched, or in the artifact's own dtype."""
-    session, sizes = prepared.session, prepared.sizes
-    example = _example(prepared)
+@dataclass(frozen=True, kw_only=True)
+class Exportable:
+    """A model on the CPU in float32, cut: what engines are exported from, whatever device the calibration was on."""
+
+    session: Session
+    stages: Stages
+    sizes: Sizes
+    """Those of the session's that the stages take."""
+    example: dict[str, Tensor]
+    """Inputs of the transformer at the own size, with a batch of 2 · branches."""
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Inputs of the float32 stages at the own size, constants of the size among them."""
+        return {**self.example, **self.sizes.constants_at(0)}
+
+
+def serve_trunk(source: Exportable) -> Served:
+    """The transformer as it is exported: as it was cut, or in the artifact's own dtype."""
+    session, sizes = source.session, source.sizes
     if session.options.dtype == "float32":
-        return Served(
-            stages=prepared.trunk, example=example, elsewhere=tuple(sizes.inputs()), dtype=torch.float32, kept=()
-        )
+        elsewhere = tuple(sizes.inputs())
+        return Served(stages=source.stages, example=source.inputs, elsewhere=elsewhere, dtype=torch.float32, kept=())
     dtype, scratch = getattr(torch, session.options.dtype), session.workspace.folder
-    return stages_in(dtype, session.model.transformer, session.interface, example, sizes, scratch)
+    return stages_in(dtype, session.model.transformer, session.interface, source.inputs, sizes, scratch)
 
 
-def _example(prepared: Prepared) -> dict[str, Tensor]:
-    """Inputs of the float32 stages at the own size."""
-    return {**example_of(prepared.session, prepared.runs), **prepared.sizes.constants_at(0)}
-
-
-def exported_parts(prepared: Prepared, trunk_of: Callable[[], Served]) -> Exported:
+def export_parts(source: Exportable, trunk_of: Callable[[], Served]) -> Exported:
     """Export the trunk, text encoders and decoder to ONNX, each checked against torch at every size.
 
-    trunk_of: `served_trunk`, asked only where the trunk is not in the workspace.
+    Args:
+        source: the model.
+        trunk_of: `serve_trunk`, asked only where the trunk is not in the workspace.
     """
-    session, stages, sizes = prepared.session, prepared.trunk, prepared.sizes
-    encoders, decoder, pipeline = session.encoders, session.decoder, session.model.pipeline
-    encoders_there, text_sizes = encoders_at(pipeline, sizes)
-    general, decoder_sizes = decoder_at(pipeline, sizes) if decoder is not None and sizes.pictures > 1 else (None, NONE)
-
-    def trunk(folder: Path) -> None:
-        session.model.give_back()  # what the searches have read
-        with session.reporter.on("export", f"{len(stages.stages)} stages of the transformer") as advance:
-            served = trunk_of()
-            others = replace(trunk_at(sizes), inputs=served.elsewhere)
-            written = list(
-                export_stages(served.stages, served.example, folder / ENGINES, progress=advance, others=others)
-            )
-            expected = run_in_turn(stages, _example(prepared))[stages.output]
-            chain = end_to_end_error(written, served.example, expected)
-            _describe(folder, written, sizes.book, chain)
-
-    def text(folder: Path, encoders: Encoders) -> None:
-        (folder / "tokenizers").mkdir()
-        for specification in encoders.tokenizers:
-            path = folder / "tokenizers" / f"{specification.input_name}.json"
-            path.write_text(specification.tokenizer_json, encoding="utf-8")
-        path = folder / ENGINES / "text_encoder.onnx"
-        with session.reporter.on("export", "text encoders"):
-            names = encoders.output_names
-            written = export_module(
-                encoders.module, encoders.example, names, path, kind="text_encoder", others=text_sizes
-            )
-            _describe(folder, [written], sizes.book)
-
-    def pictures(folder: Path, decoder: torch.nn.Module) -> None:
-        path = folder / ENGINES / "vae_decoder.onnx"
-        with session.reporter.on("export", "decoder"):
-            if general is not None:
-                with contextlib.suppress(SpecialisedError):
-                    example = dict(decoder_sizes.inputs[0])
-                    written = export_module(general, example, ("images",), path, kind="decoder", others=decoder_sizes)
-                    _describe(folder, [written], sizes.book)
-                    return
-            if sizes.pictures > 1:
-                session.reporter.note("the decoder knows one size: other sizes give latents")
-            written = export_module(decoder, session.decoder_example, ("images",), path, kind="decoder")
-            _describe(folder, [written], sizes.book)
-
-    parts: dict[str, Callable[[Path], None]] = {"export": trunk}
+    session, sizes = source.session, source.sizes
+    encoders = session.encoders
+    encoders_there, text_sizes = encoders_at(session.model.pipeline, sizes)
+    parts: dict[str, Callable[[Path], None]] = {"export": partial(_export_trunk, source, trunk_of)}
     if encoders is not None:
-        parts["export-text"] = partial(text, encoders=encoders)
-    if decoder is not None:
-        parts["export-decoder"] = partial(pictures, decoder=decoder)
+        parts["export-text"] = partial(_export_text, source, encoders, text_sizes)
+    if session.decoder is not None:
+        parts["export-decoder"] = partial(_export_decoder, source, session.decoder)
     folders = [session.workspace.tree(name, export_key(session, name), compute) for name, compute in parts.items()]
     written = [json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")) for folder in folders]
     found = [schema.Stage.model_validate(value) for part in written for value in part["stages"]]
@@ -146,6 +124,51 @@ def exported_parts(prepared: Prepared, trunk_of: Callable[[], Served]) -> Export
         symbols=list(symbols.values()),
         decoded_as="noise" if as_noise else "latents",
     )
+
+
+def _export_trunk(source: Exportable, trunk_of: Callable[[], Served], folder: Path) -> None:
+    """Embed, blocks and head, one by one and one after the other."""
+    session, stages, sizes = source.session, source.stages, source.sizes
+    session.model.give_back()  # what the searches have read
+    with session.reporter.on("export", f"{len(stages.stages)} stages of the transformer") as advance:
+        served = trunk_of()
+        others = replace(trunk_at(sizes), inputs=served.elsewhere)
+        written = list(export_stages(served.stages, served.example, folder / ENGINES, progress=advance, others=others))
+        expected = run_in_turn(stages, source.inputs)[stages.output]
+        chain = end_to_end_error(written, served.example, expected)
+        _describe(folder, written, sizes.book, chain)
+
+
+def _export_text(source: Exportable, encoders: Encoders, text_sizes: OtherSizes, folder: Path) -> None:
+    """Text encoders, with their tokenizers' files."""
+    (folder / "tokenizers").mkdir()
+    for specification in encoders.tokenizers:
+        path = folder / "tokenizers" / f"{specification.input_name}.json"
+        path.write_text(specification.tokenizer_json, encoding="utf-8")
+    path = folder / ENGINES / "text_encoder.onnx"
+    with source.session.reporter.on("export", "text encoders"):
+        written = export_module(
+            encoders.module, encoders.example, encoders.output_names, path, kind="text_encoder", others=text_sizes
+        )
+        _describe(folder, [written], source.sizes.book)
+
+
+def _export_decoder(source: Exportable, decoder: torch.nn.Module, folder: Path) -> None:
+    """The decoder, for all sizes where it can follow them, else for its own."""
+    session, sizes = source.session, source.sizes
+    path = folder / ENGINES / "vae_decoder.onnx"
+    general, others = decoder_at(session.model.pipeline, sizes) if sizes.pictures > 1 else (None, NONE)
+    with session.reporter.on("export", "decoder"):
+        if general is not None:
+            with contextlib.suppress(SpecialisedError):
+                example = dict(others.inputs[0])
+                written = export_module(general, example, ("images",), path, kind="decoder", others=others)
+                _describe(folder, [written], sizes.book)
+                return
+        if sizes.pictures > 1:
+            session.reporter.note("the decoder knows one size: other sizes give latents")
+        written = export_module(decoder, session.decoder_example, ("images",), path, kind="decoder")
+        _describe(folder, [written], sizes.book)
 
 
 def _length_symbol(lengths: Sequence[int], sizes: Sizes) -> str | None:

@@ -14,12 +14,11 @@ from otcache.schemas.manifest import FULL
 from ..export.at_sizes import layout_symbols, manifest_shapes
 from ..models.digests import denoiser_digest, plain_options
 from ..schedules.search import Found
-from .capture import calibration_scales
+from ..sizes.served import Sizes
 from .evaluate import Evaluated
-from .export import Exported
-from .golden import golden_record
+from .export import Exportable, Exported
 from .prepare import Prepared
-from .session import EVALUATION_SEED, versions
+from .session import versions
 
 
 def budget_programs(found: Found, evaluated: Evaluated) -> list[schema.BudgetProgram]:
@@ -38,36 +37,32 @@ def budget_programs(found: Found, evaluated: Evaluated) -> list[schema.BudgetPro
     return programs
 
 
-def manifest_fields(
-    prepared: Prepared,
-    found: Found,
-    evaluated: Evaluated,
-    exported: Exported,
-    programs_at: Mapping[str, list[schema.BudgetProgram]],
-    golden_tolerance: float,
+def program_fields(
+    prepared: Prepared, found: Found, evaluated: Evaluated, programs_at: Mapping[str, list[schema.BudgetProgram]]
 ) -> dict[str, Any]:
-    """The manifest but for files and digest, as a JSON value.
+    """The manifest of an artifact of programs alone, but for files and digest, as a JSON value.
 
-    programs_at: of sizes with a sampler of their own. golden_tolerance: see `golden.tolerance_of`.
+    Args:
+        prepared: the model and its calibration.
+        found: what the searches came to.
+        evaluated: fidelity on held-out prompts.
+        programs_at: of sizes with a sampler of their own, by what `described` says of the size.
     """
-    session, table, stages, sizes = prepared.session, prepared.table, prepared.trunk, prepared.sizes
-    prompts, held_out = prepared.prompts, prepared.held_out
-    options, call, interface, model = session.options, session.call, session.interface, session.model
+    session, table, sizes = prepared.session, prepared.table, prepared.sizes
+    options, interface, model = session.options, session.interface, session.model
     total = table.num_inference_steps
-    low, high = options.guidance_scale
     scheduler = model.pipeline.scheduler
-    latents = layout_symbols(sizes, type(model.pipeline).__name__)
-    symbols = {symbol.name: symbol for symbol in (*exported.symbols, *sizes.book.symbols)}
     parts: dict[str, Any] = {
         "schema_version": schema.SCHEMA_VERSION,
-        "producer": versions(),
+        "producer": {**versions(), **session.producer},
         "model": schema.Model(
             name=model.name,
             pipeline=type(model.pipeline).__name__,
             transformer=type(model.transformer).__name__,
             config_digest=model.config_digest,
             weights_digest=model.weights_digest,
-            denoiser_digest=model.denoiser_digest,
+            # what was rounded to float16 cannot be compared in bfloat16
+            denoiser_digest=None if session.placement.precision == torch.float16 else model.denoiser_digest,
             denoiser_digest_float16=denoiser_digest(model.transformer, torch.float16),
         ),
         "sampler": schema.Sampler(
@@ -75,66 +70,100 @@ def manifest_fields(
             num_inference_steps=total,
             config=plain_options(scheduler),
         ),
-        "conditions": schema.Conditions(
-            height=call.height,
-            width=call.width,
-            num_frames=call.num_frames,
-            max_sequence_length=call.max_sequence_length or 1,
-            dtype=options.dtype,
-            objective=options.objective,
-            prompts_digest=digest_of_value([list(prompts), list(held_out)]),
-            calibration_prompts=len(prompts),
-            evaluation_prompts=len(held_out),
-            seed=options.seed,
-        ),
-        "latents": schema.Latents(
-            noise_shape=interface.noise_shape,
-            split=interface.noise_split,
-            permutation=interface.noise_permutation,
-            shape=interface.latents_shape,
-            initial_scale=table.initial_scale,
-            decoded_as=exported.decoded_as,
-            **latents,
-        ),
+        "conditions": _conditions(prepared),
+        "latents": _latents(prepared, sizes),
         "timestep_scale": interface.timestep_scale,
         "latents_input": interface.latents_input,
         "timestep_input": interface.timestep_input,
-        "output": stages.output,
+        "output": "output",
+        "max_relative_error": 0.0,
         "guidance": schema.Guidance(
             kind=interface.guidance_kind,
             scale=options.nominal_scale,
-            minimum=low,
-            maximum=high,
-            negative_prompt=call.negative_prompt or "",
+            minimum=options.guidance_scale[0],
+            maximum=options.guidance_scale[1],
+            negative_prompt=session.call.negative_prompt or "",
         ),
-        "max_relative_error": exported.max_relative_error,
-        "stages": exported.stages,
-        "features": [schema.Feature(source=source, result=result) for source, result in stages.features],
-        "tokenizers": exported.tokenizers,
+        "stages": [],
+        "features": [],
+        "tokenizers": [],
         "reference": schema.Policy(
             schedule=found.reference.schedule, num_inference_steps=total, source=found.reference.name
         ),
         "anchor": schema.Policy(schedule=found.anchor.schedule, num_inference_steps=total, source=found.anchor.name),
         "programs": budget_programs(found, evaluated),
-        "shapes": manifest_shapes(sizes, list(symbols.values()), programs_at),
-        "golden": None
-        if session.encoders is None
-        else golden_record(
-            prompt=held_out[0],
-            budget=min(found.trials),
-            seed=options.seed + EVALUATION_SEED,
-            guidance_scale=None if interface.guidance_kind == "none" else calibration_scales(low, high, 1)[0],
-            max_relative_error=golden_tolerance,
-        ),
+        "shapes": manifest_shapes(sizes, list(sizes.book.symbols), programs_at),
         "costs": [schema.Cost(name="capture", full_runs=1.0)]
         + [schema.Cost(name=name, full_runs=round(value, 4)) for name, value in found.costs.items()],
-        "engines": [
-            schema.Engine(
-                backend="onnx", version="opset 20", target="any", stages={s.name: s.onnx for s in exported.stages}
-            )
-        ],
     }
     return {name: _dumped(value) for name, value in parts.items()}
+
+
+def engine_fields(
+    source: Exportable,
+    exported: Exported,
+    golden: schema.Golden | None,
+    programs_at: Mapping[str, list[schema.BudgetProgram]],
+) -> dict[str, Any]:
+    """What engines add to `program_fields`, as a JSON value.
+
+    Args:
+        source: what they were exported from.
+        exported: the files.
+        golden: the request that hosts can run to check themselves.
+        programs_at: as of `program_fields`.
+    """
+    stages, sizes = source.stages, source.sizes
+    symbols = {symbol.name: symbol for symbol in (*exported.symbols, *sizes.book.symbols)}
+    engine = schema.Engine(
+        backend="onnx", version="opset 20", target="any", stages={s.name: s.onnx for s in exported.stages}
+    )
+    parts: dict[str, Any] = {
+        "output": stages.output,
+        "max_relative_error": exported.max_relative_error,
+        "stages": exported.stages,
+        "features": [schema.Feature(source=source, result=result) for source, result in stages.features],
+        "tokenizers": exported.tokenizers,
+        "shapes": manifest_shapes(sizes, list(symbols.values()), programs_at),
+        "golden": golden,
+        "engines": [engine],
+    }
+    return {name: _dumped(value) for name, value in parts.items()}
+
+
+def _conditions(prepared: Prepared) -> schema.Conditions:
+    options, call = prepared.session.options, prepared.session.call
+    return schema.Conditions(
+        height=call.height,
+        width=call.width,
+        num_frames=call.num_frames,
+        max_sequence_length=call.max_sequence_length or 1,
+        dtype=options.dtype,
+        objective=options.objective,
+        prompts_digest=digest_of_value([list(prepared.prompts), list(prepared.held_out)]),
+        calibration_prompts=len(prepared.prompts),
+        evaluation_prompts=len(prepared.held_out),
+        seed=options.seed,
+    )
+
+
+def _latents(prepared: Prepared, sizes: Sizes) -> schema.Latents:
+    interface = prepared.session.interface
+    return schema.Latents(
+        noise_shape=interface.noise_shape,
+        split=interface.noise_split,
+        permutation=interface.noise_permutation,
+        shape=interface.latents_shape,
+        initial_scale=prepared.table.initial_scale,
+        decoded_as="latents",
+        **layout_symbols(sizes, type(prepared.session.model.pipeline).__name__),
+    )
+
+
+def latents_with_engines(latents: dict[str, Any], source: Exportable, exported: Exported) -> dict[str, Any]:
+    """The manifest's latents, a JSON value, with what the exported decoder takes and the sizes that stages follow."""
+    symbols = layout_symbols(source.sizes, type(source.session.model.pipeline).__name__)
+    return {**latents, "decoded_as": exported.decoded_as, **{name: list(value) for name, value in symbols.items()}}
 
 
 def _dumped(value: Any) -> Any:

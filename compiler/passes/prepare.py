@@ -26,7 +26,7 @@ from ..pipelines.denoiser import Denoiser, placed
 from ..programs.lower import lower
 from ..programs.solver_table import SolverTable
 from ..sizes.requested import Wanted
-from ..sizes.served import Sizes, stages_for
+from ..sizes.served import Sizes, sizes_without_stages, stages_for
 from ..workspace.ledger import Ledger
 from ..workspace.progress import Reporter
 from .capture import full_runs
@@ -111,6 +111,8 @@ def prepare(
         stages, sizes = like.stages, like.sizes
     else:
         stages, sizes = cut_stages(session, runs) if needs_stages(session) else (None, Sizes())
+        if stages is None or not session.placement.exportable:
+            sizes = sizes_without_stages(session.wanted, session.seen)
     session = replace(session, interface=replace(session.interface, tables=sizes.own_tables))
     return Prepared(
         session=session,

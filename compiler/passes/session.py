@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from otcache.schemas.digest import digest_of_value
-from otcache.schemas.errors import UsageError
+from otcache.schemas.errors import ModelError, UsageError
 from otcache.schemas.shapes import described
 
 from ..calibration import metrics
 from ..calibration.micro_batch import MicroBatch
 from ..export.decoder import latent_decoder
+from ..export.exportable import unexportable
 from ..export.text_encoders import Encoders, text_encoders
 from ..models.load import load_model
 from ..models.model import Model, read_prompts
@@ -106,6 +107,11 @@ class Session:
         )
 
     @property
+    def producer(self) -> dict[str, str]:
+        """What the manifest says of where the model was evaluated, for all that have a say in the last digits."""
+        return {name: str(value) for name, value in self.key["placement"].items()}
+
+    @property
     def evaluator_interface(self) -> Interface:
         """The interface with its constants on the device."""
         return placed(self.interface, self.placement.device)
@@ -140,6 +146,8 @@ def begin(
     classes = class_prompts(model.pipeline)
     listed = own or model.prompts or classes or default_prompts()
     split = split_prompts if classes is None else split_labels
+    if options.engines == "onnx" and (reason := unexportable(model.transformer)) is not None:
+        raise ModelError(reason)
     prompts, held_out = split(listed, options.calibration_prompts, options.evaluation_prompts)
     with reporter.on("probe", type(model.pipeline).__name__):
         return _session(options, model, placement, prompts, reporter), prompts, held_out

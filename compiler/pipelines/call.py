@@ -148,7 +148,8 @@ def _with_own_size(pipeline: Any, options: CallOptions) -> CallOptions:
         raise ModelError(
             f"{type(pipeline).__name__} does not say its own {' and '.join(unknown)}: give --height and --width"
         )
-    return dataclasses.replace(options, **sizes)
+    changed: dict[str, Any] = {**sizes}
+    return dataclasses.replace(options, **changed)
 
 
 def scale_offset(pipeline: Any) -> float:

@@ -49,6 +49,7 @@ def find_layout(noise_shape: tuple[int, ...], samples: Tensor, name: str) -> tup
     return split, permutation
 
 
-def proportional(value: Tensor, sample: Tensor) -> bool:
+def proportional(value: Tensor, sample: Tensor, tolerance: float = 1e-3) -> bool:
+    """Whether a tensor is a multiple of another of its shape, up to so much of its largest value."""
     scale = (value * sample).sum() / sample.square().sum()
-    return bool((value - scale * sample).abs().max() <= 1e-3 * value.abs().max())
+    return bool((value - scale * sample).abs().max() <= tolerance * value.abs().max())

@@ -134,7 +134,8 @@ def _find_latents(tape: Tape, other: Tape, name: str) -> tuple[str, bool, tuple[
             calls = [call[0][key][:, channels:] for each in (tape, other) for call in each.calls[:2]]
             like = behind.view(1, -1, *[1] * (sample.ndim - 2))
             constant = all(torch.equal(rest, like.expand_as(rest)) for rest in calls)
-            if constant and proportional(value[:count, :channels].float(), sample):
+            half = value.is_floating_point() and value.dtype.itemsize < 4
+            if constant and proportional(value[:count, :channels].float(), sample, 1e-2 if half else 1e-3):
                 return key, value.shape[0] == 2 * count, tuple(behind.tolist())
     shapes = {key: tuple(value.shape) for key, value in tape.calls[0][0].items() if isinstance(value, Tensor)}
     raise ModelError(
@@ -220,6 +221,12 @@ def _find_timestep(tape: Tape, name: str) -> tuple[str, float, float]:
         if not isinstance(value, Tensor) or value.ndim > 1 or same(value, later):
             continue
         found = [float(call[0][key].float().flatten()[0]) for call in tape.calls[:2]]
+        if value.is_floating_point() and value.dtype.itemsize < 4:
+            scale, offset = _rounded_line(times, found)
+            misses = [abs(scale * time + offset - seen) for time, seen in zip(times, found, strict=True)]
+            if max(misses) <= 1e-2 * max(map(abs, found)):
+                return key, scale, offset
+            continue
         scale = (found[1] - found[0]) / (times[1] - times[0])
         offset = found[0] - scale * times[0]
         if abs(offset) <= 1e-4 * max(map(abs, found)):
@@ -228,6 +235,22 @@ def _find_timestep(tape: Tape, name: str) -> tuple[str, float, float]:
         if abs(offset - round(offset)) <= 1e-4 * max(1.0, abs(offset)):
             return key, float(f"{scale:.4g}"), float(round(offset))
     raise ModelError(f"{name} passes no argument that follows the scheduler's timestep: not supported")
+
+
+def _rounded_line(times: Sequence[float], found: Sequence[float]) -> tuple[float, float]:
+    """Scale and offset of a line through values that were rounded to half precision: round numbers that explain them.
+
+    >>> _rounded_line([1000.0, 857.0], [1.0, 0.8554])
+    (0.001, 0.0)
+    >>> _rounded_line([1000.0, 500.0], [0.0, 0.5])
+    (-0.001, 1.0)
+    """
+    lines = [(sign * scale, offset) for sign in (1.0, -1.0) for scale in (1.0, 1e-3) for offset in (0.0, 1.0)]
+
+    def miss(line: tuple[float, float]) -> float:
+        return max(abs(line[0] * time + line[1] - seen) for time, seen in zip(times, found, strict=True))
+
+    return min(lines, key=miss)
 
 
 def _find_output(outputs: list[Tensor], guided: Tensor) -> Output:

@@ -192,6 +192,13 @@ def stages_for(
     return stages, sizes
 
 
+def sizes_without_stages(wanted: Wanted, seen: Sequence[Seen]) -> Sizes:
+    """The wanted sizes where nothing is cut: all axes are free, because the pipeline's own model runs."""
+    if not wanted.axes:
+        return Sizes()
+    return Sizes(wanted=wanted, seen=tuple(seen), book=SymbolBook([each.point for each in seen]))
+
+
 def with_tables(transformer: Any, seen: Seen) -> Seen:
     """The same with what parts of the transformer make of that size."""
     interface = seen.interface

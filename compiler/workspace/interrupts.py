@@ -1,7 +1,7 @@
 """SIGINT, SIGTERM and SIGHUP end a compile in one place, so that it cleans up and says how to go on.
 
 The first signal raises `Interrupted` wherever the compile is; the second one ends the process at once. What a process
-that is killed leaves behind is cleaned up by the next one (see `disk`).
+that is killed leaves behind is cleaned up by the next one (`whole_files.remove_leftovers`).
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Workspace:
                 yield
 
     def full_disk_named(self) -> contextlib.AbstractContextManager[None]:
-        """See `disk`."""
+        """Turn what a full disk is behind into a HostError that names this folder (`whole_files`)."""
         return full_disk_named(self.folder, ELSEWHERE)
 
     def has(self, name: str, key: Any, suffix: str) -> bool:

@@ -31,7 +31,16 @@ IDLE = 4
 
 
 class Governor:
-    """The highest budget that the load allows. Times are seconds on any clock; one that goes back counts as no time."""
+    """The highest budget that the load allows. Times are seconds on any clock; one that goes back counts as no time.
+
+    >>> governor = Governor(["4", "8", "full"], high=2)
+    >>> governor.arrived(0.0)
+    >>> governor.budget(0.0)
+    'full'
+    >>> governor.arrived(0.5)
+    >>> governor.budget(0.5), governor.budget(0.5, wanted="full", minimum="full")
+    ('8', 'full')
+    """
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ Environment:
 """
 INTERRUPTED = 130
 """Exit code of Ctrl-C, as shells report it."""
-KINDS = {1: "other", 2: "usage", 3: "model", 4: "artifact", 5: "request", 6: "host", INTERRUPTED: "interrupted"}
+KINDS = {1: "other", 2: "usage", 3: "model", 4: "artifact", 5: "request", 6: "host"}
 """Exit codes by name, as `--json` reports errors."""
 _JSON = "--json"
 _log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def _print_json_error(message: str, exit_code: int) -> None:
     event = {
         "event": "error",
         "exit_code": exit_code,
-        "kind": KINDS.get(exit_code, "other"),
+        "kind": "interrupted" if exit_code == INTERRUPTED else KINDS.get(exit_code, "other"),
         "message": one_line(message, 2000),
     }
     click.echo(json.dumps(event, ensure_ascii=False), err=True)

@@ -171,7 +171,7 @@ class Service:
         self._end_late()
         with self._changed:
             if self._closed:
-                raise _closed()
+                raise _closed_error()
             if len(self._waiting) >= self.capacity:
                 raise self._busy()
             now = self._clock()
@@ -192,10 +192,10 @@ class Service:
             waiting = list(self._waiting)
             self._waiting.clear()
             for future in self._running:
-                future._outcome = future._outcome or _closed()
+                future._outcome = future._outcome or _closed_error()
             self._changed.notify_all()
         for future in waiting:
-            self._end(future, None, _closed())
+            self._end(future, None, _closed_error())
         for worker in self._workers:
             if worker is not threading.current_thread():
                 worker.join()
@@ -302,7 +302,7 @@ class Service:
             future.timing = future._timer.timing()
             future.set_result(images)
         else:
-            future.set_exception(outcome or _closed())
+            future.set_exception(outcome or _closed_error())
 
     def _left(self) -> None:
         if self._governor is not None:
@@ -322,7 +322,7 @@ class _Stop(OTCacheError):
     """Ends a running request from its step callback; never seen outside."""
 
 
-def _closed() -> ClosedError:
+def _closed_error() -> ClosedError:
     return ClosedError("the service is closed: received a request: expected an open one: start it again")
 
 

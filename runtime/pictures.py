@@ -14,18 +14,28 @@ from numpy.typing import NDArray
 from otcache.schemas.errors import HostError, UsageError
 from otcache.schemas.whole_files import whole_file
 
+from .places import check_writable, unwritable
+
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 SUFFIXES = tuple(_FORMATS)
 VIDEO_SUFFIXES = (".gif", ".mp4")
 
 
 def numbered(path: Path, n: int) -> list[Path]:
-    """`out.png` → `out-1.png`, `out-2.png`, …"""
+    """A name for each of n files.
+
+    >>> [path.name for path in numbered(Path("out.png"), 2)]
+    ['out-1.png', 'out-2.png']
+    """
     return [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(1, n + 1)]
 
 
 def numbered_frames(path: Path, n: int) -> list[Path]:
-    """`out.png` → `out-001.png`, …: as many digits everywhere, so that names sort."""
+    """A name for each of n frames, with as many digits everywhere, so that names sort.
+
+    >>> numbered_frames(Path("out.png"), 100)[0].name
+    'out-001.png'
+    """
     digits = len(str(n))
     return [path.with_name(f"{path.stem}-{index:0{digits}}{path.suffix}") for index in range(1, n + 1)]
 
@@ -38,12 +48,20 @@ def check_targets(paths: Sequence[Path], *, force: bool, video: bool = False) ->
             raise UsageError(f"-o is {path}: expected a name that ends in {', '.join(allowed)}")
         if path.suffix.lower() == ".mp4":
             _av()
-        if not path.parent.is_dir():
-            raise UsageError(f"-o is {path}: its folder {path.parent} does not exist: create it, or choose another")
-        if path.is_dir():
-            raise UsageError(f"-o is {path}: expected a file's name, but a folder is there: choose another")
-        if path.exists() and not force:
-            raise UsageError(f"-o is {path}: it exists: choose another name, or overwrite it with --force")
+        try:
+            _check_target(path, force=force)
+        except OSError as error:  # what a name that is too long gives, already when it is looked up
+            raise unwritable(path, "-o", error) from None
+
+
+def _check_target(path: Path, *, force: bool) -> None:
+    if not path.parent.is_dir():
+        raise UsageError(f"-o is {path}: its folder {path.parent} does not exist: create it, or choose another")
+    if path.is_dir():
+        raise UsageError(f"-o is {path}: expected a file's name, but a folder is there: choose another")
+    if path.exists() and not force:
+        raise UsageError(f"-o is {path}: it exists: choose another name, or overwrite it with --force")
+    check_writable(path, "-o")
 
 
 def contact_sheet(pictures: NDArray[np.float32], gap: int = 2) -> NDArray[np.uint8]:

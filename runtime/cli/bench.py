@@ -57,12 +57,14 @@ def bench(
     --save changes manifest.json outside of what its digest covers, so digest and signature stay valid. It is what
     `Sampler.budget_for` goes by until it has seen requests of its own: use it on the host that serves.
     """
-    from ..serving.bench import host_facts, measure, save_latencies, versions
+    from ..serving.bench import check_saveable, host_facts, measure, save_latencies, versions
     from ..serving.sampler import Sampler
 
     batches = _batches(batch)
     if save and 1 not in batches:
         raise UsageError(f"--save: received --batch {batch}: expected 1 among them: latency is that of one picture")
+    if save:
+        check_saveable(artifact)
     start = time.perf_counter()
     with Sampler.load(artifact, backend, threads, cuda_graph=cuda_graph) as sampler:
         load_s = time.perf_counter() - start

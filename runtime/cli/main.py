@@ -36,6 +36,8 @@ Environment:
   OTC_CACHE        where compiles keep their results; default ~/.cache/otcache
   HF_HUB_OFFLINE   1: hub ids are taken from the local cache only
 """
+INTERRUPTED = 130
+"""Exit code of Ctrl-C, as shells report it."""
 KINDS = {1: "other", 2: "usage", 3: "model", 4: "artifact", 5: "request", 6: "host"}
 """Exit codes by name, as `--json` reports errors."""
 _JSON = "--json"
@@ -85,7 +87,9 @@ class Commands(click.Group):
         except OTCacheError as error:
             _log.debug("%s was raised here", type(error).__name__, exc_info=True)
             raise _one_line_error(str(error), error.exit_code) from None
-        except (click.exceptions.Exit, click.ClickException, click.Abort, KeyboardInterrupt, BrokenPipeError):
+        except KeyboardInterrupt:
+            raise _one_line_error("interrupted: start it again", INTERRUPTED) from None
+        except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
             _log.debug("unexpected %s was raised here", type(error).__name__, exc_info=True)
@@ -105,7 +109,7 @@ def _print_json_error(message: str, exit_code: int) -> None:
     event = {
         "event": "error",
         "exit_code": exit_code,
-        "kind": KINDS.get(exit_code, "other"),
+        "kind": "interrupted" if exit_code == INTERRUPTED else KINDS.get(exit_code, "other"),
         "message": one_line(message, 2000),
     }
     click.echo(json.dumps(event, ensure_ascii=False), err=True)

@@ -112,7 +112,7 @@ def _bound(
     return tuple(map(choose, zip(*map(sizes, corners(box)), strict=True)))
 
 
-def covered(plans: Engine, manifest: Manifest) -> dict[str, Triple]:
+def coverage(plans: Engine, manifest: Manifest) -> dict[str, Triple]:
     """What plans serve of the batch and each axis; an axis that their profile does not name, at the artifact's own size
     alone.
     """
@@ -134,7 +134,7 @@ def at_usual_size(plans: Engine, manifest: Manifest) -> tuple[Manifest, int]:
     """The manifest at the size, and the number of samples, that plans are mostly for. Raises ArtifactError if nothing
     fits there.
     """
-    profile = covered(plans, manifest)
+    profile = coverage(plans, manifest)
     try:
         return sized(manifest, _usual(manifest, profile)), profile[BATCH][1]
     except ValueError as error:
@@ -152,7 +152,7 @@ def why_outside(
 
     artifact: what that command calls the artifact.
     """
-    profile = covered(plans, manifest)
+    profile = coverage(plans, manifest)
     name = outside(profile, request)
     if name is None:
         return None
@@ -175,7 +175,7 @@ def narrower(plans: Engine, manifest: Manifest, artifact: str = "ARTIFACT") -> s
     """
     if BATCH not in plans.profile:
         return None
-    profile, axes = covered(plans, manifest), _axes(manifest)
+    profile, axes = coverage(plans, manifest), _axes(manifest)
     less = [
         f"{name} {_range(profile[name])} of {axis}"
         for name, axis in axes.items()

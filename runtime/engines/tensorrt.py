@@ -61,15 +61,15 @@ class TensorrtContext:
 
     def set_shape(self, tensor: str, shape: Shape) -> None:
         if not self._context.set_input_shape(tensor, shape):
-            raise failed(self._name, self._log, f"does not take {tensor} of shape {shape}")
+            raise failure(self._name, self._log, f"does not take {tensor} of shape {shape}")
 
     def set_address(self, tensor: str, address: int) -> None:
         if not self._context.set_tensor_address(tensor, address):
-            raise failed(self._name, self._log, f"does not take an address for {tensor}")
+            raise failure(self._name, self._log, f"does not take an address for {tensor}")
 
     def enqueue(self) -> None:
         if not self._context.execute_async_v3(self._stream):
-            raise failed(self._name, self._log, "failed")
+            raise failure(self._name, self._log, "failed")
 
 
 class TensorrtEngine:
@@ -95,7 +95,7 @@ class TensorrtEngine:
     def context(self) -> TensorrtContext:
         context = self._contexts.create(self._engine)
         if context is None:
-            raise failed(self._part.name, self._log, "has no room for its context")
+            raise failure(self._part.name, self._log, "has no room for its context")
         return TensorrtContext(context, self._part.name, self._log, self._device.stream)
 
     def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
@@ -147,7 +147,7 @@ class Contexts:
         return engine.create_execution_context(config)
 
 
-def failed(name: str, log: Any, what: str) -> HostError:
+def failure(name: str, log: Any, what: str) -> HostError:
     reason = f" ({one_line(log.errors[-1])})" if log.errors else ""
     return HostError(f"{name} {what}{reason}: ask for fewer pictures, or use --backend onnxruntime")
 

@@ -120,10 +120,10 @@ def size_of(manifest: Manifest, listing: Listing, value: Value, samples: int) ->
     size = ITEM_BYTES[tensor.dtype]
     for extent in tensor.shape:
         size *= rows if isinstance(extent, str) else extent
-    return aligned(size)
+    return align(size)
 
 
-def aligned(size_bytes: int) -> int:
+def align(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNMENT) * ALIGNMENT
 
 

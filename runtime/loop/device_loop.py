@@ -29,7 +29,7 @@ from otcache.schemas.shapes import described
 from otcache.schemas.sized import whole_size
 
 from ..messages import readable_size
-from .address_plan import AddressPlan, aligned, plan_addresses
+from .address_plan import AddressPlan, align, plan_addresses
 from .backend import DTYPES, Array, Denoiser, Origin, Run, shape_of
 from .finite import is_spoilt
 from .launches import GUIDANCE, Value
@@ -263,7 +263,7 @@ class ResidentLoop:
             self._tables.append(base)
             self._device.upload(base, np.frombuffer(content, np.uint8))
             placed = {value: base + offset for value, offset in tables.items()}
-            self._prepared[key] = self._bound(coarsened(run.manifest, self._segments), plan, placed, n)
+            self._prepared[key] = self._bind(coarsened(run.manifest, self._segments), plan, placed, n)
         return self._prepared[key]
 
     def _grow(self, size_bytes: int) -> None:
@@ -274,7 +274,7 @@ class ResidentLoop:
         self._arena = self._device.allocate(size_bytes)
         self._arena_bytes = size_bytes
 
-    def _bound(self, manifest: Manifest, plan: AddressPlan, tables: Mapping[Value, int], n: int) -> _Prepared:
+    def _bind(self, manifest: Manifest, plan: AddressPlan, tables: Mapping[Value, int], n: int) -> _Prepared:
         info = {t.name: t for stage in manifest.trunk for t in (*stage.inputs, *stage.outputs)}
         sums = {"@" + combination.name: combination for combination in combinations(manifest)}
         addresses = {value: self._arena + place.offset for value, place in plan.places.items()} | dict(tables)
@@ -347,14 +347,14 @@ def _tables(plan: AddressPlan, run: Run) -> tuple[dict[Value, int], bytes]:
     rows = len(run.latents) * manifest.guidance.branches
     offsets: dict[Value, int] = {}
     known: dict[bytes, int] = {}
-    content = bytearray(aligned(4 * manifest.guidance.branches))
+    content = bytearray(align(4 * manifest.guidance.branches))
     offsets[GUIDANCE] = 0
 
     def place(value: Value, array: Array) -> None:
         data = array.tobytes()
         if data not in known:
             known[data] = len(content)
-            content.extend(data.ljust(aligned(len(data)), b"\0"))
+            content.extend(data.ljust(align(len(data)), b"\0"))
         offsets[value] = known[data]
 
     for number, step in enumerate(run.program.steps):

@@ -31,7 +31,7 @@ def is_spoilt(array: Array) -> bool:
     return not bool((values < np.inf).all())
 
 
-def spoilt_run(run: Run, origin: Origin | None) -> HostError:
+def spoilt_run_error(run: Run, origin: Origin | None) -> HostError:
     """The error of a run whose final latents are not finite. origin: None where it was not found again."""
     total = len(run.program.steps)
     if origin is None:

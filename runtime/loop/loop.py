@@ -88,7 +88,13 @@ def sample(
 
 
 def guide(branches: Float32, weights: Sequence[float], keep_norm: bool) -> Float32:
-    """The branches' outputs float32 (g, n, …) as one (n, …)."""
+    """The branches' outputs float32 (g, n, …) as one (n, …): Σ weights · branches.
+
+    >>> guide(np.float32([[[1.0, 0.0]], [[3.0, 4.0]]]), (-1.0, 2.0), keep_norm=False)
+    array([[5., 8.]], dtype=float32)
+
+    keep_norm: multiply it so that its vectors along the last axis are as long as those of the last branch.
+    """
     output: Float32 = weighted_sum(weights, branches)
     if keep_norm:
         length = np.linalg.norm(output, axis=-1, keepdims=True)
@@ -97,5 +103,9 @@ def guide(branches: Float32, weights: Sequence[float], keep_norm: bool) -> Float
 
 
 def newest(history: list[T], count: int) -> list[T]:
-    """The last `count` entries."""
+    """The last `count` entries.
+
+    >>> newest([1, 2, 3], 2), newest([1], 2), newest([1, 2, 3], 0)
+    ([2, 3], [1], [])
+    """
     return history[max(len(history) - count, 0) :]

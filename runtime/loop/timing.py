@@ -55,7 +55,7 @@ class Timing:
 
     def as_json(self) -> dict[str, Any]:
         """The same as JSON's types, in microseconds' resolution."""
-        return {**_rounded(asdict(self)), "latency_s": round(self.latency_s, 6)}
+        return {**_round(asdict(self)), "latency_s": round(self.latency_s, 6)}
 
 
 class Timer:
@@ -124,9 +124,9 @@ class _Spent:
             self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
 
-def _rounded(value: Any) -> Any:
+def _round(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
+        return {key: _round(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(part) for part in value]
+        return [_round(part) for part in value]
     return round(value, 6) if isinstance(value, float) else value

@@ -10,6 +10,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from otcache.schemas.messages import one_line
 
 from ..artifact.reader import Artifact
 from ..loop.timing import PARTS, StepTiming, Timer, Timing
+from ..places import check_writable
 from .sampler import LATENCY, Sampler
 
 PERCENTILES = (50, 90, 95, 99)
@@ -100,6 +102,12 @@ def versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def check_saveable(artifact: str | os.PathLike[str]) -> None:
+    """Raise UsageError if an artifact's manifest cannot be replaced, before anything is measured for it."""
+    if (folder := Path(artifact)).is_dir():
+        check_writable(folder / MANIFEST_NAME, "--save")
 
 
 def save_latencies(artifact: Artifact, latencies_s: Mapping[str, float]) -> None:

@@ -44,7 +44,7 @@ def read_conditioning(path: Path, manifest: Manifest) -> dict[str, Array]:
     wanted = [tensor.name for tensor in manifest.conditioning]
     missing = [name for name in wanted if name not in tensors or tensors[name].ndim < 2]
     if missing:
-        raise _refused(path, f"{sorted(tensors)}", f"{missing[0]} of shape (branches, n, …) among them")
+        raise _refusal(path, f"{sorted(tensors)}", f"{missing[0]} of shape (branches, n, …) among them")
     return {name: tensors[name] for name in wanted}
 
 
@@ -55,12 +55,12 @@ def _read(path: Path) -> dict[str, Array]:
     data = _read_bytes(path)
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
-        raise _refused(path, f"a header of {length} bytes", "a safetensors file")
+        raise _refusal(path, f"a header of {length} bytes", "a safetensors file")
     try:
         parse_object(data[8 : 8 + length], str(path))
         entries = deserialize(data)
     except (ArtifactError, SafetensorError) as error:
-        raise _refused(path, error, "a safetensors file") from None
+        raise _refusal(path, error, "a safetensors file") from None
     return {name: _array_from_entry(path, name, entry) for name, entry in entries}
 
 
@@ -68,22 +68,22 @@ def _read_bytes(path: Path) -> bytes:
     try:
         size_bytes = path.stat().st_size
         if size_bytes > MAX_BYTES:
-            raise _refused(path, f"{size_bytes} bytes", f"at most {MAX_BYTES}")
+            raise _refusal(path, f"{size_bytes} bytes", f"at most {MAX_BYTES}")
         return path.read_bytes()
     except OSError as error:
-        raise _refused(path, error.strerror or error, "a file that can be read") from None
+        raise _refusal(path, error.strerror or error, "a file that can be read") from None
 
 
 def _array_from_entry(path: Path, name: str, entry: dict[str, Any]) -> Array:
     """A tensor, from its type, its shape and its bytes."""
     dtype = DTYPES.get(entry["dtype"])
     if dtype is None:
-        raise _refused(path, f"{name} of type {entry['dtype']}", f"one of {', '.join(DTYPES)}")
+        raise _refusal(path, f"{name} of type {entry['dtype']}", f"one of {', '.join(DTYPES)}")
     array = np.frombuffer(entry["data"], np.dtype(dtype).newbyteorder("<")).reshape(entry["shape"])
     return array.astype(np.float32) if dtype is ml_dtypes.bfloat16 else array
 
 
-def _refused(path: Path, found: object, expected: str) -> RequestError:
+def _refusal(path: Path, found: object, expected: str) -> RequestError:
     return RequestError(
         f"--conditioning {one_line(path)}: found {one_line(found, 200)}: expected {expected}: "
         "make it again with otc encode"

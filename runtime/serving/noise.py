@@ -52,6 +52,9 @@ _TWO_PI = np.float32(2.0 * math.pi)
 def standard_normal(shape: Sequence[int], seed: int) -> Float32:
     """float32 normals of `shape`, equal to `torch.randn(shape, generator=torch.Generator().manual_seed(seed))`.
 
+    >>> standard_normal((2, 2), seed=0).round(4).tolist() == np.float32([[1.5410, -0.2934], [-2.1788, 0.5684]]).tolist()
+    True
+
     seed: an integer in [−2⁶³, 2⁶⁴), Python's or numpy's; as in torch its lower 32 bits count.
     """
     count = math.prod(shape)
@@ -65,6 +68,11 @@ def noise(shape: Sequence[int], seed: int | Sequence[int], count: int) -> Float3
     """float32 (count, *shape): one seed draws all samples in one go, a list of `count` seeds one sample each.
 
     This is what diffusers does with one generator and with a list of generators.
+
+    >>> noise((3, 4, 4), seed=7, count=2).shape
+    (2, 3, 4, 4)
+    >>> bool((noise((3, 4, 4), [7, 7], count=2)[0] == noise((3, 4, 4), [7, 7], count=2)[1]).all())
+    True
     """
     if isinstance(seed, Sequence):
         return np.stack([standard_normal((1, *shape), one)[0] for one in seed])

@@ -118,7 +118,12 @@ def parse_request(
 
 
 def parse_texts(prompt: Any, negative_prompt: Any, guidance: Guidance) -> tuple[tuple[str, ...], ...]:
-    """The prompts of each branch, (g, prompts), negative first. Raises RequestError."""
+    """The prompts of each branch, (g, prompts), negative first. Raises RequestError.
+
+    >>> guidance = Guidance(kind="cfg", scale=4.0, minimum=1.0, maximum=6.0, negative_prompt="blurred")
+    >>> parse_texts(["a ring", "a star"], None, guidance)
+    (('blurred', 'blurred'), ('a ring', 'a star'))
+    """
     positive = _check_prompts(prompt)
     if guidance.branches != 2:
         if negative_prompt is not None:

@@ -26,7 +26,7 @@ from otcache.schemas.messages import one_line
 from ..artifact.reader import Artifact
 from ..engines.choose import Selection, select_backend
 from ..loop.backend import MOST_THREADS, Array, Denoiser, Engine, Options, Run
-from ..loop.finite import check_output, spoilt_run
+from ..loop.finite import check_output, spoilt_run_error
 from ..loop.host_loop import check_trunk, run_stage
 from ..loop.loop import Callback, Float32
 from ..loop.timing import Timer
@@ -318,7 +318,7 @@ class Sampler:
             self._lock.acquire()
         try:
             if not self._engines:
-                raise _closed()
+                raise _closed_error()
             yield
         finally:
             self._lock.release()
@@ -331,7 +331,7 @@ class Sampler:
         unique = list(dict.fromkeys(text for branch in texts for text in branch))
         tokenizers = self._tokenizers
         if tokenizers is None:
-            raise _closed()
+            raise _closed_error()
         with timer.part("encode"):
             lengths = {entry.input_name: entry.length for entry in manifest.tokenizers}
             encoded = self._run(stage, tokenizers(unique, lengths), timer)
@@ -373,10 +373,10 @@ class Sampler:
             )
             with self._device(timer):
                 if self._denoise is None:
-                    raise _closed()
+                    raise _closed_error()
                 latents: Float32 = self._denoise(run)
                 if not np.isfinite(latents).all():
-                    raise spoilt_run(run, self._denoise.origin_of_spoilt(run))
+                    raise spoilt_run_error(run, self._denoise.origin_of_spoilt(run))
                 return latents
         except MemoryError:
             raise HostError(
@@ -430,5 +430,5 @@ def _stage(manifest: Manifest, kind: str, instead: str) -> Stage:
     return stage
 
 
-def _closed() -> RequestError:
+def _closed_error() -> RequestError:
     return RequestError("this sampler is closed: load it again")

@@ -14,12 +14,13 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from types import TracebackType
 from typing import Any
 
 from otcache.schemas.errors import HostError, OTCacheError, RequestError, UsageError
+from otcache.schemas.manifest import FULL
 from otcache.schemas.messages import one_line
 
 from ..loop.loop import Float32
@@ -64,10 +65,12 @@ class PictureFuture(Future[Float32]):
     awaitable, and cancelling the task that awaits it cancels the request.
     """
 
-    def __init__(self, service: Service, request: Request, deadline: float) -> None:
+    def __init__(self, service: Service, request: Request, minimum_budget: str | None, deadline: float) -> None:
         super().__init__()
         self.request = request
         """What was asked for."""
+        self.minimum_budget = minimum_budget
+        """Below which it is not lowered; None leaves that to the governor."""
         self.budget: str | None = None
         """The budget that is served, from when it runs; lower than asked for if the service degrades."""
         self.timing: Timing | None = None
@@ -142,14 +145,21 @@ class Service:
         prompt: str | list[str],
         *,
         budget: int | str | None = None,
+        minimum_budget: int | str | None = None,
         timeout_s: float | None = None,
         **options: Any,
     ) -> PictureFuture:
         """Put a request into the queue; `result()` of what is returned waits for the pictures.
 
-        budget: the highest that may be served; None takes the artifact's highest. timeout_s: from now to the end; past
-        it the request ends with DeadlineError, at a step of the request that runs. options: as of `Sampler`. Raises
-        RequestError for what is not served, BusyError if the queue is full, ClosedError.
+        Raises RequestError for what is not served, BusyError if the queue is full, ClosedError.
+
+        Args:
+            prompt: as of `Sampler`.
+            budget: the highest that may be served; None takes the artifact's highest.
+            minimum_budget: the lowest that may be served under load. Left out it is the governor's own floor; of a
+                request that asks for `full` by name it is `full`: that is not lowered unless this says that it may be.
+            timeout_s: from now to the end; past it the request ends with DeadlineError, at a step if it runs.
+            options: as of `Sampler`.
         """
         if timeout_s is not None:
             _check_timeout(timeout_s)
@@ -157,14 +167,15 @@ class Service:
         if odd := sorted(set(options) - set(_OPTIONS)):
             raise RequestError(f"{one_line(odd[0], 40)} is no option of a request: expected {', '.join(_OPTIONS)}")
         asked = self.sampler.request(prompt, budget=wanted, most_samples=self.max_images, **options)
+        minimum = _minimum_budget(self.sampler.budgets, budget, minimum_budget)
         self._end_late()
         with self._changed:
             if self._closed:
-                raise _closed()
+                raise _closed_error()
             if len(self._waiting) >= self.capacity:
                 raise self._busy()
             now = self._clock()
-            future = PictureFuture(self, asked, now + (self._timeout_s if timeout_s is None else timeout_s))
+            future = PictureFuture(self, asked, minimum, now + (self._timeout_s if timeout_s is None else timeout_s))
             if self._governor is not None:
                 self._governor.arrived(now)
             self._waiting.append(future)
@@ -181,10 +192,10 @@ class Service:
             waiting = list(self._waiting)
             self._waiting.clear()
             for future in self._running:
-                future._outcome = future._outcome or _closed()
+                future._outcome = future._outcome or _closed_error()
             self._changed.notify_all()
         for future in waiting:
-            self._end(future, None, _closed())
+            self._end(future, None, _closed_error())
         for worker in self._workers:
             if worker is not threading.current_thread():
                 worker.join()
@@ -228,7 +239,8 @@ class Service:
                 self._running.add(future)
                 future.budget = future.request.budget
                 if self._governor is not None:
-                    future.budget = self._governor.budget(self._clock(), future.budget)
+                    wanted, minimum = future.budget, future.minimum_budget
+                    future.budget = self._governor.budget(self._clock(), wanted, minimum)
                 future._timer.waited()
                 return future
 
@@ -290,7 +302,7 @@ class Service:
             future.timing = future._timer.timing()
             future.set_result(images)
         else:
-            future.set_exception(outcome or _closed())
+            future.set_exception(outcome or _closed_error())
 
     def _left(self) -> None:
         if self._governor is not None:
@@ -310,8 +322,21 @@ class _Stop(OTCacheError):
     """Ends a running request from its step callback; never seen outside."""
 
 
-def _closed() -> ClosedError:
+def _closed_error() -> ClosedError:
     return ClosedError("the service is closed: received a request: expected an open one: start it again")
+
+
+def _minimum_budget(budgets: Sequence[str], wanted: int | str | None, minimum: int | str | None) -> str | None:
+    """The lowest of the artifact's budgets that a request may be served at; None for any. Raises RequestError."""
+    if minimum is None:
+        return FULL if wanted == FULL else None
+    most = len(budgets) if wanted is None else budgets.index(str(wanted)) + 1
+    if str(minimum) not in budgets[:most]:
+        raise RequestError(
+            f"minimum_budget is {one_line(repr(minimum), 40)}: expected one of {', '.join(budgets[:most])}: "
+            "at most the budget that is asked for"
+        )
+    return str(minimum)
 
 
 def _request_at(future: PictureFuture) -> Request:

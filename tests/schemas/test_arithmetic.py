@@ -19,7 +19,7 @@ from otcache.schemas.arithmetic import (
     update_latents,
     weighted_sum,
 )
-from otcache.schemas.program import FARTHEST, Means, Slopes, Step
+from otcache.schemas.program import FARTHEST, TINY, Means, Slopes, Step
 
 numbers = st.floats(-1.5, 1.5, width=32)
 
@@ -51,7 +51,8 @@ def defined(step, x, outputs):
     used = outputs[len(outputs) - len(step.output_coefs) :]
     coefs, place = np.array([step.latent_coef, *step.output_coefs]), 0.0
     if slopes := step.slopes:
-        change = math.log(np.linalg.norm(outputs[-1] - outputs[-2]) / np.linalg.norm(outputs[-1]))
+        moved, size = (max(float(np.square(part).sum()), TINY) for part in (outputs[-1] - outputs[-2], outputs[-1]))
+        change = 0.5 * math.log(moved / size)
         place = min(max((change - slopes.centre) / slopes.spread, -FARTHEST), FARTHEST)
         coefs = coefs + place * np.array([slopes.latent_coef, *slopes.output_coefs])
     total = sum(coef * value for coef, value in zip(coefs, [x, *used], strict=True))

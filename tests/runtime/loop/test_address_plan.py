@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sized_artifact import LATENTS, shapes, term
 
 from otcache.runtime.artifact.reader import Artifact
-from otcache.runtime.loop.address_plan import ALIGNMENT, ITEM_BYTES, aligned, plan_addresses
+from otcache.runtime.loop.address_plan import ALIGNMENT, ITEM_BYTES, align, plan_addresses
 from otcache.runtime.loop.launches import Value, list_launches
 from otcache.schemas.combinations import combinations
 from otcache.schemas.consistency import check_wiring
@@ -152,7 +152,7 @@ def test_random_programs(artifact_folder, data, samples, request):
     assert plan == plan_addresses(manifest, manifest.programs[0].program, samples), "a pure function"
     stream = plan.listing.tensors[value := Value("a0", 0)]
     rows, width = samples * manifest.guidance.branches * 4 * request["height"] * request["width"], stream.shape[2]
-    assert plan.places[value].size_bytes == aligned(rows * width * ITEM_BYTES[stream.dtype])
+    assert plan.places[value].size_bytes == align(rows * width * ITEM_BYTES[stream.dtype])
 
 
 def test_what_a_request_brings_for_one_step_leaves_no_hole_behind(artifact_folder):

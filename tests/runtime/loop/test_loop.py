@@ -13,7 +13,7 @@ from otcache.runtime.loop import host_loop as trunk
 from otcache.runtime.loop import loop
 from otcache.schemas.errors import ArtifactError
 from otcache.schemas.manifest import Manifest
-from otcache.schemas.program import FARTHEST, Program
+from otcache.schemas.program import FARTHEST, TINY, Program
 
 BRANCHES, SHAPE = 2, (3, 4)
 coefficient = st.floats(-1.5, 1.5, width=32)
@@ -99,15 +99,16 @@ def oracle(program, x, weights):
         velocity = source / 8 + parts[0] * parts[1]
         outputs.append(weights[0] * velocity[0] + weights[1] * velocity[1])
         used = outputs[len(outputs) - len(step.output_coefs) :]
-        x = np.stack([moved(step, x[i], [v[i] for v in used]) for i in range(len(x))])
+        x = np.stack([updated(step, x[i], [v[i] for v in used]) for i in range(len(x))])
     return x
 
 
-def moved(step, x, used):
+def updated(step, x, used):
     """One sample's update, as `Step`, `Slopes` and `Means` have it."""
     coefs, place = np.array([step.latent_coef, *step.output_coefs]), 0.0
     if slopes := step.slopes:
-        change = math.log(np.linalg.norm(used[-1] - used[-2]) / np.linalg.norm(used[-1]))
+        moved, size = (max(float(np.square(part).sum()), TINY) for part in (used[-1] - used[-2], used[-1]))
+        change = 0.5 * math.log(moved / size)
         place = min(max((change - slopes.centre) / slopes.spread, -FARTHEST), FARTHEST)
         coefs = coefs + place * np.array([slopes.latent_coef, *slopes.output_coefs])
     total = sum(coef * value for coef, value in zip(coefs, [x, *used], strict=True))

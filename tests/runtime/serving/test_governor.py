@@ -1,18 +1,18 @@
-"""The governor by simulation: a queue in front of one server, with arrivals that Hypothesis chooses."""
+"""The governor by simulation: a queue in front of servers, with arrivals that are chosen or that Hypothesis chooses."""
 
 import math
-from collections import deque
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from queue_simulation import BUDGETS, SERVICE_S, changes, poisson, ramp, share, simulate
 
 from otcache.runtime import Governor, UsageError
+from otcache.runtime.serving.governor import IDLE, MOST_FAILURES
 
-BUDGETS = ("4", "8", "16", "full")
-SERVICE_S = {"4": 0.1, "8": 0.2, "16": 0.4, "full": 1.2}
-SETTINGS = {"high": 6, "low": 1, "hold_s": 0.5, "raise_after_s": 4.0}
+SETTINGS = {"high": 6, "low": 0, "hold_s": 0.5, "raise_after_s": 4.0}
+BURST = [0.05 * index for index in range(40)]
 
 events = st.lists(st.tuples(st.floats(0, 3), st.booleans()), max_size=120)
 """Seconds since the one before, and whether a request arrives (else one leaves, if there is one)."""
@@ -29,31 +29,6 @@ def play(governor, history):
             governor.left(now)
         found.append((now, governor.budget(now)))
     return found
-
-
-def serve(governor, gaps, quiet_s=100.0):
-    """Simulate one server: requests come `gaps` apart, each takes what its budget takes; (time, budget) of each start."""
-    arrivals, started, waiting, now = deque(), [], 0, 0.0
-    for gap in gaps:
-        now += gap
-        arrivals.append(now)
-    free = 0.0
-    while arrivals or waiting:
-        if waiting and (not arrivals or free <= arrivals[0]):
-            budget = governor.budget(free)
-            started.append((free, budget, governor.load))
-            free += SERVICE_S[budget]
-            while arrivals and arrivals[0] <= free:
-                governor.arrived(arrivals.popleft())
-                waiting += 1
-            governor.left(free)
-            waiting -= 1
-        else:
-            time = arrivals.popleft()
-            governor.arrived(time)
-            waiting += 1
-            free = max(free, time)
-    return started, governor.budget(free + quiet_s)
 
 
 @settings(max_examples=200, deadline=None)
@@ -77,12 +52,14 @@ def test_same_history_same_budgets_however_often_it_is_asked(history):
 
 
 @settings(max_examples=200, deadline=None)
-@given(events, st.sampled_from(BUDGETS), st.sampled_from(BUDGETS))
-def test_it_stays_in_its_range_and_below_what_is_wanted(history, lowest, wanted):
+@given(events, st.sampled_from(BUDGETS), st.sampled_from(BUDGETS), st.sampled_from(BUDGETS))
+def test_it_stays_in_its_range_and_below_what_is_wanted(history, lowest, wanted, minimum):
     governor = Governor(BUDGETS, lowest=lowest, **SETTINGS)
     for _, budget in play(governor, history):
         assert BUDGETS.index(budget) >= BUDGETS.index(lowest)
     assert BUDGETS.index(governor.budget(0.0, wanted)) <= BUDGETS.index(wanted)
+    floor = min(BUDGETS.index(minimum), BUDGETS.index(wanted))
+    assert BUDGETS.index(governor.budget(0.0, wanted, minimum)) >= floor
 
 
 @settings(max_examples=200, deadline=None)
@@ -106,61 +83,102 @@ def test_it_changes_seldom_and_by_one(history):
         assert after - before >= (SETTINGS["raise_after_s"] if new > old else SETTINGS["hold_s"]) - seen
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0, 2), min_size=1, max_size=200))
 def test_the_full_budget_comes_back_when_the_load_is_gone(gaps):
-    started, after = serve(Governor(BUDGETS, **SETTINGS), gaps)
-    assert len(started) == len(gaps) and after == "full"
-
-
-def test_a_burst_lowers_the_budget_and_calm_raises_it_again():
-    started, after = serve(Governor(BUDGETS, **SETTINGS), [0.05] * 100 + [3.0] * 20)
-    served = [budget for _, budget, _ in started]
-    assert served[0] == "full" and set(served) == set(BUDGETS) and after == "full"
-    lowest = served.index("4")
-    assert served[:lowest] == sorted(served[:lowest], key=BUDGETS.index, reverse=True)
-    assert served[100:] == sorted(served[100:], key=BUDGETS.index) and served[-1] == "full"
-
-
-@pytest.mark.parametrize("gap", [2.0, 1.3])
-def test_a_load_that_the_full_budget_bears_changes_nothing(gap):
-    started, _ = serve(Governor(BUDGETS, **SETTINGS), [gap] * 300)
-    assert {budget for _, budget, _ in started} == {"full"}
-
-
-@pytest.mark.parametrize("gap", [0.15, 0.25, 0.5, 0.8])
-def test_a_steady_load_is_borne_without_flapping(gap):
-    """Too much for the full budget, not for the lowest one: the queue stays short, the budget turns seldom."""
-    count = 2000
-    started, _ = serve(Governor(BUDGETS, **SETTINGS), [gap] * count)
-    levels = [BUDGETS.index(budget) for _, budget, _ in started]
-    turns, direction = 0, 0
-    for old, new in pairwise(levels):
-        if new != old:
-            turns += direction not in (0, new - old)
-            direction = new - old
-    assert turns <= 2 * count * gap / SETTINGS["raise_after_s"]
-    assert max(load for _, _, load in started) <= 3 * SETTINGS["high"]
-
-
-def test_between_the_marks_nothing_changes():
     governor = Governor(BUDGETS, **SETTINGS)
-    for _ in range(SETTINGS["high"]):
+    served = simulate(governor, accumulate(gaps))
+    assert len(served) == len(gaps)
+    end = served[-1].time_s + SERVICE_S["full"]
+    assert governor.budget(end + 3 * IDLE * SETTINGS["raise_after_s"]) == "full"
+
+
+@pytest.mark.parametrize("clients", [1, 2, 7])
+def test_after_a_burst_steady_clients_get_what_they_had(clients):
+    """As many as the queue bears: before the burst all were served at `full`, and so they are soon after it."""
+    assert share(simulate(Governor(BUDGETS), clients=clients, until_s=300), ["full"]) == 1
+    after = simulate(Governor(BUDGETS), BURST, clients=clients, from_s=10, until_s=600)
+    assert "4" in {one.budget for one in after}
+    assert all(one.budget == "full" for one in after if one.time_s > 180)
+
+
+def test_a_burst_lowers_step_by_step():
+    served = [one.budget for one in simulate(Governor(BUDGETS), BURST)]
+    first = served[: served.index("4")]
+    assert first[0] == "full" and first == sorted(first, key=BUDGETS.index, reverse=True) and len(first) <= 3
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("scale", [0.1, 1, 10])
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("part", [0.5, 0.9])
+def test_a_steady_load_is_borne_without_flapping(part, budget, scale, seed):
+    """Half and nine tenths of what a budget bears, of models from fast to slow, once they have settled."""
+    service_s = {name: scale * seconds for name, seconds in SERVICE_S.items()}
+    arrivals = poisson(part / service_s[budget], 1500 * service_s[budget], seed)
+    served = simulate(Governor(BUDGETS), arrivals, service_s=service_s)
+    settled = served[len(served) // 2 :]
+    minutes = (settled[-1].time_s - settled[0].time_s) / 60
+    assert changes(settled) <= min(1.2 * minutes + 4, 0.15 * len(settled) + 4)
+    assert share(settled, BUDGETS[max(0, BUDGETS.index(budget) - 1) :]) > 0.6  # it does not stick below
+    assert sum(one.load for one in settled) / len(settled) < (25 if budget == "4" else 8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_follows_a_ramp_up_and_down(seed):
+    """From a tenth of what `full` bears to nearly what 4 bears and back, in two hours."""
+    end, least, most = 7200.0, 0.1 / SERVICE_S["full"], 0.9 / SERVICE_S["4"]
+    arrivals = ramp(lambda time: least + (most - least) * min(time, end - time) / (end / 2), end, seed)
+    served = simulate(Governor(BUDGETS), arrivals)
+    assert share([one for one in served if one.time_s < 200], ["full"]) == 1
+    assert share([one for one in served if abs(one.time_s - end / 2) < 300], ["4"]) > 0.9
+    assert served[-1].budget in ("16", "full")
+    assert changes(served) <= 1.2 * end / 60
+
+
+def test_more_than_the_lowest_budget_bears_keeps_it():
+    served = simulate(Governor(BUDGETS), poisson(1.5 / SERVICE_S["4"], 600))
+    assert share(served[len(served) // 20 :], ["4"]) == 1
+
+
+def test_what_fails_is_tried_ever_more_seldom():
+    governor = Governor(BUDGETS, **SETTINGS)
+    now, waits = 0.0, []
+    for _ in range(6):
+        for _ in range(SETTINGS["high"]):
+            governor.arrived(now)
+        assert governor.budget(now) == "16"
+        lowered = now
+        governor.left(now)
+        while governor.budget(now) != "full":
+            now += 0.1
+            governor.left(now)
+            governor.arrived(now)
+        waits.append(now - lowered)
+        for _ in range(SETTINGS["high"] - 1):
+            governor.left(now)
+        now += SETTINGS["hold_s"]
+    expected = [SETTINGS["raise_after_s"] * 2 ** min(failures, MOST_FAILURES) for failures in range(1, 7)]
+    assert waits == pytest.approx(expected, abs=0.2)
+
+
+def test_a_request_has_a_floor_of_its_own():
+    governor = Governor(BUDGETS, lowest="8", **SETTINGS)
+    for _ in range(3 * SETTINGS["high"]):
         governor.arrived(0.0)
-    assert governor.budget(0.0) == "16"
-    governor.left(0.1)
-    assert governor.budget(1e6) == "16"
-    for _ in range(3):
-        governor.left(1e6)
-    assert governor.budget(2e6) == "16"
-    governor.left(2e6)
-    assert governor.budget(2e6 + 3.9) == "16" and governor.budget(2e6 + 4.0) == "full"
+    for second in range(3):
+        governor.budget(float(second))
+        governor.left(float(second))
+    assert governor.budget(3.0) == "8"
+    assert governor.budget(3.0, "full", "16") == "16" and governor.budget(3.0, "full", "full") == "full"
+    assert governor.budget(3.0, "16", "4") == "8" and governor.budget(3.0, "4") == "4"
 
 
 def test_time_that_goes_back_is_no_time():
     governor = Governor(BUDGETS, **{**SETTINGS, "high": 2})
-    governor.arrived(10.0)
-    governor.arrived(5.0)
+    for time in (10.0, 5.0, 5.0):
+        governor.arrived(time)
+    governor.left(5.0)
     assert governor.budget(10.0) == "16" and governor.budget(0.0) == "16" and governor.budget(10.5) == "8"
 
 

@@ -262,22 +262,24 @@ def test_failure_of_one_request_is_its_own(artifact_folder):
 
 
 def test_degrading_service(artifact_folder, held, clock):
-    governor = Governor(held.budgets, high=3, low=1, hold_s=1, raise_after_s=10)
+    governor = Governor(held.budgets, high=3, hold_s=1, raise_after_s=10)
     with Service(held, governor=governor, clock=clock) as service:
-        found = [service.submit("a", budget="full", seed=5)]
+        found = [service.submit("a", seed=5)]
         held.wait_for_step()
         found += [
-            service.submit("a", budget="full", seed=5),
             service.submit("a", seed=5),
+            service.submit("a", seed=5, minimum_budget=3),
             service.submit("a", budget=2, seed=5),
+            service.submit("a", budget="full", seed=5),
+            service.submit("a", budget="full", seed=5, minimum_budget=2),
         ]
         clock.now += 0.5
         held.free()
         budgets = [(request.result(TIMEOUT_S), request.budget)[1] for request in found]
-        assert budgets == ["full", "3", "3", "2"] and governor.load == 0
+        assert budgets == ["full", "3", "3", "2", "full", "3"] and governor.load == 0
         with Sampler.load(artifact_folder, threads=1) as alone:
             np.testing.assert_array_equal(found[1].result(), alone("a", budget=3, seed=5))
-        clock.now += 10
+        clock.now += 80  # idle for 4 times raise_after_s, for each of two budgets
         last = service.submit("a", seed=5)
         np.testing.assert_array_equal(last.result(TIMEOUT_S), found[0].result())
         assert last.budget == "full"
@@ -303,6 +305,20 @@ def test_awaiting_and_cancelling_from_asyncio(service, held):
         assert (await asyncio.wrap_future(service.submit("a", budget=2))).shape == (1, 4, 4, 3)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"budget": 3, "minimum_budget": "full"}, "minimum_budget is 'full': expected one of 2, 3: at most the budget"),
+        ({"minimum_budget": 5}, "minimum_budget is 5: expected one of 2, 3, full"),
+        ({"budget": "full", "minimum_budget": True}, "minimum_budget is True"),
+    ],
+)
+def test_floors_that_are_refused(service, held, options, words):
+    held.free()
+    with pytest.raises(RequestError, match=words):
+        service.submit("a", **options)
 
 
 @pytest.mark.parametrize(

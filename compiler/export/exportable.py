@@ -74,7 +74,7 @@ def _say_foreign(module: nn.Module) -> str | None:
 
 def _say_refused(module: nn.Module) -> str | None:
     """Say which weights pretend to be floating-point ones, where a layer of them does not export; None elsewhere."""
-    forms = {path: _form(value) for path, value in module.named_parameters() if _wrapped(value)}
+    forms = {path: _form(value) for path, value in module.named_parameters() if _is_wrapped(value)}
     tried: set[Any] = set()
     for path in forms:
         layer = module.get_submodule(path.rpartition(".")[0])
@@ -113,14 +113,14 @@ class _Called(nn.Module):
         return result
 
 
-def _wrapped(weight: Tensor) -> bool:
+def _is_wrapped(weight: Tensor) -> bool:
     """Whether a weight is a subclass of tensors, as those are that hold values in a form of their own."""
     return type(weight) not in (Tensor, nn.Parameter) or type(weight.data) is not Tensor
 
 
 def _form(weight: Tensor) -> str:
     """Name of the class of a wrapped weight, else of the dtype."""
-    if _wrapped(weight):
+    if _is_wrapped(weight):
         return type(weight if type(weight) is not nn.Parameter else weight.data).__name__
     return str(weight.dtype).removeprefix("torch.")
 
@@ -132,7 +132,7 @@ def _say(module: nn.Module, what: str, forms: dict[str, str], count: int, first:
     methods = [_package(kind) for kind in kinds]
     method = getattr(stated, "value", stated) or next(filter(None, methods), None)
     prefix = f"{method}: " if method else ""
-    return f"{prefix}{len(forms)} of {count} {what} are {_listed(forms.values())}, the first {next(iter(forms))}"
+    return f"{prefix}{len(forms)} of {count} {what} are {_list_once(forms.values())}, the first {next(iter(forms))}"
 
 
 def _package(kind: type) -> str | None:
@@ -146,10 +146,10 @@ def _package(kind: type) -> str | None:
     return None
 
 
-def _listed(kinds: Iterable[str]) -> str:
+def _list_once(kinds: Iterable[str]) -> str:
     """Every name once.
 
-    >>> _listed(["Int8Tensor", "Float8Tensor", "Int8Tensor"])
+    >>> _list_once(["Int8Tensor", "Float8Tensor", "Int8Tensor"])
     'Int8Tensor and Float8Tensor'
     """
     return " and ".join(dict.fromkeys(kinds))

@@ -17,7 +17,7 @@ GROUP_OFFLOADING = "group_offloading"
 """Name of diffusers' hook that moves groups of weights (`diffusers.hooks`)."""
 
 
-def offloaded(module: nn.Module) -> str | None:
+def describe_offloading(module: nn.Module) -> str | None:
     """Say which weights hooks keep elsewhere between calls, in one line; None where all are in place."""
     name, kept, count = type(module).__name__, hooks_by_weight(module), len(list(module.parameters()))
     if not kept:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from otcache.compiler.export.decoder import latent_decoder, noise_order_decoder, unpacked_shape
+from otcache.compiler.export.decoder import make_latent_decoder, make_noise_order_decoder, unpacked_shape
 from otcache.compiler.export.onnx_stages import export_module
 from otcache.compiler.pipelines.call import call_options
 from otcache.compiler.pipelines.decode import decoded
@@ -25,7 +25,7 @@ def test_latent_decoder_reproduces_the_pipeline(pipeline, tmp_path):
         pictures, drawn(unpacked.split(1))
     )  # one by one, as `decoded` does: two at once are summed in another order
     expected = drawn([unpacked])
-    decoder = latent_decoder(pipeline, latents, pictures, 16, 24)
+    decoder = make_latent_decoder(pipeline, latents, pictures, 16, 24)
     with torch.no_grad():
         torch.testing.assert_close(decoder(latents), expected, rtol=0, atol=1e-6)
     path = tmp_path / "vae_decoder.onnx"
@@ -37,8 +37,8 @@ def test_latent_decoder_reproduces_the_pipeline(pipeline, tmp_path):
 def test_a_decoder_that_differs_from_the_pipeline_is_not_exported(pipeline):
     latents = torch.randn(2, 24, 16)
     pictures = decoded(pipeline, call_options(pipeline, num_inference_steps=4, height=16, width=24), latents)
-    assert latent_decoder(pipeline, latents, pictures + 0.01, 16, 24) is None
-    assert latent_decoder(pipeline, latents[:, :20], pictures, 16, 24) is None
+    assert make_latent_decoder(pipeline, latents, pictures + 0.01, 16, 24) is None
+    assert make_latent_decoder(pipeline, latents[:, :20], pictures, 16, 24) is None
 
 
 def test_a_decoder_in_the_order_of_the_noise_takes_every_size(pipeline):
@@ -50,10 +50,10 @@ def test_a_decoder_in_the_order_of_the_noise_takes_every_size(pipeline):
         assert shape == (4, height // 2, width // 2)
         unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
         examples.append((unpacked, decoded(pipeline, call, latents)))
-    decoder = noise_order_decoder(pipeline, examples)
+    decoder = make_noise_order_decoder(pipeline, examples)
     assert decoder is not None
     for latents, pictures in examples:
         with torch.no_grad():
             torch.testing.assert_close(decoder(latents), pictures, rtol=0, atol=1e-5)
     wrong = [(latents, 1 - pictures) for latents, pictures in examples]
-    assert noise_order_decoder(pipeline, [*examples, *wrong]) is None
+    assert make_noise_order_decoder(pipeline, [*examples, *wrong]) is None

@@ -12,16 +12,16 @@ from flux_export import export_error, output
 from torch import nn
 
 from otcache.compiler.export.exportable import unexportable
-from otcache.compiler.export.offloading import offloaded, weights_in_place
+from otcache.compiler.export.offloading import describe_offloading, weights_in_place
 from otcache.schemas.errors import ModelError
 
 CPU = torch.device("cpu")
 
 
 def test_weights_in_place_are_told_from_offloaded_ones(flux):
-    assert offloaded(flux) is None
+    assert describe_offloading(flux) is None
     with weights_in_place(flux):
-        assert offloaded(flux) is None
+        assert describe_offloading(flux) is None
 
 
 def offload_to_cpu(model: nn.Module, folder: Path) -> None:
@@ -59,15 +59,15 @@ def test_offloaded_weights_are_put_in_place(flux, tmp_path, offload, hook):
     expected = output(flux)
     offload(flux, tmp_path / "offloaded")
     assert unexportable(flux) is None
-    told = offloaded(flux)
+    told = describe_offloading(flux)
     assert told is not None
     assert told.startswith(f"FluxTransformer2DModel has 62 of 62 weights offloaded ({hook}, the first time_text_embed.")
     with weights_in_place(flux):
-        assert offloaded(flux) is None
+        assert describe_offloading(flux) is None
         for name, value in flux.state_dict().items():
             assert torch.equal(value, weights[name])
         assert export_error(flux, tmp_path / "stages") < 1e-5
-    assert offloaded(flux) == told
+    assert describe_offloading(flux) == told
     assert torch.equal(output(flux), expected)
 
 
@@ -75,5 +75,5 @@ def test_hooks_are_back_after_an_error(flux):
     offload_to_cpu(flux, Path())
     with pytest.raises(ModelError), weights_in_place(flux):
         raise ModelError("while exporting")
-    assert "AlignDevicesHook" in (offloaded(flux) or "")
+    assert "AlignDevicesHook" in (describe_offloading(flux) or "")
     assert all(value.is_meta for value in flux.parameters())

@@ -7,13 +7,13 @@ import torch
 
 from otcache.artifacts.training.text import POOLED_LENGTH, TEXT_LENGTH
 from otcache.compiler.export.onnx_stages import export_module
-from otcache.compiler.export.text_encoders import text_encoders
+from otcache.compiler.export.text_encoders import make_text_encoders
 from otcache.compiler.export.tokenizers import PROBES
 from otcache.schemas.errors import ModelError
 
 
 def test_text_encoders_reproduce_encode_prompt(pipeline):
-    encoders = text_encoders(pipeline, 10)
+    encoders = make_text_encoders(pipeline, 10)
     assert [(spec.input_name, spec.length) for spec in encoders.tokenizers] == [
         ("input_ids", POOLED_LENGTH),
         ("input_ids_2", 10),
@@ -32,7 +32,7 @@ def test_text_encoders_reproduce_encode_prompt(pipeline):
 
 
 def test_text_encoders_export(pipeline, tmp_path):
-    encoders = text_encoders(pipeline, TEXT_LENGTH)
+    encoders = make_text_encoders(pipeline, TEXT_LENGTH)
     exported = export_module(
         encoders.module,
         encoders.example,
@@ -53,13 +53,13 @@ def test_other_classes_have_no_encoders(pipeline):
     class OtherPipeline(type(pipeline)):
         pass
 
-    assert text_encoders(OtherPipeline.__new__(OtherPipeline), 16) is None
+    assert make_text_encoders(OtherPipeline.__new__(OtherPipeline), 16) is None
 
 
 def test_a_missing_part_is_named(pipeline):
     part, pipeline.tokenizer_2 = pipeline.tokenizer_2, None
     try:
         with pytest.raises(ModelError, match="FluxPipeline has no tokenizer_2"):
-            text_encoders(pipeline, 16)
+            make_text_encoders(pipeline, 16)
     finally:
         pipeline.tokenizer_2 = part

@@ -18,9 +18,9 @@ from ..pipelines.arguments import tensor_of
 from ..pipelines.decode import decoded
 from ..pipelines.interface import Interface
 from ..sizes.served import Seen, Sizes
-from .decoder import noise_order_decoder, unpacked_shape
+from .decoder import make_noise_order_decoder, unpacked_shape
 from .onnx_stages import OtherSizes
-from .text_encoders import Encoders, text_encoders
+from .text_encoders import Encoders, make_text_encoders
 
 
 def trunk_at(sizes: Sizes) -> OtherSizes:
@@ -31,7 +31,9 @@ def trunk_at(sizes: Sizes) -> OtherSizes:
 def encoders_at(pipeline: Any, sizes: Sizes) -> tuple[list[Encoders], OtherSizes]:
     """The text encoders at each size that was seen, and the sizes at which they are exported."""
     found = [
-        encoders for seen in sizes.seen if (encoders := text_encoders(pipeline, seen.call.max_sequence_length or 0))
+        encoders
+        for seen in sizes.seen
+        if (encoders := make_text_encoders(pipeline, seen.call.max_sequence_length or 0))
     ]
     return found, OtherSizes(book=sizes.book, inputs=tuple(encoders.example for encoders in found))
 
@@ -45,7 +47,9 @@ def decoder_at(pipeline: Any, sizes: Sizes) -> tuple[nn.Module | None, OtherSize
         unpacked = unpacked_shape(pipeline, latents, call.height, call.width)
         arranged = latents if unpacked is None else _as_noise(latents, interface).reshape(2, *unpacked)
         examples.append((arranged, decoded(pipeline, call, latents)))
-    decoder = noise_order_decoder(pipeline, examples) if hasattr(getattr(pipeline, "vae", None), "decode") else None
+    decoder = (
+        make_noise_order_decoder(pipeline, examples) if hasattr(getattr(pipeline, "vae", None), "decode") else None
+    )
     return decoder, OtherSizes(book=sizes.book, inputs=tuple({"latents": latents} for latents, _ in examples))
 
 

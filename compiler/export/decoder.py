@@ -66,7 +66,7 @@ class FirstFrame(nn.Module):
         return frames[:, 0]
 
 
-def latent_decoder(pipeline: Any, latents: Tensor, pictures: Tensor, height: int, width: int) -> nn.Module | None:
+def make_latent_decoder(pipeline: Any, latents: Tensor, pictures: Tensor, height: int, width: int) -> nn.Module | None:
     """Make the decoder for one size, a module from final latents to pictures.
 
     Args:
@@ -95,7 +95,7 @@ def unpacked_shape(pipeline: Any, latents: Tensor, height: int, width: int) -> t
     return None if unpack is None else tuple(unpack(latents, height, width, pipeline.vae_scale_factor).shape[1:])
 
 
-def noise_order_decoder(pipeline: Any, examples: Sequence[tuple[Tensor, Tensor]]) -> nn.Module | None:
+def make_noise_order_decoder(pipeline: Any, examples: Sequence[tuple[Tensor, Tensor]]) -> nn.Module | None:
     """Make a decoder that knows no height and width, from latents in the order of the noise to pictures.
 
     Args:

@@ -43,7 +43,7 @@ class Encoders:
         return {spec.input_name: spec.encode(PROBES[1 : 1 + EXAMPLE_BATCH]).to(device) for spec in self.tokenizers}
 
 
-def text_encoders(pipeline: Any, max_sequence_length: int) -> Encoders | None:
+def make_text_encoders(pipeline: Any, max_sequence_length: int) -> Encoders | None:
     """Make one module of a pipeline's text encoders.
 
     Args:

@@ -41,13 +41,13 @@ def mochi_attention(
     def split(value: Tensor) -> Tensor:
         return value.unflatten(2, (self.heads, -1))
 
-    def rotated(value: Tensor) -> Tensor:
+    def rotate(value: Tensor) -> Tensor:
         even, odd = value[..., 0::2].float(), value[..., 1::2].float()
         pairs = (even * cos - odd * sin).to(value.dtype), (even * sin + odd * cos).to(value.dtype)
         return torch.stack(pairs, dim=-1).flatten(-2)
 
-    query = rotated(self.norm_q(split(self.to_q(hidden_states))))
-    key = rotated(self.norm_k(split(self.to_k(hidden_states))))
+    query = rotate(self.norm_q(split(self.to_q(hidden_states))))
+    key = rotate(self.norm_k(split(self.to_k(hidden_states))))
     text_query = self.norm_added_q(split(self.add_q_proj(encoder_hidden_states)))
     text_key = self.norm_added_k(split(self.add_k_proj(encoder_hidden_states)))
     value, text_value = split(self.to_v(hidden_states)), split(self.add_v_proj(encoder_hidden_states))

@@ -18,9 +18,9 @@ from otcache.schemas.shapes import described
 
 from ..calibration import metrics
 from ..calibration.micro_batch import MicroBatch
-from ..export.decoder import latent_decoder
+from ..export.decoder import make_latent_decoder
 from ..export.exportable import unexportable
-from ..export.text_encoders import Encoders, text_encoders
+from ..export.text_encoders import Encoders, make_text_encoders
 from ..models.load import load_model
 from ..models.model import Model, read_prompts
 from ..options import CompileOptions, split_prompts
@@ -175,7 +175,7 @@ def _session(
         own_point(call), sizes=options.sizes, frame_counts=options.frame_counts, text_lengths=options.text_lengths
     )
     exports = options.engines == "onnx" and placement.exportable
-    encoders = text_encoders(model.pipeline, call.max_sequence_length or 0) if exports else None
+    encoders = make_text_encoders(model.pipeline, call.max_sequence_length or 0) if exports else None
     low, high = options.guidance_scale
     scale = options.nominal_scale if options.nominal_scale > 1 or low == high else high
     interface = probe(model.pipeline, call, scale, prompts)
@@ -198,7 +198,7 @@ def _session(
             f"{name} draws {tuple(pictures.shape[1:])} where {expected} was asked for (frames, height, width, colours): "
             "give a --height, --width and --num-frames that it accepts as they are"
         )
-    decoder = latent_decoder(model.pipeline, on_device, pictures, call.height, call.width)
+    decoder = make_latent_decoder(model.pipeline, on_device, pictures, call.height, call.width)
     if exports and encoders is None:
         reporter.note(
             f"{name} has no export of its text encoders: the artifact takes what `otc encode` makes of prompts"

@@ -203,7 +203,7 @@ def alternatives(report: Report) -> dict[str, str]:
             )
         return text
 
-    def placed(schedule: Sequence[int]) -> str:
+    def place(schedule: Sequence[int]) -> str:
         return ", ".join(f"{value:.3g}" for _, value in _steps(report, schedule))
 
     rows = [
@@ -221,7 +221,7 @@ def alternatives(report: Report) -> dict[str, str]:
         counts = (f"{entry.program.nfe} of {report.total} at budget {entry.budget}" for entry in budgets)
         cost = f"Model evaluations: {', '.join(counts)}."
     ends = ", ".join(f"{entry.errors[-1].mean():.2g} at {entry.budget}" for entry in budgets)
-    placed_rows = "; ".join(f"{row}: {placed(steps)}" for row, steps in rows)
+    placed_rows = "; ".join(f"{row}: {place(steps)}" for row, steps in rows)
     spent = ", ".join(f"{each.name} {each.full_runs:.2f}" for each in report.costs)
     return {
         "psnr.png": "PSNR to the full run against model evaluations. " + fidelity("psnr_db", " dB", 1),

@@ -7,7 +7,7 @@ import torch
 from model_zoo.pipelines import CASES
 
 from otcache.compiler.export.onnx_stages import export_module
-from otcache.compiler.export.text_encoders import FAMILIES, text_encoders
+from otcache.compiler.export.text_encoders import FAMILIES, make_text_encoders
 from otcache.compiler.pipelines.call import call_options
 from otcache.compiler.pipelines.full_run import conditioning_of
 from otcache.compiler.pipelines.probe import probe
@@ -28,7 +28,7 @@ def test_conditioning_is_the_pipelines(family):
     pipeline, options, prompts = family
     interface = probe(pipeline, options, 4.0, prompts)
     expected = conditioning_of(pipeline, interface, options, 4.0, prompts)
-    encoders = text_encoders(pipeline, options.max_sequence_length or 0)
+    encoders = make_text_encoders(pipeline, options.max_sequence_length or 0)
     with torch.no_grad():
         texts = [prompts] if interface.branches == 1 else [[""] * len(prompts), prompts]
         made = [
@@ -47,7 +47,7 @@ def test_conditioning_is_the_pipelines(family):
 @pytest.mark.long
 def test_encoders_export(family, tmp_path):
     pipeline, options, _ = family
-    encoders = text_encoders(pipeline, options.max_sequence_length or 0)
+    encoders = make_text_encoders(pipeline, options.max_sequence_length or 0)
     path = tmp_path / "text_encoder.onnx"
     exported = export_module(encoders.module, encoders.example, encoders.output_names, path, kind="text_encoder")
     assert exported.max_relative_error < 1e-5

@@ -9,68 +9,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import accelerate
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
-from diffusers.hooks import apply_group_offloading
-from torch import Tensor, nn
+from flux_export import constants, export_error, inputs
+from torch import nn
 
-from otcache.compiler.export.exportable import offloaded, unexportable, weights_in_place
-from otcache.compiler.export.onnx_stages import end_to_end_error, export_stages
+from otcache.compiler.export.exportable import unexportable
 from otcache.compiler.graph.cut import cut
 from otcache.schemas.errors import ModelError
 
-CPU = torch.device("cpu")
 TO_Q = "transformer_blocks.0.attn.to_q"
-
-
-@pytest.fixture
-def flux() -> FluxTransformer2DModel:
-    torch.manual_seed(0)
-    return FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=64,
-        pooled_projection_dim=64,
-        axes_dims_rope=(8, 12, 12),
-    ).eval()
-
-
-def inputs() -> dict[str, Tensor]:
-    random = torch.Generator().manual_seed(1)
-    shapes = {"hidden_states": (2, 4, 4), "encoder_hidden_states": (2, 3, 64), "pooled_projections": (2, 64)}
-    drawn = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
-    return {**drawn, "timestep": torch.tensor([0.25, 0.75])}
-
-
-def constants() -> dict[str, object]:
-    places = torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(2.0))
-    return {"img_ids": places, "txt_ids": torch.zeros(3, 3), "return_dict": False}
-
-
-@torch.no_grad()
-def output(model: nn.Module) -> Tensor:
-    return model(**inputs(), **constants())[0]
-
-
-def export_error(model: nn.Module, folder: Path) -> float:
-    """Relative error of all exported stages, one after the other, to the model. Raises ModelError."""
-    exported = export_stages(cut(model, inputs(), constants=constants()), inputs(), folder)
-    return end_to_end_error(exported, inputs(), output(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_plain_weights_are_exportable(flux, dtype):
     assert unexportable(flux.to(dtype)) is None
-    assert offloaded(flux) is None
-
-
-# --- what is quantised
 
 
 def gguf_file(model: nn.Module, path: Path) -> Path:
@@ -173,64 +128,6 @@ def test_integers_in_buffers_of_a_layer_are_refused(flux):
     reason = unexportable(flux)
     assert reason is not None
     assert f"(auto_round: 1 of 73 modules are QuantLinear, the first {TO_Q})" in reason
-
-
-# --- what is offloaded
-
-
-def offload_to_cpu(model: nn.Module, folder: Path) -> None:
-    accelerate.cpu_offload(model, execution_device=CPU)
-
-
-def offload_to_disk(model: nn.Module, folder: Path) -> None:
-    accelerate.disk_offload(model, str(folder), execution_device=CPU)
-
-
-def offload_whole(model: nn.Module, folder: Path) -> None:
-    accelerate.cpu_offload_with_hook(model, execution_device=CPU)
-
-
-def offload_groups(model: nn.Module, folder: Path) -> None:
-    apply_group_offloading(model, CPU, offload_type="block_level", num_blocks_per_group=1)
-
-
-def offload_groups_to_disk(model: nn.Module, folder: Path) -> None:
-    apply_group_offloading(model, CPU, offload_type="leaf_level", offload_to_disk_path=str(folder))
-
-
-@pytest.mark.parametrize(
-    ("offload", "hook"),
-    [
-        (offload_to_cpu, "AlignDevicesHook"),
-        (offload_to_disk, "AlignDevicesHook"),
-        (offload_whole, "CpuOffload"),
-        (offload_groups, "GroupOffloadingHook"),
-        (offload_groups_to_disk, "GroupOffloadingHook"),
-    ],
-)
-def test_offloaded_weights_are_put_in_place(flux, tmp_path, offload, hook):
-    weights = {name: value.clone() for name, value in flux.state_dict().items()}
-    expected = output(flux)
-    offload(flux, tmp_path / "offloaded")
-    assert unexportable(flux) is None
-    told = offloaded(flux)
-    assert told is not None
-    assert told.startswith(f"FluxTransformer2DModel has 62 of 62 weights offloaded ({hook}, the first time_text_embed.")
-    with weights_in_place(flux):
-        assert offloaded(flux) is None
-        for name, value in flux.state_dict().items():
-            assert torch.equal(value, weights[name])
-        assert export_error(flux, tmp_path / "stages") < 1e-5
-    assert offloaded(flux) == told
-    assert torch.equal(output(flux), expected)
-
-
-def test_hooks_are_back_after_an_error(flux):
-    offload_to_cpu(flux, Path())
-    with pytest.raises(ModelError), weights_in_place(flux):
-        raise ModelError("while exporting")
-    assert "AlignDevicesHook" in (offloaded(flux) or "")
-    assert all(value.is_meta for value in flux.parameters())
 
 
 def test_weights_that_nobody_keeps_are_named(flux):

@@ -12,7 +12,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from otcache.compiler.export.decoder import LatentDecoder
 from otcache.compiler.export.onnx_stages import export_module, export_stages
-from otcache.compiler.export.text_encoders import text_encoders
+from otcache.compiler.export.text_encoders import make_text_encoders
 from otcache.compiler.graph.cut import cut
 from otcache.runtime.build.plan import BuildJob, build_plan
 
@@ -71,7 +71,7 @@ def test_every_stage_of_the_bundled_model(tmp_path, dtype, target):
     pipeline = FluxPipeline.from_pretrained(SHAPES, torch_dtype=getattr(torch, dtype))
     pipeline.transformer.eval(), pipeline.vae.eval()
     stages = list(exported(pipeline.transformer, tmp_path, image_tokens=36, text_tokens=12))
-    encoders = text_encoders(pipeline, 12)
+    encoders = make_text_encoders(pipeline, 12)
     names, example = encoders.output_names, encoders.example
     stages.append(export_module(encoders.module, example, names, tmp_path / "text_encoder.onnx", kind="text_encoder"))
     latents = {"latents": torch.randn(2, 36, pipeline.transformer.config.in_channels, dtype=getattr(torch, dtype))}

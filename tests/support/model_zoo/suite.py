@@ -13,7 +13,7 @@ import torch
 
 from otcache.compiler.calibration.rollout import roll_out
 from otcache.compiler.export.at_sizes import constant_files, layout_symbols, manifest_shapes, trunk_at
-from otcache.compiler.export.decoder import latent_decoder
+from otcache.compiler.export.decoder import make_latent_decoder
 from otcache.compiler.export.onnx_stages import TOLERANCES, ExportedStage, end_to_end_error, export_stages
 from otcache.compiler.export.text_encoders import FAMILIES
 from otcache.compiler.graph.stages import Stages, run_in_turn
@@ -110,7 +110,7 @@ def cover(pipeline: Any, call: dict[str, int], prompts: list[str], folder: Path)
 
     latents = trajectory.latents[-1]
     pictures = decoded(pipeline, options, latents)
-    decoder = latent_decoder(pipeline, latents, pictures, options.height, options.width)
+    decoder = make_latent_decoder(pipeline, latents, pictures, options.height, options.width)
     return Row(
         transformer=type(transformer).__name__,
         pipeline=name,

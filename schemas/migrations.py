@@ -102,6 +102,14 @@ def _from_1_6(value: Value) -> Value:
     return _with_steps_without(value, "means")
 
 
+def _from_1_7(value: Value) -> Value:
+    """1.8 has steps of prompts, which 1.7 did not know."""
+    tokenizers = value.get("tokenizers")
+    if not isinstance(tokenizers, list):
+        return value
+    return {**value, "tokenizers": [_without(entry, "steps") for entry in tokenizers]}
+
+
 def _with_steps_without(value: Value, name: str) -> Value:
     """A manifest whose programs, those of its sizes among them, have steps without a field."""
     result = _programs_without(value, name)
@@ -132,6 +140,7 @@ MIGRATIONS: dict[int, Callable[[Value], Value]] = {
     4: _from_1_4,
     5: _from_1_5,
     6: _from_1_6,
+    7: _from_1_7,
 }
 """Of major version 1: minor version → function to the next one."""
 

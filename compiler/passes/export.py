@@ -132,6 +132,7 @@ def exported_parts(prepared: Prepared, trunk_of: Callable[[], Served]) -> Export
             length=value.length,
             pad_id=value.pad_id,
             template=value.template,
+            steps=value.steps,
             length_symbol=_length_symbol([each.tokenizers[position].length for each in encoders_there], sizes),
         )
         for position, value in enumerate(encoders.tokenizers if encoders else ())

@@ -353,7 +353,7 @@ class Sampler:
 
     def _negative(self, negative_prompt: str | list[str] | None, n: int) -> list[str]:
         if negative_prompt is None:
-            return [self.manifest.guidance.negative_prompt] * n
+            return [self.manifest.guidance.negative_prompt or ""] * n
         return [negative_prompt] * n if isinstance(negative_prompt, str) else list(negative_prompt)
 
     def _count(

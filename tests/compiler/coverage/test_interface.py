@@ -94,7 +94,9 @@ def test_labels_latents_of_both_branches_and_predicted_variances():
     pipeline, call, interface = probed("DiTPipeline")
     assert interface.conditioning == ("class_labels",) and interface.output == Output(channels=4)
     assert interface.stacked and interface.positive_first
-    with pytest.raises(ModelError, match=r"no label 'a ring': expected one of 1000 classes, by label or number, such as 'shape 0'"):
+    with pytest.raises(
+        ModelError, match=r"no label 'a ring': expected one of 1000 classes, by label or number, such as 'shape 0'"
+    ):
         capture(pipeline, interface, call, ["a ring"], [0], [4.0])
 
 

@@ -138,19 +138,19 @@ def test_wan_cleans_prompts_and_runs_one_branch_at_scale_one(tmp_path, workspace
 def test_ten_classes(named, tmp_path, workspace):
     """Without prompts of its own: its labels, or numbers where it has none, with other seeds where they repeat."""
     pipeline = copy.copy(CASES["DiTPipeline"].pipeline())
-    labels = {number: f"digit {number}" for number in range(10)} if named else None
+    labels = {number: f"digit {number}, {number}th digit" for number in range(10)} if named else None
     pipeline = type(pipeline)(pipeline.transformer, pipeline.vae, pipeline.scheduler, id2label=labels)
     folder = save(pipeline, tmp_path / "model", prompts=None)
     artifact, _ = compile_folder(
         folder, tmp_path / "artifact", "--calibration-prompts", "12", "--guidance-scale", "4", workspace=workspace
     )
     assert Artifact.open(artifact).manifest.conditions.calibration_prompts == 12
-    prompts = ["digit 3", "7"] if named else ["3", "7"]
+    prompts = ["digit 3", "3th digit", "7"] if named else ["3", "3", "7"]
     with Sampler.load(artifact, "onnxruntime", 1) as sampler:
-        found = sampler(prompts, budget="full", seed=[7, 8])
+        found = sampler(prompts, budget="full", seed=[7, 8, 9])
     made = DiffusionPipeline.from_pretrained(folder)
-    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
-    expected = made([3, 7], generator=generators, num_inference_steps=4, guidance_scale=4.0, output_type="np").images
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8, 9)]
+    expected = made([3, 3, 7], generator=generators, num_inference_steps=4, guidance_scale=4.0, output_type="np").images
     assert np.abs(found - expected).max() < 1e-3
 
 
@@ -183,4 +183,4 @@ def test_what_a_pipeline_refuses_is_one_line(tmp_path, workspace):
     result = otc("compile", str(folder), *QUICK, "-o", str(tmp_path / "artifact"), workspace=workspace)
     (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
     assert result.exit_code != 0 and "StableDiffusionImg2ImgPipeline, argument image: " in line
-    assert "unexpected" not in line and "expected a pipeline that draws from prompts alone" in line
+    assert "unexpected" not in line and "expected a pipeline that draws without image" in line

@@ -230,6 +230,8 @@ def check_encoder(manifest: Structure) -> None:
         raise ValueError("tokenizers: expected one for each input of the text encoder")
     if encoder is None:
         return
+    if manifest.guidance.negative_prompt is None:
+        raise ValueError("guidance.negative_prompt is null: expected a text, which the text encoder reads")
     for tensor in encoder.inputs:
         _expect(tensor, INTEGERS, ("batch", lengths[tensor.name]))
     made = {tensor.name: tensor for tensor in encoder.outputs}

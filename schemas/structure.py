@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from .program import MAX_STEPS, Coefficient, Frozen, Payload, Program
+from .prompt_steps import PromptStep, apply_steps
 from .shapes import Axis, AxisName, Symbol, SymbolName, Symbols
 
 SCHEMA_MAJOR, SCHEMA_MINOR = 1, 8
@@ -105,6 +106,8 @@ class Tokenizer(Frozen):
     """Since 1.3: what is encoded, with the prompt in the place of the one `{}`."""
     length_symbol: SymbolName | None = None
     """Since 1.5: what `length` follows at other sizes."""
+    steps: tuple[PromptStep, ...] = Field(default=(), max_length=16)
+    """Since 1.8: what is done to a prompt before it takes its place in the template, in this order."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Tokenizer:
@@ -113,8 +116,8 @@ class Tokenizer(Frozen):
         return self
 
     def text(self, prompt: str) -> str:
-        """What is encoded for a prompt."""
-        return self.template.replace(PLACE, prompt)
+        """What is encoded for a prompt. Raises HostError for a step whose package is not installed."""
+        return self.template.replace(PLACE, apply_steps(prompt, self.steps))
 
 
 class Latents(Frozen):
@@ -159,7 +162,10 @@ class Guidance(Frozen):
     minimum: Coefficient
     maximum: Coefficient
     """Range of scales that the coefficients were calibrated for."""
-    negative_prompt: str = ""
+    negative_prompt: str | None = ""
+    """Of a request that names none. Since 1.8, None: the pipeline takes something then that no text gives, such as zeros,
+    and the artifact has no text encoder.
+    """
 
     @model_validator(mode="after")
     def _consistent(self) -> Guidance:

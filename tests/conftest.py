@@ -67,7 +67,8 @@ def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.txt").write_text(
         "".join(f"a {c} {s} on black\n" for c in ("red", "blue", "green", "white") for s in ("ring", "star", "cross"))
     )
-    (folder / "call.json").write_text('{"height": 16, "width": 16}')  # FluxPipeline itself draws 128 latents a side
+    # FluxPipeline's own are 128 latents a side and 512 tokens.
+    (folder / "call.json").write_text('{"height": 16, "width": 16, "max_sequence_length": 12}')
     return folder
 
 

@@ -238,7 +238,7 @@ def main() -> None:
     pipeline = make_pipeline(vae, clip, clip_encoder, t5, t5_encoder, transformer)
     flow.save_half(pipeline, options.output)
     write_prompts(options.output)
-    flow.write_call(options.output, height=SIDE, width=SIDE)
+    flow.write_call(options.output, height=SIDE, width=SIDE, max_sequence_length=text.TEXT_LENGTH)
     shares, drawn = check(FluxPipeline.from_pretrained(options.output, torch_dtype=torch.float32))
     flow.contact_sheet(drawn).save(options.output / "samples.png")
     (options.output / "check.json").write_text(json.dumps(shares, indent=1) + "\n")

@@ -9,7 +9,7 @@ encoders are run without a mask: padding stands on the right, where no token bef
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from otcache.schemas.errors import ModelError
 
+from ..pipelines.prompts import class_numbers
 from .tokenizers import PROBES, TokenizerSpec, convert_tokenizer
 
 EXAMPLE_BATCH = 2
@@ -260,16 +261,24 @@ NULL_LABEL = 1000
 
 
 class Labels(nn.Module):
-    """The token is the label."""
+    """Token ids → classes: several words may mean the same one, which a file of words cannot say."""
+
+    classes: Tensor
+
+    def __init__(self, classes: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("classes", torch.tensor(classes, dtype=torch.int64))
 
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        return {"class_labels": input_ids[:, 0]}
+        return {"class_labels": self.classes[input_ids[:, 0]]}
 
 
 def _dit(pipeline: Any, _: int) -> Encoders:
-    words = tokenizers.models.WordLevel({**pipeline.labels, "": NULL_LABEL}, unk_token="")
-    specification = TokenizerSpec("input_ids", tokenizers.Tokenizer(words).to_str(), 1, NULL_LABEL)
-    return Encoders(Labels(), ("class_labels",), (specification,))
+    classes = {**(class_numbers(pipeline) or {}), "": NULL_LABEL}
+    words = {word: position for position, word in enumerate(classes)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=""))
+    specification = TokenizerSpec("input_ids", tokenizer.to_str(), 1, words[""])
+    return Encoders(Labels(list(classes.values())), ("class_labels",), (specification,))
 
 
 CLIP_LENGTH = 77

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from otcache.schemas.errors import ModelError
 from otcache.schemas.manifest import PLACE
+from otcache.schemas.prompt_steps import PromptStep, apply_steps
 
 PROBES = (
     "",
@@ -40,10 +41,12 @@ class TokenizerSpec:
     pad_id: int
     template: str = PLACE
     """What is encoded, with the prompt in the place of `{}`."""
+    steps: tuple[PromptStep, ...] = ()
+    """What is done to the prompt before."""
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Token ids of prompts, int64 (len(prompts), length)."""
-        texts = [self.template.replace(PLACE, prompt) for prompt in prompts]
+        texts = [self.template.replace(PLACE, apply_steps(prompt, self.steps)) for prompt in prompts]
         return torch.tensor([encoding.ids for encoding in self.load().encode_batch(texts)], dtype=torch.int64)
 
     def load(self) -> tokenizers.Tokenizer:

@@ -16,7 +16,7 @@ from otcache.schemas.errors import HostError, ModelError
 
 from ..workspace.workspace import default_workspace
 from .digests import denoiser_digest
-from .files import files_in, read_config, weight_files
+from .files import INDEX, files_in, read_config, weight_files
 from .find import HUB_ID, bundled_models, find_model, first_line
 from .lora import fuse_lora
 from .mapped_weights import move_to_file
@@ -106,6 +106,6 @@ def _load(
 
 
 def _digest_of_configs(folder: Path, name: str) -> str:
-    """Digest of all `*config.json` files by their paths, as JSON values."""
-    paths = [path for path in files_in(folder) if path.name.endswith("config.json")]
+    """Digest of the pipeline's own options (`model_index.json`) and of all `*config.json` files, as JSON values."""
+    paths = [path for path in files_in(folder) if path.name.endswith("config.json") or path == folder / INDEX]
     return digest_of_value({str(path.relative_to(folder)): read_config(path, f"MODEL {name!r}") for path in paths})

@@ -110,6 +110,7 @@ def export_parts(source: Exportable, trunk_of: Callable[[], Served]) -> Exported
             length=value.length,
             pad_id=value.pad_id,
             template=value.template,
+            steps=value.steps,
             length_symbol=_length_symbol([each.tokenizers[position].length for each in encoders_there], sizes),
         )
         for position, value in enumerate(encoders.tokenizers if encoders else ())

@@ -82,7 +82,7 @@ def program_fields(
             scale=options.nominal_scale,
             minimum=options.guidance_scale[0],
             maximum=options.guidance_scale[1],
-            negative_prompt=session.call.negative_prompt or "",
+            negative_prompt=session.call.negative_prompt,
         ),
         "stages": [],
         "features": [],

@@ -20,6 +20,7 @@ from ..calibration import metrics
 from ..calibration.micro_batch import MicroBatch
 from ..export.decoder import make_latent_decoder
 from ..export.exportable import unexportable
+from ..export.prompt_steps import with_prompt_steps
 from ..export.text_encoders import Encoders, make_text_encoders
 from ..models.load import load_model
 from ..models.model import Model, read_prompts
@@ -175,7 +176,6 @@ def _session(
         own_point(call), sizes=options.sizes, frame_counts=options.frame_counts, text_lengths=options.text_lengths
     )
     exports = options.engines == "onnx" and placement.exportable
-    encoders = make_text_encoders(model.pipeline, call.max_sequence_length or 0) if exports else None
     low, high = options.guidance_scale
     scale = options.nominal_scale if options.nominal_scale > 1 or low == high else high
     interface = probe(model.pipeline, call, scale, prompts)
@@ -183,6 +183,7 @@ def _session(
         options = replace(options, guidance_scale=(1.0, high))
         reporter.note(f"{type(model.pipeline).__name__} guides above scale 1 only: the range is 1:{high:g}")
     call = with_known_negative(model.pipeline, interface, call, options.nominal_scale, prompts)
+    encoders = _served_encoders(model.pipeline, interface, call, prompts, reporter) if exports else None
     if interface.guided and call.scale_offset:
         reporter.note(
             f"{type(model.pipeline).__name__} counts guidance from another number: scale {options.nominal_scale:g} is its "
@@ -199,10 +200,6 @@ def _session(
             "give a --height, --width and --num-frames that it accepts as they are"
         )
     decoder = make_latent_decoder(model.pipeline, on_device, pictures, call.height, call.width)
-    if exports and encoders is None:
-        reporter.note(
-            f"{name} has no export of its text encoders: the artifact takes what `otc encode` makes of prompts"
-        )
     if exports and decoder is None:
         reporter.note(f"{name} has no export of its decoder: the artifact makes latents")
     if not interface.guided and options.guidance_scale[0] != options.guidance_scale[1]:
@@ -275,6 +272,22 @@ def _micro_batch(
     with PeakBytes([*model.transformer.parameters(), *model.transformer.buffers()]) as counted:
         denoiser(one.latents[0].to(device), one.timesteps[0])
     return MicroBatch(choose_micro_batch(counted.peak, free_bytes(device)), reporter.note)
+
+
+def _served_encoders(
+    pipeline: Any, interface: Interface, call: CallOptions, prompts: Sequence[str], reporter: Reporter
+) -> Encoders | None:
+    """The text encoders, if the runtime can make of every prompt what the pipeline makes of it; else a note says why."""
+    encoders = make_text_encoders(pipeline, call.max_sequence_length or 0)
+    served = with_prompt_steps(encoders, pipeline, interface, call, prompts) if encoders else None
+    reason = "has no export of its text encoders"
+    if encoders is not None and served is None:
+        reason = "changes prompts before it tokenizes them in a way that the runtime does not know"
+    elif served is not None and call.negative_prompt is None:
+        served, reason = None, "takes something without a negative prompt that no text gives"
+    if served is None:
+        reporter.note(f"{type(pipeline).__name__} {reason}: the artifact takes what `otc encode` makes of prompts")
+    return served
 
 
 def versions() -> dict[str, str]:

@@ -81,7 +81,7 @@ def call_options(
     max_sequence_length: int | None = None,
     negative_prompt: str | None = None,
 ) -> CallOptions:
-    """Fill in what the user left out: the pipeline's own size and negative prompt; the tokenizer's length.
+    """Fill in what the user left out with the pipeline's own: its size, its text length and its negative prompt.
 
     Args:
         pipeline: a diffusers pipeline.
@@ -108,7 +108,7 @@ def call_options(
         width=width or defaults.get("width", 0),
         num_frames=num_frames or defaults.get("num_frames"),
         num_inference_steps=num_inference_steps,
-        max_sequence_length=max_sequence_length or _sequence_length(pipeline, defaults),
+        max_sequence_length=max_sequence_length or defaults.get("max_sequence_length"),
         negative_prompt=negative_prompt,
         guidance_argument=guidance,
         scale_offset=scale_offset(pipeline),
@@ -122,16 +122,6 @@ def _guidance_argument(pipeline: Any, parameters: Any) -> str | None:
     if "true_cfg_scale" in parameters and not embedded:
         return "true_cfg_scale"
     return "guidance_scale" if "guidance_scale" in parameters else None
-
-
-def _sequence_length(pipeline: Any, defaults: dict[str, int]) -> int | None:
-    """Of the call's default and the tokenizer that it is for the lower one; None where the call has no such argument."""
-    if "max_sequence_length" not in defaults:
-        return None
-    tokenizers = [part for part in pipeline.components.values() if hasattr(part, "model_max_length")]
-    sequence = [part for part in tokenizers if "CLIP" not in type(part).__name__]  # beside others, CLIP is pooled
-    lengths = [part.model_max_length for part in (sequence or tokenizers)[-1:]]
-    return min([defaults["max_sequence_length"], *lengths])
 
 
 def _with_own_size(pipeline: Any, options: CallOptions) -> CallOptions:

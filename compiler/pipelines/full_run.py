@@ -20,7 +20,7 @@ from otcache.schemas.errors import ModelError
 from .call import ABOVE_ONE, CallOptions
 from .interface import Interface
 from .listed_arguments import as_tensors
-from .record import Progress, Tape, record_first_step, record_run
+from .record import Progress, Tape, record_first_call, record_first_step, record_run
 from .trajectory import Trajectory
 
 
@@ -145,6 +145,19 @@ def conditioning_of(
     return {name: _branches(interface, calls, name) for name in interface.conditioning}
 
 
+def positive_conditioning(
+    pipeline: Any, interface: Interface, options: CallOptions, prompts: Sequence[str]
+) -> dict[str, Tensor]:
+    """What the pipeline makes of prompts for its positive branch, each tensor (n, …). Its transformer does not run."""
+    call = as_tensors(record_first_call(pipeline, options, prompts), interface.listed)
+    values = {
+        name: interface.text.padded(call, name) if interface.text else call[name] for name in interface.conditioning
+    }
+    if interface.positive_first:
+        return {name: value[: len(prompts)] for name, value in values.items()}
+    return {name: value[-len(prompts) :] for name, value in values.items()}
+
+
 def with_known_negative(
     pipeline: Any, interface: Interface, options: CallOptions, guidance_scale: float, prompts: Sequence[str]
 ) -> CallOptions:
@@ -152,9 +165,11 @@ def with_known_negative(
 
     Where it takes something else, such as zeros, the options stay without one.
     """
-    if not interface.guided or options.negative_prompt is not None or "negative_prompt" not in options.accepted:
+    if options.negative_prompt is not None:
         return options
     empty = dataclasses.replace(options, negative_prompt="")
+    if not interface.guided or "negative_prompt" not in options.accepted:
+        return empty
     ways = [conditioning_of(pipeline, interface, each, guidance_scale, prompts[:1]) for each in (options, empty)]
     return empty if all(torch.equal(ways[0][name], ways[1][name]) for name in ways[0]) else options
 

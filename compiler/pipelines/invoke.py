@@ -14,6 +14,9 @@ from otcache.schemas.errors import ModelError, OTCacheError
 
 from ..models.model import transformer_of
 
+PICTURES = ("image", "mask_image", "control_image", "video", "images")
+"""Arguments of pipelines that start from a picture; a call without them fails wherever one is read first."""
+
 
 class Stop(Exception):
     """Raised inside a pipeline's call by what wants no more of it; `invoke` lets it pass."""
@@ -39,13 +42,12 @@ def _describe(pipeline: Any, arguments: Mapping[str, Any], error: Exception) -> 
     said = " ".join(str(error).split()) or type(error).__name__
     parameters = inspect.signature(type(pipeline).__call__).parameters
     named = [each for each in parameters if each != "self" and re.search(rf"(?<![\w.]){each}(?!\w)", said)]
-    absent = [each for each in named if each not in arguments]
-    about = absent or named
-    subject = f"{name}, argument {' and '.join(about[:3])}" if about else f"{name}, called with {', '.join(arguments)}"
-    expected = "a pipeline that draws from prompts alone" if absent else "arguments that it takes"
-    return (
-        f"{subject}: {type(error).__name__}: {said[:300]}: expected {expected}; it was called with {_shown(arguments)}"
-    )
+    pictures = [each for each in parameters if each in PICTURES and each not in arguments]
+    absent = [each for each in named if each not in arguments] or ([] if named else pictures)
+    about = (absent or named)[:3]
+    subject = f"{name}, argument {' and '.join(about)}" if about else f"{name}, called with {', '.join(arguments)}"
+    expected = f"a pipeline that draws without {' and '.join(absent[:3])}" if absent else "arguments that it takes"
+    return f"{subject}: {type(error).__name__}: {said[:300]}: expected {expected} ({_shown(arguments)})"
 
 
 def _shown(arguments: Mapping[str, Any]) -> str:

@@ -11,14 +11,27 @@ from otcache.schemas.arithmetic import latents_from_noise
 from otcache.schemas.errors import ModelError
 
 
-def find_layout(noise_shape: tuple[int, ...], samples: Tensor, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def find_layout(
+    noise_shape: tuple[int, ...], samples: Tensor, name: str, dtype: torch.dtype = torch.float32
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How noise is packed into latents: sizes that it is split into, and their order.
 
     A packing is a walk through the noise in nested loops. They are read off, the innermost first: the loop's stride is
     where the next value of the latents stands in the noise, its size is how far the walk goes on like that.
+
+    Args:
+        noise_shape: of one sample's noise, as the pipeline draws it.
+        samples: the first latents of seeds 0, 1, …, float32 (n, …).
+        name: of the pipeline, for messages.
+        dtype: in which the pipeline draws.
     """
-    seeds = range(len(samples))
-    noise = torch.cat([torch.randn(1, *noise_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    tolerance = 1e-3 if dtype.itemsize >= 4 else 3e-2
+    noise = torch.cat(
+        [
+            torch.randn(1, *noise_shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).float()
+            for seed in range(len(samples))
+        ]
+    )
     flat, latents = noise.flatten(1).double(), samples.flatten(1).double()
     unknown = ModelError(
         f"{name} arranges noise {noise_shape} as latents {tuple(samples.shape[1:])} in a way that is not known"
@@ -34,7 +47,7 @@ def find_layout(noise_shape: tuple[int, ...], samples: Tensor, name: str) -> tup
             raise unknown
         heads, walked = latents[:, ::done], flat[:, ::stride]
         both = min(heads.shape[1], walked.shape[1])
-        agrees = (heads[:, :both] - walked[:, :both]).abs().amax(0) < 1e-3
+        agrees = (heads[:, :both] - walked[:, :both]).abs().amax(0) < tolerance
         size = both if bool(agrees.all()) else int(agrees.int().argmin())
         if size < 2 or count % (done * size):
             raise unknown
@@ -44,7 +57,7 @@ def find_layout(noise_shape: tuple[int, ...], samples: Tensor, name: str) -> tup
     split = tuple(size for _, size in order)
     permutation = tuple(order.index(loop) for loop in reversed(loops))
     arranged = latents_from_noise(noise, split, permutation) if math.prod(split) == count else None
-    if arranged is None or not proportional(arranged.reshape(samples.shape), samples):
+    if arranged is None or not proportional(arranged.reshape(samples.shape), samples, tolerance):
         raise unknown
     return split, permutation
 

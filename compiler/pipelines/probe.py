@@ -69,7 +69,7 @@ def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: S
     guided, positive_first, keep_norm, sign = find_guidance(
         [output(each) for each in outputs], first.guided[0], guidance_scale, name, exact=exact
     )
-    split, permutation = find_layout(drawn[0][1:], sample, name)
+    split, permutation = find_layout(drawn[0][1:], sample, name, first.calls[0][0][latents_input].dtype)
     return Interface(
         latents_input=latents_input,
         timestep_input=timestep_input,
@@ -105,7 +105,7 @@ def interface_at(
             return value
         return PerSample(call[name][:1]) if isinstance(value, PerSample) else call[name]
 
-    split, permutation = find_layout(drawn[0][1:], sample, type(pipeline).__name__)
+    split, permutation = find_layout(drawn[0][1:], sample, type(pipeline).__name__, interface.dtype)
     text = interface.text
     if text is not None and options.max_sequence_length is not None:
         text = dataclasses.replace(text, length=options.max_sequence_length)

@@ -130,7 +130,7 @@ def parse_texts(prompt: Any, negative_prompt: Any, guidance: Guidance) -> tuple[
             raise RequestError("negative_prompt is given, but this artifact has no guidance to use it: leave it out")
         return (positive,)
     if negative_prompt is None:
-        return (guidance.negative_prompt,) * len(positive), positive
+        return (guidance.negative_prompt or "",) * len(positive), positive
     negative = _check_prompts(negative_prompt, "negative_prompt")
     if isinstance(negative_prompt, str):
         return negative * len(positive), positive

@@ -36,7 +36,7 @@ def model(tiny_flux_folder):
 
 @pytest.fixture(scope="module")
 def options(model):
-    return call_options(model.pipeline, num_inference_steps=8, height=16, width=16)
+    return call_options(model.pipeline, num_inference_steps=8, height=16, width=16, max_sequence_length=12)
 
 
 def pipeline_run(model, options, prompts, seed, output_type="latent"):

@@ -128,6 +128,7 @@ def save_model(folder: Path) -> None:
         transformer=transformer,
     )
     pipeline.save_pretrained(folder)
+    (folder / "call.json").write_text('{"height": 16, "width": 16, "max_sequence_length": 6}')
     (folder / "prompts.txt").write_text("".join(f"a {colour} {shape}\n" for colour in COLOURS for shape in SHAPES))
 
 

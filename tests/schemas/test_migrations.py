@@ -42,6 +42,11 @@ def test_fields_of_steps(minor, field):
     assert step[field] and migrate({"programs": 1, "shapes": []}, minor, minor + 1) == {"programs": 1, "shapes": []}
 
 
+def test_steps_of_prompts():
+    value = migrate({"tokenizers": [{"path": "a", "steps": ["strip"]}, 7]}, 7, 8)
+    assert value["tokenizers"] == [{"path": "a"}, 7] and migrate({"tokenizers": 1}, 7, 8) == {"tokenizers": 1}
+
+
 @pytest.mark.parametrize(("minor", "expected"), [(0, "abc"), (1, "bc"), (2, "c"), (3, ""), (7, "")])
 def test_one_after_the_other(minor, expected):
     steps = {place: lambda value, name=name: {**value, "x": value["x"] + name} for place, name in enumerate("abc")}

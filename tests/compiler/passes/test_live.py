@@ -141,6 +141,7 @@ def test_every_option_is_taken(pipeline, tmp_path):
         "calibration_prompts": 0,
         "evaluation_prompts": 0,
         "revision": "main",
+        "variant": "fp16",
         "trust_remote_code": True,
         "lora": tmp_path,
         "sizes": "one",

@@ -18,7 +18,7 @@ from otcache.schemas.errors import ModelError
 @pytest.fixture(scope="module")
 def captured(tiny_flux_folder):
     model = load_model(str(tiny_flux_folder))
-    options = call_options(model.pipeline, num_inference_steps=6, height=16, width=16)
+    options = call_options(model.pipeline, num_inference_steps=6, height=16, width=16, max_sequence_length=12)
     interface = probe(model.pipeline, options, 4.0, model.prompts)
     trajectory = capture(model.pipeline, interface, options, model.prompts[:4], [0, 1, 2, 3], [4.0] * 4)
     return model, options, interface, trajectory

@@ -24,7 +24,7 @@ from otcache.compiler.programs.update import updated
 @pytest.fixture(scope="module")
 def staged(tiny_flux_folder):
     model = load_model(str(tiny_flux_folder))
-    options = call_options(model.pipeline, num_inference_steps=6, height=16, width=16)
+    options = call_options(model.pipeline, num_inference_steps=6, height=16, width=16, max_sequence_length=12)
     interface = probe(model.pipeline, options, 4.0, model.prompts)
     trajectory = capture(model.pipeline, interface, options, model.prompts[:3], [0, 1, 2], [4.0] * 3)
     prepare_scheduler(model.pipeline, options, model.pipeline.scheduler, 6)

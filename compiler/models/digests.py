@@ -145,6 +145,11 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
+def loaded_adapters(component: nn.Module) -> list[str]:
+    """Names of LoRA adapters whose layers are in a component, whatever they do there."""
+    return sorted(getattr(component, "peft_config", None) or {})
+
+
 def active_adapters(transformer: nn.Module) -> list[str]:
     """Names of LoRA adapters that have a say beside the weights: not fused into them, switched off or scaled by 0."""
     found: set[str] = set()

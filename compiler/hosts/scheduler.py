@@ -65,12 +65,15 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, recipe: dict[str, Any], strict: bool = True) -> None:
-        """recipe: JSON value of a `Recipe`. strict: refuse what the program was not calibrated for, rather than warn."""
+        """recipe: JSON value of a `Recipe`. strict: refuse what the program was not calibrated for, rather than
+        warn.
+        """
         try:
             self._recipe = Recipe.model_validate(recipe)
         except ValidationError as error:
             raise ArtifactError(
-                f"{type(self).__name__}: its configuration is no recipe ({error.errors()[0]['msg']}): make it from an artifact"
+                f"{type(self).__name__}: its configuration is no recipe ({error.errors()[0]['msg']}): make it from an "
+                "artifact"
             ) from None
         self._check_payload()
         self._source = source_scheduler(self._recipe.sampler)
@@ -99,8 +102,8 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return scheduler
 
     def check(self, pipeline: Any) -> None:
-        """Compare a pipeline's transformer with the one that was compiled; and from now on, in every request, whether it
-        has changed, and at every step its guidance.
+        """Compare a pipeline's transformer with the one that was compiled; and from now on, in every request, whether
+        it has changed, and at every step its guidance.
 
         Reads all weights once: seconds per gigabyte. Raises ModelError.
         """
@@ -143,8 +146,9 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Begin a request.
 
         Pipelines may pass times, noise levels and shift as they do to the scheduler that was compiled: the program has
-        its own, so that only their number counts. What the user has given is refused unless it is the program's own. The
-        program is that of the size that the pipeline was asked for, where the artifact has others. Raises RequestError.
+        its own, so that only their number counts. What the user has given is refused unless it is the program's own.
+        The program is that of the size that the pipeline was asked for, where the artifact has others. Raises
+        RequestError.
         """
         call = calling_pipeline_call()
         self._take_program(self._recipe.program_at({} if call is None else call.values))
@@ -154,7 +158,8 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self._refuse(
                 RequestError(
                     f"num_inference_steps is {given}: expected {len(self._steps)}, the evaluations of {self._recipe} "
-                    f"(compiled from {self._recipe.sampler.num_inference_steps} steps): pass that, or take another budget"
+                    f"(compiled from {self._recipe.sampler.num_inference_steps} steps): pass that, or take another "
+                    "budget"
                 )
             )
         self.num_inference_steps = len(self._steps)
@@ -234,10 +239,11 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self._probe = None
 
     def _check_own_times(self, mu: float | None, **passed: Sequence[float] | None) -> None:
-        """Refuse times and noise levels that the user has chosen, unless the compiled sampler makes the program's of them.
+        """Refuse times and noise levels that the user has chosen, unless the compiled sampler makes the program's of
+        them.
 
-        Within a pipeline the user's are those of its call, as what it passes on may be its own default. Outside of one the
-        default that pipelines of flow matching have, evenly spaced levels, is taken for such.
+        Within a pipeline the user's are those of its call, as what it passes on may be its own default. Outside of one
+        the default that pipelines of flow matching have, evenly spaced levels, is taken for such.
         """
         call = calling_pipeline_call()
         for name, values in passed.items():
@@ -256,7 +262,9 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 )
 
     def _makes_own_times(self, name: str, chosen: Sequence[float], mu: float | None) -> bool:
-        """Whether the compiled sampler would run at the program's times if it were given these times or noise levels."""
+        """Whether the compiled sampler would run at the program's times if it were given these times or noise
+        levels.
+        """
         source = copy.deepcopy(self._source)
         values = [int(each) if name == "timesteps" and float(each).is_integer() else float(each) for each in chosen]
         try:
@@ -280,8 +288,8 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         method: Callable[..., Tensor] = getattr(source, name)
         if self.sigmas is None and hasattr(source, "sigmas"):
             raise ModelError(
-                f"{type(source).__name__} adds noise by levels that the times of {self._recipe} do not tell: expected one of "
-                "known times: give latents rather than an image"
+                f"{type(source).__name__} adds noise by levels that the times of {self._recipe} do not tell: expected "
+                "one of known times: give latents rather than an image"
             )
         source.timesteps, source.sigmas = self.timesteps, self.sigmas
         source._step_index, source._begin_index = self._step_index, self._begin_index

@@ -33,7 +33,9 @@ def full_run(case: Case, pipeline: Any) -> tuple[Tape, SolverTable]:
 def write_manifest(
     folder: Path, case: Case, pipeline: Any, tape: Tape, table: SolverTable, programs: dict[str, Program] | None = None
 ) -> Path:
-    """`folder`/manifest.json with `programs`, or with the budgets `BUDGET` and `full`; stages are named and not there."""
+    """`folder`/manifest.json with `programs`, or with the budgets `BUDGET` and `full`; stages are named and not
+    there.
+    """
     shape = list(tape.samples[0].shape[1:])
     transformer = transformer_of(pipeline, "pipeline")
     few = banded(extrapolated_program(table, uniform_schedule(BUDGET, table.num_inference_steps), order=1))

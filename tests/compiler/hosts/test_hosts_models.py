@@ -73,7 +73,7 @@ def test_an_artifact_that_knows_no_float16_says_so(prepared, folder, tmp_path):
     value["digest"] = core_digest(value)
     (tmp_path / "manifest.json").write_text(json.dumps(value))
     OTCacheScheduler.from_artifact(tmp_path, budget=BUDGET, pipeline=load(folder, torch.bfloat16))
-    with pytest.raises(ModelError, match="is held in float16: expected float32 or bfloat16.*older than schema 1.8"):
+    with pytest.raises(ModelError, match=r"is held in float16: expected float32 or bfloat16.*older than schema 1.8"):
         OTCacheScheduler.from_artifact(tmp_path, budget=BUDGET, pipeline=load(folder, torch.float16))
 
 
@@ -102,7 +102,7 @@ def add_lora(pipeline, name="style"):
 def test_a_lora_that_is_switched_off_is_no_fault(prepared, folder, off):
     pipeline = load(folder)
     add_lora(pipeline)
-    with pytest.raises(ModelError, match="has LoRA style: expected none.*switch it off"):
+    with pytest.raises(ModelError, match=r"has LoRA style: expected none.*switch it off"):
         check(prepared, pipeline)
     if off == "delete_adapters":
         pipeline.transformer.delete_adapters("style")

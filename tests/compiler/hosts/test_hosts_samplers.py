@@ -1,5 +1,5 @@
-"""Samplers as hosts bring them: noise levels where images come in, times and noise of the user's own, guidance that changes on
-the way.
+"""Samplers as hosts bring them: noise levels where images come in, times and noise of the user's own, guidance that
+changes on the way.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def run_with(one, budget, steps, strict=True, **arguments):
 def test_noise_levels_of_the_users_own_are_refused(prepared):
     one = prepared("flux")
     expected = run_with(one, BUDGET, BUDGET)
-    with pytest.raises(RequestError, match=r"sigmas is \[0.9, 0.5, 0.2\]: expected none, as budget 3 of tiny has times of its"):
+    with pytest.raises(
+        RequestError, match=r"sigmas is \[0.9, 0.5, 0.2\]: expected none, as budget 3 of tiny has times of its"
+    ):
         run_with(one, BUDGET, BUDGET, sigmas=[0.9, 0.5, 0.2])
     with pytest.warns(CalibrationWarning, match="sigmas is"):
         assert torch.equal(run_with(one, BUDGET, BUDGET, strict=False, sigmas=[0.9, 0.5, 0.2]), expected)
@@ -126,7 +128,7 @@ def test_times_of_the_users_own_are_refused(prepared):
 
 def test_noise_by_eta_is_refused_where_the_sampler_knows_it(prepare_case, prepared):
     one = prepare_case(case_with("ddim"))
-    with pytest.raises(RequestError, match="eta is 0.5: expected 0, as budget 3 of tiny was compiled without noise"):
+    with pytest.raises(RequestError, match=r"eta is 0.5: expected 0, as budget 3 of tiny was compiled without noise"):
         run_with(one, BUDGET, BUDGET, eta=0.5)
     euler = prepared("sd")
     assert torch.equal(run_with(euler, BUDGET, BUDGET, eta=0.5), run_with(euler, BUDGET, BUDGET)), "as Euler itself"
@@ -162,7 +164,10 @@ def rescale(at, scale):
 
 
 CHANGES = {
-    "cut off": (cut_off(0), r"runs without guidance at step 1: expected 4 throughout.*let no callback cut guidance off"),
+    "cut off": (
+        cut_off(0),
+        r"runs without guidance at step 1: expected 4 throughout.*let no callback cut guidance off",
+    ),
     "rescaled": (rescale(1, 6.0), r"guidance scale is 6 at step 2: expected 4 throughout"),
     "skipped layers": (
         {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.4, "skip_layer_guidance_stop": 0.9},

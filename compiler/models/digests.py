@@ -53,15 +53,19 @@ def own_options(module: Any) -> dict[str, Any]:
 
 
 def plain_options(component: Any) -> dict[str, Any]:
-    """The options of a diffusers component that a manifest can hold: None, truth values, text and numbers.
+    """The options of a diffusers component that a manifest can hold: None, truth values, text, numbers, lists of these.
 
     Numbers that JSON does not have are named; `options_from_plain` reads them.
     """
     return {
         name: with_named_floats(value)
         for name, value in component.config.items()
-        if not name.startswith("_") and (value is None or isinstance(value, bool | int | str | float))
+        if not name.startswith("_") and all(map(_is_plain, value if isinstance(value, list | tuple) else [value]))
     }
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | str | float)
 
 
 def options_from_plain(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,9 +40,14 @@ SAMPLERS = {
     "dpm, karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "deis": ("DEISMultistepScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
+    "unipc, not corrected at first": ("UniPCMultistepScheduler", {"disable_corrector": [0, 1]}),
     "heun": ("HeunDiscreteScheduler", {}),
     "lms": ("LMSDiscreteScheduler", {}),
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "ddim, betas of its own": (
+        "DDIMScheduler",
+        {"clip_sample": False, "trained_betas": np.linspace(0.001, 0.02, 1000).tolist()},
+    ),
     "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
     "tcd": ("TCDScheduler", {}),
 }

@@ -35,8 +35,8 @@ class Passage:
             self._known: TransformerBlockMetadata = TransformerBlockRegistry.get(kind)
         except ValueError:
             raise ModelError(
-                f"{kind.__name__} is no block that diffusers' caches know: its residual programs run on the runtime only; use "
-                "a budget of payload 'output' here"
+                f"{kind.__name__} is no block that diffusers' caches know: its residual programs run on the runtime "
+                "only; use a budget of payload 'output' here"
             ) from None
 
     def source(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -1,5 +1,5 @@
-"""The call of a pipeline that is running: diffusers tells neither a scheduler nor a transformer who calls it, so that the
-pipeline, and what it was asked for, are looked for on the call stack.
+"""The call of a pipeline that is running: diffusers tells neither a scheduler nor a transformer who calls it, so that
+the pipeline, and what it was asked for, are looked for on the call stack.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def _pipeline_frame(frame: FrameType | None) -> FrameType | None:
 
 
 def _given(frame: FrameType) -> dict[str, Any]:
-    """What `__call__` was given, before it filled in defaults: torch's `no_grad`, which is around it, still holds that."""
+    """What `__call__` was given, before it filled in defaults: torch's `no_grad`, which is around it, still holds
+    that.
+    """
     outer = frame.f_back
     if outer is None or "args" not in outer.f_locals or "kwargs" not in outer.f_locals:
         return {}

@@ -52,8 +52,8 @@ class Seen:
 class GuidanceProbe:
     """Listens to what calls of a pipeline's transformer in this thread give, until it is closed.
 
-    Hears nothing of a model that was compiled in place, whose hooks do not run, and nothing that another pipeline, which
-    shares the transformer, has asked for.
+    Hears nothing of a model that was compiled in place, whose hooks do not run, and nothing that another pipeline,
+    which shares the transformer, has asked for.
     """
 
     def __init__(self, pipeline: Any) -> None:
@@ -101,8 +101,8 @@ def guidance_fault(seen: Seen, guided: Tensor, recipe: Recipe, step: int = 0) ->
     branches = sum(output.shape[0] for output in seen.outputs) / _one_of_equal_halves(guided).shape[0]
     if branches not in (1, 2):
         return RequestError(
-            f"the pipeline combines {branches:g} branches{where}, as with skipped layers or perturbed attention: expected "
-            f"{expected.branches}, as {recipe} was calibrated: switch that off, or use strict=False"
+            f"the pipeline combines {branches:g} branches{where}, as with skipped layers or perturbed attention: "
+            f"expected {expected.branches}, as {recipe} was calibrated: switch that off, or use strict=False"
         )
     scale = measure_scale(seen.outputs, guided)
     if scale is not None and math.isnan(scale):
@@ -110,8 +110,8 @@ def guidance_fault(seen: Seen, guided: Tensor, recipe: Recipe, step: int = 0) ->
     if expected.kind == "none":
         if scale is not None:
             return RequestError(
-                f"the pipeline guides with two branches (scale {scale:.3g}){where}: expected one, as {recipe} was calibrated: "
-                "switch its guidance off"
+                f"the pipeline guides with two branches (scale {scale:.3g}){where}: expected one, as {recipe} was "
+                "calibrated: switch its guidance off"
             )
         if seen.embedded is None:
             return None
@@ -123,8 +123,8 @@ def guidance_fault(seen: Seen, guided: Tensor, recipe: Recipe, step: int = 0) ->
         )
     if not low * (1 - TOLERANCE) <= scale <= high * (1 + TOLERANCE):
         return RequestError(
-            f"guidance scale is {seen.scale_in_words(float(f'{scale:.3g}'))}{where}: {wanted}: pass one of those, or compile for "
-            "a wider range"
+            f"guidance scale is {seen.scale_in_words(float(f'{scale:.3g}'))}{where}: {wanted}: pass one of those, or "
+            "compile for a wider range"
         )
     return None
 

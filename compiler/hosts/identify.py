@@ -31,13 +31,13 @@ def model_faults(pipeline: Any, recipe: Recipe, source: Any) -> Iterator[ModelEr
     of_ours = "recipe" in scheduler.config
     if not of_ours and (type(scheduler) is not type(source) or own_options(scheduler) != own_options(source)):
         yield ModelError(
-            f"the pipeline's scheduler is {_in_words(scheduler)}: expected {_in_words(source)}, from which {recipe} was "
-            "compiled: set that one, or compile with this one"
+            f"the pipeline's scheduler is {_in_words(scheduler)}: expected {_in_words(source)}, from which {recipe} "
+            "was compiled: set that one, or compile with this one"
         )
     if type(transformer).__name__ != recipe.model.transformer:
         yield ModelError(
-            f"the pipeline's model is a {type(transformer).__name__}: expected a {recipe.model.transformer}, which {recipe} "
-            "was calibrated on: take its artifact, or compile this model"
+            f"the pipeline's model is a {type(transformer).__name__}: expected a {recipe.model.transformer}, which "
+            f"{recipe} was calibrated on: take its artifact, or compile this model"
         )
         return
     if adapters := active_adapters(transformer):
@@ -53,8 +53,8 @@ def _weights_fault(transformer: nn.Module, recipe: Recipe) -> Iterator[ModelErro
     model = recipe.model
     if model.denoiser_digest is None:
         yield ModelError(
-            f"the artifact of {recipe} does not say which weights it was calibrated on, as compiles since schema 1.2 do: "
-            "compile it again, or use strict=False"
+            f"the artifact of {recipe} does not say which weights it was calibrated on, as compiles since schema 1.2 "
+            "do: compile it again, or use strict=False"
         )
         return
     held = {value.dtype for value in transformer.state_dict().values() if value.is_floating_point()}
@@ -68,8 +68,9 @@ def _weights_fault(transformer: nn.Module, recipe: Recipe) -> Iterator[ModelErro
                 return
     if torch.float16 in held and model.denoiser_digest_float16 is None:
         yield ModelError(
-            f"the pipeline's {model.transformer} is held in float16: expected float32 or bfloat16, in which alone the artifact of "
-            f"{recipe} says what its weights are, as it is older than schema 1.8: load it so, or compile it again"
+            f"the pipeline's {model.transformer} is held in float16: expected float32 or bfloat16, in which alone the "
+            f"artifact of {recipe} says what its weights are, as it is older than schema 1.8: load it so, or compile "
+            "it again"
         )
         return
     odd = sorted(str(dtype).removeprefix("torch.") for dtype in held - set(WHOLE))

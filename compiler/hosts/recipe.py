@@ -53,7 +53,8 @@ class Recipe(Frozen):
     def program_at(self, size: Mapping[str, Any]) -> Program:
         """The program of the listed size that has these values on its axes, else the artifact's own.
 
-        size: of a request; what it leaves out does not matter, nor do names that are no axes and the length of the text,
+        size: of a request; what it leaves out does not matter, nor do names that are no axes and the length of the
+        text,
             which no sampler looks at.
         """
         for entry in self.sizes:
@@ -103,8 +104,8 @@ def recipe_from_manifest(manifest: Manifest, budget: int | str) -> Recipe:
     entry = manifest.program(budget)
     if entry is None:
         raise RequestError(
-            f"budget is {str(budget)[:40]!r}: expected one of {', '.join(manifest.budgets)}: choose one, or compile the "
-            "artifact for it"
+            f"budget is {str(budget)[:40]!r}: expected one of {', '.join(manifest.budgets)}: choose one, or compile "
+            "the artifact for it"
         )
     axes, symbols = _ranges(manifest)
     return Recipe(

@@ -1,7 +1,7 @@
 """The request that a call of a transformer belongs to, and what its blocks keep from step to step.
 
-Pipelines may share a transformer, in several threads or one inside the other (from a callback). So nothing is kept on the
-transformer: a request belongs to the scheduler of its pipeline, which `calls` finds.
+Pipelines may share a transformer, in several threads or one inside the other (from a callback). So nothing is kept on
+the transformer: a request belongs to the scheduler of its pipeline, which `calls` finds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from .recipe import Recipe
 
 
 class Branch:
-    """What the blocks keep between the steps of a request, for one branch of guidance: residuals float32, newest last."""
+    """What the blocks keep between the steps of a request, for one branch of guidance: residuals float32, newest
+    last.
+    """
 
     def __init__(self) -> None:
         self.residuals: list[Tensor] = []

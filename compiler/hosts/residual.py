@@ -84,8 +84,8 @@ class ResidualScheduler(OTCacheScheduler):
         blocks = [block for blocks in block_lists(transformer) for block in blocks]
         if (len(blocks), self._recipe.features) != (self._recipe.blocks, 1):
             raise ModelError(
-                f"{type(transformer).__name__} has {len(blocks)} blocks here and {self._recipe.features} tensors after them: "
-                f"expected {self._recipe.blocks}, as the artifact, and one: use a budget of another payload"
+                f"{type(transformer).__name__} has {len(blocks)} blocks here and {self._recipe.features} tensors after "
+                f"them: expected {self._recipe.blocks}, as the artifact, and one: use a budget of another payload"
             )
         passages = [Passage(block) for block in blocks]
         hook = _hook_of(transformer)
@@ -106,8 +106,8 @@ class ResidualScheduler(OTCacheScheduler):
         request = self.request
         if request is None or not request.calls:
             raise ModelError(
-                f"step {self._step_index or 0} of {self._recipe} had no call of the transformer from the pipeline's own __call__: "
-                "expected one with the hooks of apply_residual_cache in place: apply it again"
+                f"step {self._step_index or 0} of {self._recipe} had no call of the transformer from the pipeline's "
+                "own __call__: expected one with the hooks of apply_residual_cache in place: apply it again"
             )
         result = super().step(model_output, timestep, sample, return_dict, eta)
         if not request.advance():
@@ -224,8 +224,9 @@ def _keep(request: Request, branch: Branch, result: Tensor) -> None:
     source = branch.source
     if source is None or source.shape != result.shape:
         raise ModelError(
-            f"{request.recipe}: the blocks make {tuple(result.shape)} of {None if source is None else tuple(source.shape)}: "
-            "expected the same shape: use a budget of payload 'output'"
+            f"{request.recipe}: the blocks make {tuple(result.shape)} of "
+            f"{None if source is None else tuple(source.shape)}: expected the same shape: use a budget of payload "
+            "'output'"
         )
     memory = request.program.residual_memory
     branch.residuals = [*branch.residuals, result.float() - source.float()][-memory:] if memory else []
@@ -237,8 +238,8 @@ def _forecast(request: Request, branch: Branch) -> Tensor:
     recent = branch.residuals[-len(coefs) :]
     if source is None or len(recent) < len(coefs):
         raise ModelError(
-            f"step {request.position} of {request.recipe} forecasts from {len(coefs)} computed steps and has {len(recent)}: "
-            "expected every branch of guidance at every step"
+            f"step {request.position} of {request.recipe} forecasts from {len(coefs)} computed steps and has "
+            f"{len(recent)}: expected every branch of guidance at every step"
         )
     total = coefs[0] * recent[0]
     for coef, residual in zip(coefs[1:], recent[1:], strict=True):

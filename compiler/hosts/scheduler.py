@@ -20,12 +20,14 @@ Shapes: B steps, latents (n, …) of any dtype; sums are in float32 and go back 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import FrozenDict, register_to_config
@@ -38,7 +40,7 @@ from otcache.schemas.errors import ArtifactError, ModelError, OTCacheError, Requ
 from otcache.schemas.program import Payload, Program, Step
 
 from ..programs.update import updated
-from .calls import PipelineCall, calling_pipeline_call
+from .calls import calling_pipeline_call
 from .guidance import GuidanceProbe, guidance_fault
 from .identify import ModelState, model_faults, model_state
 from .recipe import Recipe, recipe_from_artifact
@@ -63,12 +65,15 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, recipe: dict[str, Any], strict: bool = True) -> None:
-        """recipe: JSON value of a `Recipe`. strict: refuse what the program was not calibrated for, rather than warn."""
+        """recipe: JSON value of a `Recipe`. strict: refuse what the program was not calibrated for, rather than
+        warn.
+        """
         try:
             self._recipe = Recipe.model_validate(recipe)
         except ValidationError as error:
             raise ArtifactError(
-                f"{type(self).__name__}: its configuration is no recipe ({error.errors()[0]['msg']}): make it from an artifact"
+                f"{type(self).__name__}: its configuration is no recipe ({error.errors()[0]['msg']}): make it from an "
+                "artifact"
             ) from None
         self._check_payload()
         self._source = source_scheduler(self._recipe.sampler)
@@ -97,8 +102,8 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return scheduler
 
     def check(self, pipeline: Any) -> None:
-        """Compare a pipeline's transformer with the one that was compiled; and from now on, in every request, whether it
-        has changed, and at every step its guidance.
+        """Compare a pipeline's transformer with the one that was compiled; and from now on, in every request, whether
+        it has changed, and at every step its guidance.
 
         Reads all weights once: seconds per gigabyte. Raises ModelError.
         """
@@ -141,18 +146,20 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Begin a request.
 
         Pipelines may pass times, noise levels and shift as they do to the scheduler that was compiled: the program has
-        its own, so that only their number counts. What the user has given is refused unless it is the program's own. The
-        program is that of the size that the pipeline was asked for, where the artifact has others. Raises RequestError.
+        its own, so that only their number counts. What the user has given is refused unless it is the program's own.
+        The program is that of the size that the pipeline was asked for, where the artifact has others. Raises
+        RequestError.
         """
         call = calling_pipeline_call()
         self._take_program(self._recipe.program_at({} if call is None else call.values))
-        self._check_own_times(call, timesteps, sigmas)
+        self._check_own_times(mu, timesteps=timesteps, sigmas=sigmas)
         given = next((len(each) for each in (timesteps, sigmas) if each is not None), num_inference_steps)
         if given != len(self._steps):
             self._refuse(
                 RequestError(
                     f"num_inference_steps is {given}: expected {len(self._steps)}, the evaluations of {self._recipe} "
-                    f"(compiled from {self._recipe.sampler.num_inference_steps} steps): pass that, or take another budget"
+                    f"(compiled from {self._recipe.sampler.num_inference_steps} steps): pass that, or take another "
+                    "budget"
                 )
             )
         self.num_inference_steps = len(self._steps)
@@ -231,31 +238,41 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self._probe.close()
             self._probe = None
 
-    def _check_own_times(
-        self, call: PipelineCall | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
-    ) -> None:
-        """Refuse times and noise levels that the user has chosen, and that are not the program's.
+    def _check_own_times(self, mu: float | None, **passed: Sequence[float] | None) -> None:
+        """Refuse times and noise levels that the user has chosen, unless the compiled sampler makes the program's of
+        them.
 
-        Within a pipeline the user's are those of its call: what it passes on may be its default. A caller of its own may pass
-        on the default that pipelines of flow matching have, evenly spaced levels before the shift.
+        Within a pipeline the user's are those of its call, as what it passes on may be its own default. Outside of one
+        the default that pipelines of flow matching have, evenly spaced levels, is taken for such.
         """
-        given: Mapping[str, Any] = {"timesteps": timesteps, "sigmas": sigmas} if call is None else call.given
-        levels = None if self.sigmas is None else self.sigmas[:-1]
-        for name, own in (("timesteps", self.timesteps), ("sigmas", levels)):
-            chosen = given.get(name)
+        call = calling_pipeline_call()
+        for name, values in passed.items():
+            chosen = values if call is None else call.given.get(name)
             if chosen is None or len(chosen) != len(self._steps):
                 continue  # another number is refused as such
-            values = torch.as_tensor([float(value) for value in chosen])
-            even = torch.linspace(1.0, 1.0 / len(values), len(values))
-            if call is None and name == "sigmas" and torch.allclose(values, even, atol=1e-4):
+            default = np.linspace(1.0, 1.0 / len(chosen), len(chosen))
+            if call is None and name == "sigmas" and np.allclose([float(each) for each in chosen], default, atol=1e-4):
                 continue
-            if own is None or not torch.allclose(values, own.float().cpu(), rtol=1e-3, atol=1e-5):
+            if not self._makes_own_times(name, chosen, mu):
                 self._refuse(
                     RequestError(
-                        f"{name} is {_few(values)}: expected {_few(own)}, those of {self._recipe}, which its "
-                        "coefficients were fitted to: leave it out, or use strict=False, which ignores it"
+                        f"{name} is {_first_few(chosen)}: expected none, as {self._recipe} has times of its own "
+                        f"({_first_few(self.timesteps)}), which its coefficients are for: leave it out"
                     )
                 )
+
+    def _makes_own_times(self, name: str, chosen: Sequence[float], mu: float | None) -> bool:
+        """Whether the compiled sampler would run at the program's times if it were given these times or noise
+        levels.
+        """
+        source = copy.deepcopy(self._source)
+        values = [int(each) if name == "timesteps" and float(each).is_integer() else float(each) for each in chosen]
+        try:
+            source.set_timesteps(**{name: values}, **({} if mu is None else {"mu": mu}))
+        except (TypeError, ValueError, AttributeError):
+            return False
+        times = source.timesteps
+        return len(times) == len(self.timesteps) and torch.allclose(times.double().cpu(), self.timesteps.double().cpu())
 
     def _check_payload(self) -> None:
         if self._recipe.program.payload not in self.payloads:
@@ -271,8 +288,8 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         method: Callable[..., Tensor] = getattr(source, name)
         if self.sigmas is None and hasattr(source, "sigmas"):
             raise ModelError(
-                f"{type(source).__name__} adds noise by levels that the times of {self._recipe} do not tell: expected one of "
-                "known times: give latents rather than an image"
+                f"{type(source).__name__} adds noise by levels that the times of {self._recipe} do not tell: expected "
+                "one of known times: give latents rather than an image"
             )
         source.timesteps, source.sigmas = self.timesteps, self.sigmas
         source._step_index, source._begin_index = self._step_index, self._begin_index
@@ -316,10 +333,8 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         refuse(error, strict=self._internal_dict["strict"])
 
 
-def _few(values: Tensor | None) -> str:
-    """The first few of some numbers."""
-    if values is None:
-        return "none"
+def _first_few(values: Sequence[float] | Tensor) -> str:
+    """The first of some numbers, in words."""
     return f"[{', '.join(f'{float(value):.4g}' for value in values[:4])}{', …' if len(values) > 4 else ''}]"
 
 

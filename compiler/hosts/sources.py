@@ -28,16 +28,18 @@ def source_scheduler(sampler: Sampler) -> Any:
     kind = getattr(diffusers, sampler.scheduler, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise ArtifactError(
-            f"sampler.scheduler is {sampler.scheduler[:80]!r}: expected a scheduler of diffusers {diffusers.__version__}: "
-            "install the version that the artifact was compiled with"
+            f"sampler.scheduler is {sampler.scheduler[:80]!r}: expected a scheduler of diffusers "
+            f"{diffusers.__version__}: install the version that the artifact was compiled with"
         )
     return kind.from_config(options_from_plain(sampler.config))
 
 
 def full_timeline(source: Any, evaluations: int) -> Any:
-    """A copy of the source that is ready for its T = `evaluations`, or None where a number of steps alone does not tell.
+    """A copy of the source that is ready for its T = `evaluations`, or None where a number of steps alone does not
+    tell.
 
-    Steps are counted down from T + 1: some samplers evaluate the model once less than asked, once more, or twice in a step.
+    Steps are counted down from T + 1: some samplers evaluate the model once less than asked, once more, or twice in a
+    step.
     """
     for num_steps in range(evaluations + 1, 0, -1):
         ready = copy.deepcopy(source)
@@ -67,8 +69,8 @@ def noise_levels(timeline: Any, steps: Sequence[Step], source: Any) -> torch.Ten
     """Sigmas float32 (B + 1,) at the steps' times and after the last one, in the source's own convention.
 
     They are the source's own where its timeline has the program's times. Else they follow from the times: of flow
-    matching t over the number of training steps; of continuous times exp(4 t) (arXiv 2206.00364, table 1); else √((1 − ᾱ) / ᾱ),
-    linear between training steps. None where nothing tells.
+    matching t over the number of training steps; of continuous times exp(4 t) (arXiv 2206.00364, table 1); else
+    √((1 − ᾱ) / ᾱ), linear between training steps. None where nothing tells.
     """
     own = None if timeline is None else _own_levels(timeline, steps)
     if own is not None:

@@ -24,8 +24,9 @@ SAMPLED = 8
 def denoiser_digest(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> str:
     """Digest of a transformer's class, options and tensors, each rounded to `dtype` first.
 
-    In bfloat16 it is the same for a model that is held in float32 and one that was cast to bfloat16; in float16 likewise.
-    What was rounded to one of the two cannot be compared in the other. LoRA adapters that are not fused have no say.
+    In bfloat16 it is the same for a model that is held in float32 and one that was cast to bfloat16; in float16
+    likewise. What was rounded to one of the two cannot be compared in the other. LoRA adapters that are not fused have
+    no say.
 
     Raises ModelError where the tensors are not in memory.
     """
@@ -41,8 +42,8 @@ def denoiser_digest(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> s
 def own_options(module: Any) -> dict[str, Any]:
     """The options of a diffusers component that differ from its class's defaults, as JSON values.
 
-    A later diffusers with a new option leaves them as they are; options of a folder that a later diffusers has saved, and
-    those of another class, which `from_config` keeps without effect, are none.
+    A later diffusers with a new option leaves them as they are; options of a folder that a later diffusers has saved,
+    and those of another class, which `from_config` keeps without effect, are none.
     """
     defaults = {
         name: parameter.default for name, parameter in inspect.signature(type(module).__init__).parameters.items()
@@ -52,15 +53,19 @@ def own_options(module: Any) -> dict[str, Any]:
 
 
 def plain_options(component: Any) -> dict[str, Any]:
-    """The options of a diffusers component that a manifest can hold: None, truth values, text and numbers.
+    """The options of a diffusers component that a manifest can hold: None, truth values, text, numbers, lists of these.
 
     Numbers that JSON does not have are named; `options_from_plain` reads them.
     """
     return {
         name: with_named_floats(value)
         for name, value in component.config.items()
-        if not name.startswith("_") and (value is None or isinstance(value, bool | int | str | float))
+        if not name.startswith("_") and all(map(_is_plain, value if isinstance(value, list | tuple) else [value]))
     }
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | str | float)
 
 
 def options_from_plain(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,8 +124,8 @@ def _tensor(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype | No
     """[shape, digest of the elements], rounded to a floating-point type where there is one."""
     if value.is_meta:
         raise ModelError(
-            f"{type(module).__name__}: {name} is on the meta device: expected weights in memory: take its digest before "
-            "enable_sequential_cpu_offload and the like move them away"
+            f"{type(module).__name__}: {name} is on the meta device: expected weights in memory: take its digest "
+            "before enable_sequential_cpu_offload and the like move them away"
         )
     rounded = value.to(dtype) if dtype is not None and value.is_floating_point() else value
     elements = rounded.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -145,6 +150,11 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
+def loaded_adapters(component: nn.Module) -> list[str]:
+    """Names of LoRA adapters whose layers are in a component, whatever they do there."""
+    return sorted(getattr(component, "peft_config", None) or {})
+
+
 def active_adapters(transformer: nn.Module) -> list[str]:
     """Names of LoRA adapters that have a say beside the weights: not fused into them, switched off or scaled by 0."""
     found: set[str] = set()
@@ -162,8 +172,9 @@ def _active_in(layer: Any) -> list[str]:
 
 
 def weights_sample(module: nn.Module) -> str | None:
-    """Digest of a few elements of every tensor, of a LoRA's as well: cheap enough for every request, it changes when other
-    weights are loaded or a LoRA is fused. None where weights are moved away, or of a kind that cannot be looked into.
+    """Digest of a few elements of every tensor, of a LoRA's as well: cheap enough for every request, it changes when
+    other weights are loaded or a LoRA is fused. None where weights are moved away, or of a kind that cannot be looked
+    into.
     """
     parts: dict[torch.device, list[Tensor]] = {}
     for _, value in _state(module):

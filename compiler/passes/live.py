@@ -14,7 +14,7 @@ from torch import nn
 
 from otcache.schemas.errors import ModelError, UsageError
 
-from ..models.digests import active_adapters, config_digest, denoiser_digest, weights_digest
+from ..models.digests import config_digest, denoiser_digest, loaded_adapters, weights_digest
 from ..models.files import INDEX
 from ..models.model import Model, transformer_of
 from ..options import CompileOptions, parse_budgets, parse_guidance
@@ -131,7 +131,7 @@ def _check_pipeline(pipeline: Any) -> None:
     for name, component in pipeline.components.items():
         if not isinstance(component, nn.Module):
             continue
-        if adapters := active_adapters(component):
+        if adapters := loaded_adapters(component):
             raise ModelError(
                 f"{subject} has LoRA {', '.join(adapters)} on its {name}: expected weights as they will be served: call "
                 "fuse_lora and unload_lora_weights first"

@@ -107,6 +107,9 @@ def nearest_step_indices(timesteps: ArrayLike, timeline: ArrayLike) -> tuple[int
     """Strictly increasing indices into `timeline`, the first 0, with the least total distance to `timesteps`.
 
     Shapes: timesteps (B,), timeline (T,), B ≤ T. Exact, by dynamic programming.
+
+    >>> nearest_step_indices([900.0, 490.0, 480.0], [1000.0, 800.0, 500.0, 300.0])
+    (0, 2, 3)
     """
     few, full = np.asarray(timesteps, dtype=np.float64), np.asarray(timeline, dtype=np.float64)
     if not 1 <= len(few) <= len(full):

@@ -28,7 +28,12 @@ def forecast_coefs(computed: Sequence[int], step_index: int, order: int) -> tupl
     Order 0 reuses the newest value; order k is exact for polynomials of degree k in the step index (TaylorSeer,
     arXiv 2503.06923, in Lagrange's form). Fewer values give a lower order.
 
+    >>> forecast_coefs([0, 4, 6], 7, order=0)
+    (1.0,)
     >>> forecast_coefs([0, 4, 6], 7, order=1)
     (-0.5, 1.5)
+    >>> coefs = forecast_coefs([0, 2, 4], 5, order=2)
+    >>> round(sum(coef * node**2 for coef, node in zip(coefs, [0, 2, 4])), 9)
+    25.0
     """
     return lagrange_weights([float(node) for node in computed[-(order + 1) :]], step_index)

@@ -24,7 +24,13 @@ PENALTY = 1e-4
 def fitted_coefs(gram: np.ndarray, computed: Sequence[int], step_index: int) -> tuple[float, ...]:
     """Ridge weights of the last residuals that best give the one at `step_index`, drawn towards plain reuse.
 
-    min_c ‖r_s − Σ c_m r_m‖² + λ ‖c − c₀‖²_{diag G}, closed form in the Gram matrix float64 (T, T).
+    min_c ‖r_s − Σ c_m r_m‖² + λ ‖c − c₀‖²_{diag G}, closed form in the Gram matrix float64 (T, T). Of residuals on a
+    line it finds the line's continuation, but for the pull of λ:
+
+    >>> residuals = np.array([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
+    >>> coefs = fitted_coefs(residuals @ residuals.T, [0, 1], 2)
+    >>> [round(coef, 2) for coef in coefs]
+    [-1.0, 2.0]
     """
     recent = list(computed[-MEMORY:])
     prior = np.zeros(len(recent))
@@ -58,6 +64,15 @@ def residual_edge_errors(table: SolverTable, gram: np.ndarray) -> np.ndarray:
 
     Each skipped step s adds the squared error of its residual, weighed with how far the solver moves at s:
     e(i→j) = Σ_{i<s<j} b_s² ‖r_s − r_i‖², b_s the newest output coefficient. An estimate that takes the head as linear.
+    Infinite where j ≤ i.
+
+    >>> table = SolverTable(timesteps=[3.0, 2.0, 1.0], input_scales=np.ones(3), initial_scale=1.0,
+    ...                     latent_coefs=np.ones(3), output_coefs=-0.5 * np.eye(3))
+    >>> residuals = np.array([[0.0], [1.0], [3.0]])
+    >>> residual_edge_errors(table, residuals @ residuals.T)
+    array([[ inf, 0.  , 0.25, 2.5 ],
+           [ inf,  inf, 0.  , 1.  ],
+           [ inf,  inf,  inf, 0.  ]])
     """
     total = gram.shape[0]
     squares = np.diag(gram)

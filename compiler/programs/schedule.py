@@ -9,7 +9,11 @@ from otcache.schemas.errors import UsageError
 
 
 def uniform_schedule(budget: int, num_inference_steps: int) -> tuple[int, ...]:
-    """`budget` step indices that divide the timeline evenly: round(k · T / B), the first 0."""
+    """`budget` step indices that divide the timeline evenly: round(k · T / B), the first 0.
+
+    >>> uniform_schedule(4, 10)
+    (0, 3, 5, 8)
+    """
     if not 1 <= budget <= num_inference_steps:
         raise UsageError(f"budget {budget}: expected 1 … {num_inference_steps}, the steps of the full sampler")
     return tuple((2 * k * num_inference_steps + budget) // (2 * budget) for k in range(budget))

@@ -110,7 +110,7 @@ def step_from_table(
     table: SolverTable, step_index: int, latent_coef: float, output_coefs: ArrayLike, *, rescale: float = 1.0
 ) -> Step:
     """A computed step at `step_index` of the table with the given update, its old vanishing coefficients cut off."""
-    coefs = trimmed(output_coefs)
+    coefs = trim_coefs(output_coefs)
     if len(coefs) > MAX_MEMORY:
         raise ModelError(
             f"step {step_index} of {table.scheduler or 'a solver table'} weighs {len(coefs)} outputs, expected at most "
@@ -125,8 +125,12 @@ def step_from_table(
     )
 
 
-def trimmed(output_coefs: ArrayLike) -> tuple[float, ...]:
-    """Coefficients (newest last) with what is below `DROP` of the largest zero, without leading zeros, never empty."""
+def trim_coefs(output_coefs: ArrayLike) -> tuple[float, ...]:
+    """Coefficients (newest last) with what is below `DROP` of the largest zero, without leading zeros, never empty.
+
+    >>> trim_coefs([0.0, 1e-9, 0.5, 0.0])
+    (0.5, 0.0)
+    """
     coefs = drop_vanishing(np.asarray(output_coefs, dtype=np.float64))
     used = np.flatnonzero(coefs)
     return tuple(coefs[used[0] if used.size else -1 :].tolist())
@@ -135,7 +139,15 @@ def trimmed(output_coefs: ArrayLike) -> tuple[float, ...]:
 def jump(table: SolverTable, i: int, j: int) -> tuple[float, FloatArray]:
     """x_j from x_i by the table's own steps i … j−1.
 
-    Returns (latent_coef, output_coefs (T,)) with x_j = latent_coef · x_i + Σ_m output_coefs[m] · v_m, m < j.
+    Returns (latent_coef, output_coefs (T,)) with x_j = latent_coef · x_i + Σ_m output_coefs[m] · v_m, m < j. Of Euler
+    on flow matching, whose step is x + (σ_{i+1} − σ_i) · v_i, a jump is the sum of its steps:
+
+    >>> sigmas = np.array([1.0, 0.75, 0.5, 0.0])
+    >>> euler = SolverTable(timesteps=1000 * sigmas[:-1], input_scales=np.ones(3), initial_scale=1.0,
+    ...                     latent_coefs=np.ones(3), output_coefs=np.diag(np.diff(sigmas)), sigmas=sigmas)
+    >>> latent_coef, output_coefs = jump(euler, 0, 2)
+    >>> latent_coef, output_coefs.tolist()
+    (1.0, [-0.25, -0.25, 0.0])
     """
     num_steps = table.num_inference_steps
     if not 0 <= i <= j <= num_steps:
@@ -160,7 +172,16 @@ def extrapolated_jump(
         coordinate: variable of the polynomial; `sigma` falls back to the step index where the table has no sigmas
             or where two of them coincide (Heun).
 
-    Returns (latent_coef, output_coefs (len(computed),)), newest last.
+    Returns (latent_coef, output_coefs (len(computed),)), newest last. With the output held, Euler's jump over steps that
+    are not computed is one longer step; with order 1, outputs on a line are followed exactly:
+
+    >>> sigmas = np.array([1.0, 0.75, 0.5, 0.0])
+    >>> euler = SolverTable(timesteps=1000 * sigmas[:-1], input_scales=np.ones(3), initial_scale=1.0,
+    ...                     latent_coefs=np.ones(3), output_coefs=np.diag(np.diff(sigmas)), sigmas=sigmas)
+    >>> extrapolated_jump(euler, [0], 3, order=0)[1].tolist()
+    [-1.0]
+    >>> extrapolated_jump(euler, [0, 1], 3, order=1)[1].tolist()  # v_2 = 2 v_1 − v_0
+    [0.5, -1.25]
     """
     nodes = checked_schedule(computed, table.num_inference_steps)
     if order < 0:

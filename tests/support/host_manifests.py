@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from host_cases import STEPS, Case
+import torch
+from host_cases import Case
 
 from otcache.compiler.models.digests import denoiser_digest, plain_options
 from otcache.compiler.models.model import transformer_of
@@ -26,19 +27,22 @@ def full_run(case: Case, pipeline: Any) -> tuple[Tape, SolverTable]:
     """A run with all steps, and the pipeline's sampler as it prepared it."""
     with record(pipeline, keep_calls=0) as tape:
         case(pipeline)
-    return tape, lower(pipeline.scheduler)
+    return tape, lower(pipeline.scheduler, step_options=tape.step_options)
 
 
 def write_manifest(
     folder: Path, case: Case, pipeline: Any, tape: Tape, table: SolverTable, programs: dict[str, Program] | None = None
 ) -> Path:
-    """`folder`/manifest.json with `programs`, or with the budgets `BUDGET` and `full`; stages are named and not there."""
+    """`folder`/manifest.json with `programs`, or with the budgets `BUDGET` and `full`; stages are named and not
+    there.
+    """
     shape = list(tape.samples[0].shape[1:])
     transformer = transformer_of(pipeline, "pipeline")
-    few = banded(extrapolated_program(table, uniform_schedule(BUDGET, STEPS), order=1))
+    few = banded(extrapolated_program(table, uniform_schedule(BUDGET, table.num_inference_steps), order=1))
     programs = programs or {"full": program_from_table(table), str(BUDGET): few}
     stages = _stages(["batch", *shape], case.blocks)
-    policy = {"schedule": [0], "num_inference_steps": STEPS, "source": "test"}
+    total = table.num_inference_steps
+    policy = {"schedule": [0], "num_inference_steps": total, "source": "test"}
     value = {
         "producer": {},
         "model": {
@@ -48,10 +52,11 @@ def write_manifest(
             "config_digest": ZEROS,
             "weights_digest": ZEROS,
             "denoiser_digest": denoiser_digest(transformer),
+            "denoiser_digest_float16": denoiser_digest(transformer, torch.float16),
         },
         "sampler": {
             "scheduler": type(pipeline.scheduler).__name__,
-            "num_inference_steps": STEPS,
+            "num_inference_steps": total,
             "config": plain_options(pipeline.scheduler),
         },
         "conditions": {

@@ -24,17 +24,26 @@ class Prepared:
     tape: Tape
 
 
+def prepare(case: Case, folder: Path) -> Prepared:
+    """Run a case with all steps, and write the artifact of its sampler."""
+    pipeline: Any = case.make()
+    tape, table = full_run(case, pipeline)
+    return Prepared(case, write_manifest(folder / "artifact", case, pipeline, tape, table), tape)
+
+
+@pytest.fixture
+def prepare_case(tmp_path: Path) -> Callable[[Case], Prepared]:
+    """Of a case that no other test has."""
+    return lambda case: prepare(case, tmp_path)
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
     known: dict[str, Prepared] = {}
 
     def of(name: str) -> Prepared:
         if name not in known:
-            case: Case = CASES[name]
-            pipeline: Any = case.make()
-            tape, table = full_run(case, pipeline)
-            folder = tmp_path_factory.mktemp("hosts") / "artifact"
-            known[name] = Prepared(case, write_manifest(folder, case, pipeline, tape, table), tape)
+            known[name] = prepare(CASES[name], tmp_path_factory.mktemp("hosts"))
         return known[name]
 
     return of

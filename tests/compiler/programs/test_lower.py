@@ -20,7 +20,7 @@ from otcache.compiler.programs.solver_table import (
     extrapolated_jump,
     jump,
     program_from_table,
-    trimmed,
+    trim_coefs,
 )
 from otcache.schemas.errors import ModelError, UsageError
 from otcache.schemas.program import Program
@@ -329,9 +329,9 @@ def test_bad_jumps_are_refused() -> None:
 
 
 def test_trimmed_keeps_at_least_the_newest() -> None:
-    assert trimmed([0.0, 0.0]) == (0.0,)
-    assert trimmed([1e-9, 0.0, 1.0]) == (1.0,)
-    assert trimmed([1.0, 0.0, 0.0]) == (1.0, 0.0, 0.0)
+    assert trim_coefs([0.0, 0.0]) == (0.0,)
+    assert trim_coefs([1e-9, 0.0, 1.0]) == (1.0,)
+    assert trim_coefs([1.0, 0.0, 0.0]) == (1.0, 0.0, 0.0)
 
 
 def test_too_long_a_memory_is_a_model_error() -> None:

@@ -1,8 +1,8 @@
-"""Every scheduler that diffusers exports, from saved configurations: lowered, run as a program and as the drop-in, against
-diffusers' own loop.
+"""Every scheduler that diffusers exports, from saved configurations: lowered, run as a program and as the drop-in,
+against diffusers' own loop.
 
-`OTC_SCHEDULERS=write pytest tests/compiler/programs/test_schedulers.py` writes the shipped table anew; without it the table
-is held to what is found.
+`OTC_SCHEDULERS=write pytest tests/compiler/programs/test_schedulers.py` writes the shipped table anew; without it the
+table is held to what is found.
 """
 
 from __future__ import annotations

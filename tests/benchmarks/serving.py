@@ -22,6 +22,7 @@ import onnxruntime
 from otcache.runtime import Sampler
 from otcache.runtime.build.segments import OnnxSegment, joined_model
 from otcache.runtime.loop.host_loop import Trunk
+from otcache.runtime.serving.request_size import Sizes
 from otcache.schemas.manifest import FULL
 
 
@@ -79,13 +80,14 @@ def main() -> None:
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         whole = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
         trunk = Trunk(manifest, sampler._engines, sampler._backend, options.images)
-        trunk.condition(conditioning)
+        trunk.hold({**conditioning, **Sizes(sampler.artifact).constants({})})
         latents = np.random.default_rng(0).normal(size=(options.images, *manifest.latents.shape)).astype(np.float32)
         rows = manifest.guidance.branches * options.images
         feed = {
             manifest.latents_input: np.concatenate([latents] * manifest.guidance.branches),
             manifest.timestep_input: np.full(rows, 0.5, np.float32),
             **{name: value.reshape(rows, *value.shape[2:]) for name, value in conditioning.items()},
+            **Sizes(sampler.artifact).constants({}),
         }
 
         def chain() -> np.ndarray:

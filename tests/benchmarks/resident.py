@@ -70,8 +70,6 @@ GRANULARITIES = ("block", "segment", "trunk")
 SHARE = 0.02
 """Of a step's time, that the host may take on a GPU at FLUX.1's sizes."""
 
-# --- a transformer as stages and manifest
-
 
 class Subject:
     """A FLUX transformer with random weights, cut; its manifest for one sample without guidance."""

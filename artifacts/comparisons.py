@@ -1,9 +1,8 @@
-"""Write what `otc compare` measured into the README: `python -m otcache.artifacts.comparisons artifacts/compare/shapes
-README.md`.
+"""Write the results page from what `otc compare` measured: `python -m otcache.artifacts.comparisons [FOLDER …]`.
 
-Keeps the comparison under its folder's name (`artifacts/results/NAME.json`) and writes the section from all that are
-kept. A model has one picture, of the comparison with the most budgets; others of the same model, at budgets of their
-own, are tables below it.
+A FOLDER that `otc compare` wrote is kept under its name (`artifacts/results/NAME.json`) before the page is written from
+all that are kept; without one the page is written anew. A model has one picture, of the comparison with the most
+budgets; others of the same model, at budgets of their own, are tables below it.
 """
 
 from __future__ import annotations
@@ -15,64 +14,120 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from otcache.artifacts.readme import PICTURES, rewrite
-from otcache.compiler.compare.cells import Comparison
+from otcache.compiler.compare.cells import AHEAD_DB, FURTHER, Comparison
 from otcache.compiler.compare.table import fidelity_table, markdown, verdict_table
 
+HERE = Path(__file__).parent
 MARKS = ("<!-- comparisons: written by otcache.artifacts.comparisons -->", "<!-- end of comparisons -->")
-RESULTS = Path(__file__).parent / "results"
-LEAD = (
-    "Against caching libraries, other caches and other schedules, with their own code where it exists (`otc compare MODEL`; this "
-    "part is written by `python -m otcache.artifacts.comparisons artifacts/compare/MODEL README.md`):"
-)
+MODEL_MARKS = ("<!-- models: written by otcache.artifacts.comparisons -->", "<!-- end of models -->")
 
 
-def kept() -> list[Comparison]:
-    """Every comparison in `RESULTS`, by the model's name, and of one model the one with the most budgets first."""
-    found = [Comparison.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in RESULTS.glob("*.json")]
-    return sorted(found, key=lambda comparison: (name_of(comparison), -len(comparison.budgets), comparison.budgets))
+def read_comparisons(artifacts: Path = HERE) -> list[Comparison]:
+    """Every comparison in `artifacts/results`, by the model's name, and of one model the one with the most budgets
+    first.
+    """
+    paths = (artifacts / "results").glob("*.json")
+    found = [Comparison.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    return sorted(found, key=lambda comparison: (model_name(comparison), -len(comparison.budgets), comparison.budgets))
 
 
-def name_of(comparison: Comparison) -> str:
-    """The model's, without its folder."""
+def model_name(comparison: Comparison) -> str:
+    """The model's name without its folder."""
     return Path(comparison.model).name
 
 
-def section(comparisons: Sequence[Comparison]) -> str:
-    """The comparisons in Markdown, in the order of `kept`, with a picture of each model; empty while there is none."""
-    parts = [LEAD] if comparisons else []
-    for name, group in itertools.groupby(comparisons, key=name_of):
+def comparison_sections(comparisons: Sequence[Comparison]) -> str:
+    """The comparisons in Markdown, in the order of `read_comparisons`, with a picture of each model; empty without
+    any.
+    """
+    parts = [f"Where otcache is not ahead:\n\n{behind_list(comparisons)}"] if comparisons else []
+    for name, group in itertools.groupby(comparisons, key=model_name):
         first, *others = group
-        parts.append(
-            f"### {name}\n\n![{name}: fidelity against model evaluations]({picture_of(first)})\n\n{markdown(first).strip()}"
-        )
+        picture = f"![{name}: fidelity against model evaluations](../pictures/{picture_name(name)})"
+        parts.append(f"## {name}\n\n{picture}\n\n{markdown(first).strip()}")
         for other in others:
             budgets = ",".join(map(str, other.budgets)) + ("" if other.claims else " --no-claim")
             parts.append(
-                f"Compiled and compared apart, for information (`otc compare {name} --budgets {budgets} -o FOLDER`):\n\n"
-                f"{fidelity_table(other)}\n\n{verdict_table(other)}"
+                f"Compiled and compared apart, for information (`otc compare {name} --budgets {budgets} -o FOLDER`):"
+                f"\n\n{fidelity_table(other)}\n\n{verdict_table(other)}"
             )
     return "\n\n".join(parts)
 
 
-def picture_of(comparison: Comparison) -> Path:
-    """From the README's folder."""
-    return Path("artifacts/pictures") / f"{name_of(comparison)}-comparison.png"
+def behind_list(comparisons: Sequence[Comparison]) -> str:
+    """What no table's first glance shows: where the lead is under `AHEAD_DB`, and where others that may spend more are
+    better.
+    """
+    level, further = [], []
+    for comparison in comparisons:
+        for verdict in comparison.verdicts:
+            where = f"`{model_name(comparison)}` at {verdict.budget}"
+            if not verdict.must:
+                level.append(f"{where} ({verdict.ahead_db:+.1f} dB to {verdict.best_peer})")
+            if verdict.further_ahead_db is not None and verdict.further_ahead_db < 0:
+                further.append(f"{where} ({verdict.further_ahead_db:+.1f} dB to {verdict.further_peer})")
+    return (
+        f"* by {AHEAD_DB:g} dB at the same evaluations: {', '.join(level) or 'nowhere'};\n"
+        f"* of methods that spend {FURTHER:g} times as many: {', '.join(further) or 'nowhere'}."
+    )
+
+
+def models_table(artifacts: Path = HERE) -> str:
+    """How well pictures of each bundled model follow their captions, from its `check.json`."""
+    checks = {
+        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((artifacts / "models").glob("*/check.json"))
+    }
+    columns = list(dict.fromkeys(name for check in checks.values() for name in check))
+    lines = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for model, check in checks.items():
+        cells = [f"{100 * check[name]:.0f} %" if name in check else "–" for name in columns]
+        lines.append(f"| `{model}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def picture_name(model: str) -> str:
+    """Of a model's comparison, in `artifacts/pictures`."""
+    return f"{model}-comparison.png"
+
+
+def replace_section(page: str, section: str, marks: tuple[str, str]) -> str:
+    """The page with what stands between two marks replaced. Raises ValueError when they are missing."""
+    before, begin, rest = page.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not begin or not end:
+        raise ValueError(f"the page has no section between {marks[0]!r} and {marks[1]!r}: add both lines to it")
+    return f"{before}{begin}\n{section}\n{end}{after}"
+
+
+def keep_comparison(folder: Path, artifacts: Path = HERE) -> None:
+    """Copy a comparison, and its picture where it is the model's first. Raises ValueError for a folder without one."""
+    source = folder / "comparison.json"
+    if not source.is_file():
+        raise ValueError(f"{folder} has no comparison.json: expected a folder that `otc compare` wrote")
+    comparison = Comparison.from_json(json.loads(source.read_text(encoding="utf-8")))
+    shutil.copyfile(source, artifacts / "results" / f"{folder.name}.json")
+    name = model_name(comparison)
+    if comparison == next(each for each in read_comparisons(artifacts) if model_name(each) == name):
+        shutil.copyfile(folder / "comparison.png", artifacts / "pictures" / picture_name(name))
+
+
+def write_page(artifacts: Path = HERE) -> None:
+    """Write the sections of `artifacts/results/README.md` from all comparisons that are kept."""
+    page = artifacts / "results" / "README.md"
+    text = replace_section(page.read_text(encoding="utf-8"), comparison_sections(read_comparisons(artifacts)), MARKS)
+    page.write_text(replace_section(text, models_table(artifacts), MODEL_MARKS), encoding="utf-8")
 
 
 def main() -> None:
-    if len(sys.argv) != 3:
-        raise SystemExit("usage: python -m otcache.artifacts.comparisons COMPARISON README")
-    folder, readme = Path(sys.argv[1]), Path(sys.argv[2])
-    if not (folder / "comparison.json").is_file():
-        raise SystemExit(f"{folder} has no comparison.json: expected a folder that `otc compare` wrote")
-    comparison = Comparison.from_json(json.loads((folder / "comparison.json").read_text(encoding="utf-8")))
-    RESULTS.mkdir(exist_ok=True)
-    shutil.copyfile(folder / "comparison.json", RESULTS / f"{folder.name}.json")
-    comparisons = kept()
-    if comparison == next(each for each in comparisons if name_of(each) == name_of(comparison)):
-        shutil.copyfile(folder / "comparison.png", PICTURES / picture_of(comparison).name)
-    readme.write_text(rewrite(readme.read_text(encoding="utf-8"), section(comparisons), MARKS), encoding="utf-8")
+    if any(argument.startswith("-") for argument in sys.argv[1:]):
+        raise SystemExit("usage: python -m otcache.artifacts.comparisons [FOLDER …]")
+    try:
+        for folder in map(Path, sys.argv[1:]):
+            keep_comparison(folder)
+        write_page()
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

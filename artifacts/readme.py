@@ -1,84 +1,130 @@
-"""Write the README's results from a compiled artifact: `python -m otcache.artifacts.readme artifacts/shapes README.md`.
+"""Write the README's tables: `python -m otcache.artifacts.readme README.md`.
 
-Also puts the report's pictures beside this module, where the README shows them.
+Results are those of the comparisons that are kept, what a compile needs is what `otc compile shapes --dry-run` counts.
+`--pictures ARTIFACT` also copies pictures of an artifact's report beside this module, where the pages show them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shutil
+import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from otcache.schemas.manifest import FULL, MANIFEST_NAME, BudgetProgram, Manifest
+from otcache.artifacts.comparisons import HERE, model_name, read_comparisons, replace_section
+from otcache.compiler.compare.cells import Cell, Comparison, peers_at
+from otcache.schemas.manifest import MANIFEST_NAME, Manifest
 
-BEGIN, END = "<!-- results: written by otcache.artifacts.readme -->", "<!-- end of results -->"
-PICTURES = Path(__file__).parent / "pictures"
+MARKS = ("<!-- results: written by otcache.artifacts.readme -->", "<!-- end of results -->")
+NEEDS_MARKS = ("<!-- needs: written by otcache.artifacts.readme -->", "<!-- end of needs -->")
+BUDGETS = (4, 8, 16)
+"""Evaluations that the README shows."""
 FIGURES = {
     "pictures.png": ("pictures.png",),
-    "quality.png": ("psnr.png", "ssim.png"),
     "schedules.png": ("schedules.png", "quantiles.png"),
 }
-"""Pictures of the README, and those of the report that they are made of."""
+"""Pictures of the pages, and those of the report that they are made of."""
 
 
-def results(manifest: Manifest, check: dict[str, float]) -> str:
-    """The results section in Markdown."""
-    entries = [entry for name in manifest.budgets if name != FULL and (entry := manifest.program(name)) is not None]
-    names = list(dict.fromkeys(peer.name for entry in entries for peer in entry.baselines))
-    conditions, total = manifest.conditions, manifest.sampler.num_inference_steps
+STEPS, PROMPTS = 50, 64
+"""Of a plain compile: steps of the full sampler, and prompts that are calibrated on or held out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealModel:
+    """A model as it is published, with what follows from its shapes; nothing here was measured."""
+
+    name: str
+    parameters: float
+    latents: int
+    """Elements of one sample's latents."""
+    evaluation_s: float
+    """About what one evaluation (both branches of guidance) takes on an H100 in bfloat16, from its FLOPs."""
+
+
+REAL_MODELS = (
+    RealModel(name="FLUX.1, 1024²", parameters=11.9e9, latents=4096 * 64, evaluation_s=0.2),
+    RealModel(name="Qwen-Image, 1328²", parameters=20.4e9, latents=6889 * 64, evaluation_s=1),
+    RealModel(name="HunyuanVideo, 720p, 129 frames", parameters=12.8e9, latents=16 * 33 * 90 * 160, evaluation_s=30),
+)
+
+
+def results_table(comparisons: Sequence[Comparison], budgets: Sequence[int] = BUDGETS) -> str:
+    """A row for each model and budget: otcache against the best PSNR and the best SSIM of all other methods."""
     lines = [
-        f"PSNR in dB to the full {total} steps of `{manifest.model.name}` at guidance {manifest.guidance.scale:g}, mean over "
-        f"{conditions.evaluation_prompts} held-out prompts and seeds ({conditions.calibration_prompts} others were calibrated on):",
-        "",
-        "| evaluations | **otcache** | " + " | ".join(names) + " | ahead by | SSIM (best peer) |",
-        "|---:|---:|" + "---:|" * len(names) + "---:|---:|",
+        "| model | evaluations | **otcache** | best PSNR of all others | best SSIM of all others |",
+        "|---|---:|---:|---|---|",
     ]
-    lines += [_row(entry, names) for entry in entries]
-    spent = sum(cost.full_runs for cost in manifest.costs)
-    followed = ", ".join(f"{name} {100 * share:.0f} %" for name, share in check.items())
-    lines += [
-        "",
-        f"Compiling took {spent:.1f} full runs per calibration prompt. The exported chain differs from torch by "
-        f"{manifest.max_relative_error:.0e} of the largest output. The model's pictures follow their captions (measured on the "
-        f"pixels of 64): {followed}.",
-    ]
+    for comparison in comparisons:
+        for budget in budgets:
+            own = comparison.cell("otcache", budget)
+            if own is None:
+                continue
+            peers = peers_at(comparison.cells, budget)
+            psnr = max(peers, key=lambda cell: cell.psnr_db.mean)
+            ssim = max(peers, key=lambda cell: cell.ssim.mean)
+            lines.append(
+                f"| `{model_name(comparison)}` | {budget} of {comparison.num_inference_steps} "
+                f"| **{_fidelity(own)}** | {psnr.psnr_db.mean:.1f} dB, {psnr.method} "
+                f"| {ssim.ssim.mean:.4f}, {ssim.method} |"
+            )
     return "\n".join(lines)
 
 
-def _row(entry: BudgetProgram, names: list[str]) -> str:
-    assert entry.quality is not None
-    peers = {peer.name: peer.quality for peer in entry.baselines}
-    best = max(quality.psnr_db.mean for quality in peers.values())
-    ssim = max(quality.ssim.mean for quality in peers.values())
-    own = entry.quality
-    cells = [entry.budget, f"**{own.psnr_db.mean:.1f}**"]
-    cells += [f"{peers[name].psnr_db.mean:.1f}" if name in peers else "–" for name in names]
-    cells += [f"{own.psnr_db.mean - best:+.1f}", f"{own.ssim.mean:.4f} ({ssim:.4f})"]
-    return "| " + " | ".join(cells) + " |"
+def _fidelity(cell: Cell) -> str:
+    return f"{cell.psnr_db.mean:.1f} dB, {cell.ssim.mean:.4f}"
 
 
-def rewrite(readme: str, section: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
-    """The README with the section between two marks replaced. Raises ValueError when they are missing."""
-    before, begin, rest = readme.partition(marks[0])
-    _, end, after = rest.partition(marks[1])
-    if not begin or not end:
-        raise ValueError(f"the README has no section between {marks[0]!r} and {marks[1]!r}")
-    return f"{before}{begin}\n{section}\n{end}{after}"
+def count_evaluations(model: str = "shapes") -> int:
+    """What a plain compile makes at most, by its dry run with an empty workspace: one sample each."""
+    with tempfile.TemporaryDirectory() as folder:
+        line = [sys.executable, "-m", "otcache.runtime.cli.main", "compile", model, "--dry-run", "--json"]
+        done = subprocess.run(
+            [*line, "-o", str(Path(folder) / "artifact")],
+            env={**os.environ, "OTC_CACHE": folder},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    return int(json.loads(done.stdout)["evaluations"])
 
 
-def main() -> None:
-    if len(sys.argv) != 3:
-        raise SystemExit("usage: python -m otcache.artifacts.readme ARTIFACT README")
-    artifact, readme = Path(sys.argv[1]), Path(sys.argv[2])
-    manifest = Manifest.model_validate_json((artifact / MANIFEST_NAME).read_bytes())
-    model = Path(__file__).parent / "models" / manifest.model.name
-    check = json.loads((model / "check.json").read_text())
-    readme.write_text(rewrite(readme.read_text(encoding="utf-8"), results(manifest, check)), encoding="utf-8")
-    copy_pictures(artifact / "report", manifest.model.name, PICTURES)
-    shutil.copyfile(model / "samples.png", PICTURES / f"{manifest.model.name}-samples.png")
+def needs_section(evaluations: int) -> str:
+    """What a compile takes of real models, in Markdown."""
+    rows = {
+        "weights in bfloat16": [f"{_rounded(2 * model.parameters / 1e9)} GB" for model in REAL_MODELS],
+        "one evaluation on an H100, about": [f"{model.evaluation_s:g} s" for model in REAL_MODELS],
+        "a compile's evaluations, at most": [
+            f"{_rounded(evaluations * model.evaluation_s / 3600)} hours" for model in REAL_MODELS
+        ],
+        "disk for its full runs": [
+            f"{_rounded(4 * (2 * STEPS + 1) * model.latents * PROMPTS / 1e9)} GB" for model in REAL_MODELS
+        ],
+    }
+    return "\n".join(
+        [
+            f"A compile at 4, 8 and 16 of {STEPS} steps with 32 + 32 prompts makes at most {evaluations:,} evaluations",
+            "of one sample (`otc compile shapes --dry-run`; of any model as many). The dry run times one on your host and",
+            "says hours and disk. For scale, computed from the models' published shapes, not measured:",
+            "",
+            "| | " + " | ".join(model.name for model in REAL_MODELS) + " |",
+            "|---|" + "---:|" * len(REAL_MODELS),
+            *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()),
+        ]
+    )
+
+
+def _rounded(value: float) -> str:
+    """To two digits: `186.2` → `190`."""
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def copy_pictures(report: Path, model: str, target: Path) -> None:
@@ -95,6 +141,22 @@ def copy_pictures(report: Path, model: str, target: Path) -> None:
             whole.paste(image, (left, 0))
             left += image.width
         whole.save(target / f"{model}-{name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("readme", type=Path)
+    parser.add_argument("--pictures", type=Path, metavar="ARTIFACT")
+    options = parser.parse_args()
+    text = options.readme.read_text(encoding="utf-8")
+    text = replace_section(text, results_table(read_comparisons()), MARKS)
+    text = replace_section(text, needs_section(count_evaluations()), NEEDS_MARKS)
+    options.readme.write_text(text, encoding="utf-8")
+    if options.pictures:
+        manifest = Manifest.model_validate_json((options.pictures / MANIFEST_NAME).read_bytes())
+        copy_pictures(options.pictures / "report", manifest.model.name, HERE / "pictures")
+        samples = HERE / "models" / manifest.model.name / "samples.png"
+        shutil.copyfile(samples, HERE / "pictures" / f"{manifest.model.name}-samples.png")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def otc(*arguments, **environment):
 
 
 def test_exit_codes_are_documented():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[1] / "runtime" / "README.md").read_text(encoding="utf-8")
     text = cli.main.get_help(CONTEXT)
     for code in (0, *cli.KINDS):
         assert re.search(rf"^ *{code}  \w", text, re.MULTILINE) and re.search(rf"\b{code} \w", readme), code

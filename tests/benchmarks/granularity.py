@@ -22,7 +22,7 @@ import onnx
 from output import host, output_option, write
 
 from otcache.runtime.artifact.reader import Artifact
-from otcache.runtime.build.segments import OnnxSegment, joined_model
+from otcache.runtime.build.segments import OnnxSegment, model_from_segment
 from otcache.runtime.engines.onnx import OnnxBackend, OnnxEngine
 from otcache.runtime.loop.backend import Engine, shape_of
 from otcache.runtime.loop.host_loop import Trunk
@@ -45,7 +45,9 @@ def trunk_of(artifact: Artifact, granularity: Granularity, backend: OnnxBackend,
         path = paths[0]
         if len(parts) > 1:
             path = folder / f"{granularity}-{stage.name}.onnx"
-            onnx.save(joined_model(OnnxSegment(parts, paths, tuple(tensor.name for tensor in stage.outputs))), path)
+            onnx.save(
+                model_from_segment(OnnxSegment(parts, paths, tuple(tensor.name for tensor in stage.outputs))), path
+            )
         engines[stage.name] = OnnxEngine(stage, path, backend._options, backend._providers)
     return Trunk(coarse, engines, backend, images)
 

@@ -1,8 +1,8 @@
 """Peak memory of cut and export: `otc compile` of a FLUX-shaped model with random weights, against its size and its
 largest block.
 
-    python tests/benchmarks/memory.py                                   # FLUX.1's widths, 4 billion parameters in
-    bfloat16 python tests/benchmarks/memory.py --heads 8 --double 2 --single 2   # small
+    python tests/benchmarks/memory.py                                   # FLUX.1's widths, 4 billion parameters
+    python tests/benchmarks/memory.py --heads 8 --double 2 --single 2   # small
 
 Makes a pipeline's folder in `--folder` and compiles it with everything else as small as can be, up to the transformer's
 export: loading, calibration and searches in float32 are those of every compile. Prints one JSON object. Peaks are those

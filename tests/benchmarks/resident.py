@@ -4,7 +4,7 @@ whole trunk.
     python tests/benchmarks/resident.py [--artifact DIR] [--rounds 5] [-o FILE]
 
 The engines are the first that this host can execute: plans of TensorRT or TensorRT for RTX, built here from the
-artifact's ONNX files, else stages that `compiler.cut` makes of a FLUX transformer, run by torch behind the same
+artifact's ONNX files, else stages that `compiler.graph.cut` makes of a FLUX transformer, run by torch behind the same
 protocol (a copy per output more than plans need). With a GPU, torch's figures are of FLUX.1's sizes at 1024² in
 bfloat16 with random weights; agreement is always that of a reduced size in float32, because a CPU cannot run the other.
 Without a GPU everything is of reduced size, graphs are replayed call by call, and the output says so: then it shows
@@ -69,9 +69,6 @@ FLUX_BLOCKS = 57
 GRANULARITIES = ("block", "segment", "trunk")
 SHARE = 0.02
 """Of a step's time, that the host may take on a GPU at FLUX.1's sizes."""
-
-# --- a transformer as stages and manifest
-# ---------------------------------------------------------------------------------
 
 
 class Subject:
@@ -389,7 +386,9 @@ class HostModel:
 
 
 def agreement(kind: str) -> dict[str, float]:
-    """Largest difference of latents from the loop on the CPU, by budget and granularity; captured ones from uncaptured."""
+    """Largest difference of latents from the loop on the CPU, by budget and granularity; captured ones from
+    uncaptured.
+    """
     steps = 8
     subject = Subject(REDUCED, tokens=(16, 8), steps=steps, dtype="float32", device="cpu")
     expected = {

@@ -1,4 +1,4 @@
-"""What the choices in `runtime/onnx_engine.py` are worth: idle threads that sleep, and one arena for all sessions.
+"""What the choices in `runtime/engines/onnx.py` are worth: idle threads that sleep, and one arena for all sessions.
 
     python tests/benchmarks/sessions.py artifacts/shapes [--images 4] [--rounds 9] [--threads 2]
 

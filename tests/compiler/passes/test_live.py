@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +21,6 @@ from otcache.runtime import Sampler
 from otcache.runtime.artifact.reader import Artifact
 from otcache.schemas.errors import ArtifactError, ModelError, UsageError
 
-README = Path(__file__).parents[3] / "README.md"
 PROMPTS = [f"a {colour} {shape} on black" for colour in ("red", "blue") for shape in ("ring", "star")]
 SMALL = dict(
     budgets=[3, 2, 2],
@@ -104,25 +101,6 @@ def test_the_scheduler_draws_what_the_runtime_serves(artifact, pipeline, budget)
     with Sampler.load(folder, threads=1) as sampler:
         expected = sampler.sample(sampler.encode(prompts), budget=budget, seed=[5, 6])
     assert np.linalg.norm(found.images.numpy() - expected) / np.linalg.norm(expected) < 3e-6
-
-
-def test_the_readmes_pipeline(tiny_flux_folder, workspace, tmp_path):
-    """With the small model in the place of the bundled one, and the options of a small compile."""
-    (code,) = re.findall(r"```python pipeline.py\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    small = {key: value for key, value in SMALL.items() if key not in ("budgets", "payload")}
-    for old, new in (
-        ('"artifacts/models/shapes"', repr(str(tiny_flux_folder))),
-        ('output="artifacts/mine"', "**small"),
-        ("48", "16"),
-        ("[4, 8, 16]", "[2, 3]"),
-        ("budget=8", "budget=3"),
-        ("num_inference_steps=8", "num_inference_steps=3"),
-    ):
-        assert old in code
-        code = code.replace(old, new)
-    scope = {"small": {**small, "output": tmp_path / "mine", "workspace": workspace}}
-    exec(code, scope)
-    assert scope["picture"].size == (16, 16) and Artifact.open(tmp_path / "mine").manifest.budgets == ("2", "3", "full")
 
 
 def test_every_option_is_taken(pipeline, tmp_path):

@@ -1,4 +1,4 @@
-"""The README's server, started as it says, over real HTTP with concurrent clients."""
+"""The server of runtime/README.md, started as it says, over real HTTP with concurrent clients."""
 
 import io
 import os
@@ -27,8 +27,8 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-CODE = re.search(r"```python server\.py\n(.*?)```", README, re.DOTALL).group(1)
+PAGE = (Path(__file__).parents[3] / "runtime" / "README.md").read_text(encoding="utf-8")
+CODE = re.search(r"```python server\.py\n(.*?)```", PAGE, re.DOTALL).group(1)
 CAPACITY = int(re.search(r"capacity=(\d+)", CODE).group(1))
 MANY = 600
 """Steps of the artifact's full program: long enough for requests to overlap."""

@@ -24,7 +24,7 @@ from otcache.schemas.digest import digest_of_value
 
 from ..workspace.whole_files import part_folder
 from .batch import Batch, Evaluator, batch_from_rows
-from .micro_batch import MicroBatch, is_out_of_memory, release
+from .micro_batch import MicroBatch
 from .runs import FloatArray, Runs, new_array
 from .samples import Rows, StepStatistics
 from .scoring import scores_from_latents
@@ -76,22 +76,11 @@ class LocalSamples:
     def batches(self, function: Callable[[Batch], Any], rows: slice = slice(None)) -> Iterator[tuple[slice, Any]]:
         """(samples, what `function` answers for them), one micro-batch after the other."""
         start, stop, _ = rows.indices(self.count)
-        while start < stop:
-            part = slice(start, min(start + self.micro_batch.size, stop))
-            failure: Exception | None = None
-            try:
-                answer = function(batch_from_rows(self.runs, self.evaluator, part, self.scratch))
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                failure = error
-            if failure is not None:  # outside of the handler, whose traceback keeps the tensors
-                failure = failure.with_traceback(None)
-                self.micro_batch.halve(failure)
-                release(self.evaluator.device)
-                continue
-            yield part, answer
-            start = part.stop
+
+        def compute(part: slice) -> Any:
+            return function(batch_from_rows(self.runs, self.evaluator, part, self.scratch))
+
+        return self.micro_batch.run(slice(start, stop), compute, self.evaluator.device)
 
     def walk(self, memory: int) -> LocalWalk:
         """See `Samples`."""
@@ -113,6 +102,7 @@ class LocalSamples:
         array = self._outputs.new(key, (self.count, *self.runs.latents_shape))
         for rows, values in self.batches(evaluate):
             array[rows] = values
+        self._outputs.keep(key, array)
         return Output(array, self.count)
 
 
@@ -138,20 +128,26 @@ class OutputStore:
         return self._arrays.get(key)
 
     def new(self, key: str, shape: Sequence[int]) -> np.memmap[Any, Any]:
-        """A new array to fill. One that has made room stays readable for those who hold it."""
+        """A new array to fill, not known by its key until it is kept. Those that make room for it stay readable for
+        who holds them.
+        """
         array = new_array(self.folder / f"{key}.npy", shape)
-        self._arrays[key] = array
-        total = sum(each.nbytes for each in self._arrays.values())
-        while total > self.limit_bytes and len(self._arrays) > 1:
+        total = array.nbytes + sum(each.nbytes for each in self._arrays.values())
+        while total > self.limit_bytes and self._arrays:
             old, dropped = self._arrays.popitem(last=False)
             total -= dropped.nbytes
             (self.folder / f"{old}.npy").unlink(missing_ok=True)
         return array
 
+    def keep(self, key: str, array: NDArray[np.float32]) -> None:
+        """Know an array that was filled by its key."""
+        self._arrays[key] = array
+
     def put(self, key: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Keep values that are known."""
         array = self.new(key, values.shape)
         array[:] = values
+        self.keep(key, array)
         return array
 
 

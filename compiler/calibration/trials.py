@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -152,11 +151,6 @@ class Calibration:
             score=by[self.objective](),
             weight=weight,
         )
-
-    @functools.cached_property
-    def trajectory_gram(self) -> np.ndarray:
-        """Mean inner products float64 (2T+1, 2T+1) along the full runs, for each sample and element."""
-        return self.samples.trajectory_gram()
 
     def _prior(self, computed: Sequence[int], end: int) -> tuple[float, np.ndarray]:
         return extrapolated_jump(self.table, computed, end, PRIOR_ORDER)

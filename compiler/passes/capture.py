@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from ..calibration.micro_batch import is_out_of_memory, release
 from ..calibration.runs import PICTURES, Chunk, Runs, RunWriter, new_array
 from ..pipelines.full_run import record_full_runs
 from ..programs.solver_table import SolverTable
@@ -92,51 +92,43 @@ def _write_chunk(
     """Run the pipeline for some prompts, as many at once as the device takes, and decode what comes out."""
     steps, count = table.num_inference_steps, len(prompts)
     writer = RunWriter(folder, count, steps, session.interface.latents_shape)
-    parts: list[dict[str, torch.Tensor]] = []
-    start, size = 0, count
-    while start < count:
-        part = range(start, min(start + size, count))
 
-        def progress(done: int, of: int, part: range = part) -> None:
-            advance(steps * (rows.start + part.start) + steps * len(part) * done // of, steps * total)
+    def record(part: slice) -> dict[str, torch.Tensor]:
+        start, own = rows.start + part.start, part.stop - part.start
 
-        failure: Exception | None = None
-        try:
-            parts.append(
-                record_full_runs(
-                    session.model.pipeline,
-                    session.interface,
-                    session.call,
-                    prompts[part.start : part.stop],
-                    [seed + row for row in part],
-                    scales[part.start : part.stop],
-                    writer,
-                    rows=part,
-                    progress=progress,
-                )
-            )
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            failure = error.with_traceback(None)
-        if failure is not None:
-            session.micro_batch.size = min(session.micro_batch.size, size)
-            session.micro_batch.halve(failure)
-            size = session.micro_batch.size
-            release(session.placement.device)
-            continue
-        start = part.stop
-    conditioning = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
-    writer.finish(conditioning, scales)
+        def progress(done: int, of: int) -> None:
+            advance(steps * start + steps * own * done // of, steps * total)
+
+        return record_full_runs(
+            session.model.pipeline,
+            session.interface,
+            session.call,
+            prompts[part],
+            [seed + row for row in range(part.start, part.stop)],
+            scales[part],
+            writer,
+            rows=range(part.start, part.stop),
+            progress=progress,
+        )
+
+    # More samples than are evaluated at once are in one chunk only where they have to be in one call.
+    at_once = count if count > int(session.key["placement"]["micro batch"]) else 0
+    parts = session.micro_batch.run(slice(0, count), record, session.placement.device, at_once)
+    conditionings = [conditioning for _, conditioning in parts]
+    writer.finish({name: torch.cat([each[name] for each in conditionings], dim=1) for name in conditionings[0]}, scales)
     _write_pictures(folder, session, count)
 
 
 def _write_pictures(folder: Path, session: Session, count: int) -> None:
     """Decode the final latents of a chunk, one sample after the other."""
     final = Chunk(folder).latents
+    device = session.placement.device
+
+    def decode(part: slice) -> np.ndarray:
+        return session.decode(torch.from_numpy(final[part, -1].copy()).to(device))
+
     pictures = None
-    for row in range(count):
-        decoded = session.decode(torch.from_numpy(final[row : row + 1, -1].copy()).to(session.placement.device))
+    for part, decoded in session.micro_batch.run(slice(0, count), decode, device, at_once=1):
         if pictures is None:
             pictures = new_array(folder / PICTURES, (count, *decoded.shape[1:]))
-        pictures[row] = decoded[0]
+        pictures[part] = decoded

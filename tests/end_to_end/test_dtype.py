@@ -17,11 +17,10 @@ from otcache.compiler.export.precision import Served
 from otcache.compiler.graph.stages import StageGraph
 from otcache.compiler.models.load import load_model
 from otcache.compiler.options import CompileOptions
-from otcache.compiler.passes.evaluate import held_out_trajectory
+from otcache.compiler.passes.evaluate import held_out_runs
 from otcache.compiler.passes.golden import rounding_of
 from otcache.compiler.passes.prepare import prepare
 from otcache.compiler.pipelines.call import call_options
-from otcache.compiler.pipelines.denoiser import denoiser_of
 from otcache.compiler.workspace.progress import Reporter
 from otcache.runtime import Sampler
 from otcache.runtime.artifact.reader import Artifact
@@ -146,8 +145,7 @@ def test_the_golden_request_is_tight_and_catches_one_wrong_matrix(dtype, halves,
     options = CompileOptions(model=str(tiny_flux_folder), dtype=dtype, workspace=workspace, **SAME)
     prepared, artifact = prepare(options, Reporter()), Artifact.open(halves / dtype)
     session, golden = prepared.session, artifact.manifest.golden
-    first = held_out_trajectory(prepared).rows(slice(1))
-    denoiser = denoiser_of(session.model.transformer, session.interface, first)
+    runs = held_out_runs(prepared)
     expected = np.frombuffer(artifact.read(golden.latents), "<f4").reshape(artifact.manifest.latents.shape)
     program = artifact.manifest.program(golden.budget).program
 
@@ -169,7 +167,7 @@ def test_the_golden_request_is_tight_and_catches_one_wrong_matrix(dtype, halves,
             dtype=getattr(torch, dtype),
             kept=(session.interface.timestep_input,),
         )
-        return rounding_of(served, program, denoiser, first, expected)
+        return rounding_of(served, program, session, runs, expected)
 
     assert 1e-5 < error(artifact.folder) < golden.max_relative_error < OF_GOLDEN[dtype]
     broken = Path(shutil.copytree(artifact.folder, tmp_path / "broken"))

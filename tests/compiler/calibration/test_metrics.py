@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from equations import equation_evaluator, normal, write_chunk
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from otcache.compiler.calibration.batch import Batch
+from otcache.compiler.calibration.local import LocalSamples
 from otcache.compiler.calibration.metrics import Quality, lpips_metric, psnr, relative_latent_error, ssim
+from otcache.compiler.calibration.micro_batch import MicroBatch
+from otcache.compiler.calibration.runs import Runs
+from otcache.compiler.calibration.samples import Rows
+from otcache.compiler.calibration.scoring import scores_from_latents
 from otcache.schemas.errors import HostError, UsageError
 
 GENERATOR = np.random.default_rng(0)
@@ -80,6 +88,58 @@ def test_videos_count_as_one_sample() -> None:
     np.testing.assert_allclose(ssim(found, expected), [ssim(a, b).mean() for a, b in zip(found, expected, strict=True)])
     mse = np.square(found.astype(float) - expected).mean(axis=(1, 2, 3, 4))
     np.testing.assert_allclose(psnr(found, expected), -10 * np.log10(mse))
+
+
+def frames_from_latents(latents: torch.Tensor) -> np.ndarray:
+    """Latents (m, channels, frames, height, width) → videos (m, frames, height, width, 3)."""
+    return torch.sigmoid(latents[:, :3].permute(0, 2, 3, 4, 1)).contiguous().numpy()
+
+
+def test_videos_are_scored_sample_by_sample(tmp_path: Path) -> None:
+    """Through a batch of samples, of which one at a time is decoded: frames are not taken for samples."""
+
+    def rate(x: torch.Tensor, step: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return -k * x
+
+    shape, k = (3, 4, 12, 12), torch.linspace(0.5, 2.0, 3)
+    chunk = write_chunk(tmp_path / "runs", normal(3, *shape), rate, k=k, decode=frames_from_latents)
+    evaluator = replace(equation_evaluator(rate, shape), decode=frames_from_latents)
+    samples = LocalSamples(Runs([chunk]), evaluator, MicroBatch(1), tmp_path / "scratch")
+    moved = normal(3, *shape, seed=1) * 0.1
+
+    def score(batch: Batch) -> Rows:
+        return scores_from_latents(batch, batch.latents(-1) + moved[batch.rows])
+
+    found = samples.map(score)
+    videos, references = (
+        frames_from_latents(torch.from_numpy(chunk.latents[:, -1].copy()) + each) for each in (moved, 0.0)
+    )
+    mse = np.square(videos.astype(float) - references).mean(axis=(1, 2, 3, 4))
+    np.testing.assert_allclose(found["psnr_db"], -10 * np.log10(mse), rtol=1e-5)
+    oracle = [
+        np.mean(
+            [
+                structural_similarity(
+                    a.astype(float),
+                    b.astype(float),
+                    channel_axis=-1,
+                    data_range=1.0,
+                    gaussian_weights=True,
+                    sigma=1.5,
+                    use_sample_covariance=False,
+                )
+                for a, b in zip(video, reference, strict=True)
+            ]
+        )
+        for video, reference in zip(videos, references, strict=True)
+    ]
+    np.testing.assert_allclose(found["ssim"], oracle, rtol=1e-5)
+    final = chunk.latents[:, -1].reshape(3, -1)
+    np.testing.assert_allclose(
+        found["latent_error"],
+        np.linalg.norm(moved.flatten(1).numpy(), axis=1) / np.linalg.norm(final, axis=1),
+        rtol=1e-5,
+    )
 
 
 def test_tensors_are_images_too() -> None:

@@ -11,8 +11,9 @@ pytest.importorskip("torch")
 
 from command import COMPILE, otc
 
+from otcache.compiler.effort import EFFORTS
 from otcache.compiler.options import CompileOptions
-from otcache.compiler.schedules.search import INTERPOLATION_WEIGHTS, highest_costs, positions
+from otcache.compiler.schedules.search import highest_costs, positions
 from otcache.runtime.artifact.reader import Artifact
 
 
@@ -76,12 +77,13 @@ def test_what_is_in_the_workspace_is_said(compiled, tiny_flux_folder, workspace,
 def test_bounds_follow_the_options(payload):
     costs = highest_costs(CompileOptions(model="m", payload=payload), 32, 50)
     assert costs["residuals"] == 8 / 32
-    each = 3 if payload == "residual" else 1
-    assert costs["reference"] == pytest.approx(2 * 20 / 50 * each) and costs["anchor"] == pytest.approx(
-        20 * 4 / 50 * each
-    )
+    each, known = (3, 0) if payload == "residual" else (1, 1)  # a walk's first evaluation is the full run's own
+    assert costs["reference"] == pytest.approx(2 * (20 - known) / 50 * each)
+    assert costs["anchor"] == pytest.approx(20 * (4 - known) / 50 * each)
     few = CompileOptions(model="m", payload="output", num_inference_steps=3, budgets=(3,), anchor_budget=1)
-    assert highest_costs(few, 4, 3)["interpolate and fit"] == 1.0, "there is one schedule of 3 steps out of 3"
+    assert highest_costs(few, 4, 3)["interpolate and fit"] == pytest.approx(2 / 3), (
+        "there is one schedule of 3 steps out of 3, whose first step is known"
+    )
     shipped = CompileOptions(model="m")
     assert 1 + sum(highest_costs(shipped, shipped.calibration_prompts, 50).values()) <= 10, (
         "full runs per prompt, capture included"
@@ -93,7 +95,7 @@ def test_more_budgets_cost_positions_on_the_path_rather_than_more_full_runs(budg
     options = CompileOptions(model="m", budgets=budgets)
     assert 1 + sum(highest_costs(options, 32, 50).values()) <= 10
     assert positions(options, 32, 50) == (
-        INTERPOLATION_WEIGHTS if sum(budgets) <= 28 else 2 if sum(budgets) == 38 else 1
+        EFFORTS["standard"].weights if sum(budgets) <= 28 else 2 if sum(budgets) == 38 else 1
     )
 
 

@@ -1,4 +1,4 @@
-"""Gram matrices against direct sums."""
+"""Gram matrices of full runs against direct sums."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otcache.compiler.schedules.gram import statistics_from_trajectory
+from otcache.compiler.calibration.runs import gram_from_rows
+from otcache.compiler.schedules.gram import statistics_from_grams
+
+
+def grams_of(latents, outputs):
+    """Inner products (n, 2T+1, 2T+1) of latents (T+1, n, …) and outputs (T, n, …), and elements of a sample."""
+    rows = np.concatenate([latents, outputs])
+    rows = rows.reshape(*rows.shape[:2], -1)
+    return np.einsum("rnd,snd->nrs", rows, rows), rows.shape[2]
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.lists(st.integers(1, 3), max_size=3), st.integers(0, 99))
@@ -16,7 +24,7 @@ def test_gram_holds_mean_inner_products_in_the_stated_order(total, samples, shap
     random = np.random.default_rng(seed)
     latents = random.normal(size=(total + 1, samples, *shape))
     outputs = random.normal(size=(total, samples, *shape))
-    statistics = statistics_from_trajectory(latents, outputs)
+    statistics = statistics_from_grams(*grams_of(latents, outputs))
     rows = [*latents, *outputs]
     assert statistics.num_inference_steps == total and statistics.gram.dtype == np.float64
     assert np.allclose(statistics.gram, [[np.mean(a * b) for b in rows] for a in rows])
@@ -27,16 +35,17 @@ def test_gram_holds_mean_inner_products_in_the_stated_order(total, samples, shap
 @settings(max_examples=20, deadline=None)
 def test_gram_is_symmetric_and_positive(seed):
     random = np.random.default_rng(seed)
-    gram = statistics_from_trajectory(random.normal(size=(5, 2, 3)), random.normal(size=(4, 2, 3))).gram
+    gram = statistics_from_grams(*grams_of(random.normal(size=(5, 2, 3)), random.normal(size=(4, 2, 3)))).gram
     assert np.allclose(gram, gram.T) and np.linalg.eigvalsh(gram).min() > -1e-12
 
 
 def test_half_precision_is_summed_in_float64():
-    latents = np.full((3, 1, 4096), 200.0, dtype=np.float16)
-    assert statistics_from_trajectory(latents, latents[:2]).gram == pytest.approx(np.full((5, 5), 40_000.0))
+    rows = np.full((5, 4096), 200.0, dtype=np.float16)
+    gram = statistics_from_grams(gram_from_rows(rows[:3], rows[3:])[None], 4096).gram
+    assert gram == pytest.approx(np.full((5, 5), 40_000.0))
 
 
-@pytest.mark.parametrize("shapes", [((3, 2, 4), (3, 2, 4)), ((3, 2, 4), (2, 1, 4)), ((3, 2, 4), (2, 2, 5))])
-def test_shapes_that_do_not_belong_together_are_refused(shapes):
-    with pytest.raises(ValueError, match=r"expected \(T\+1, n, …\) and \(T, n, …\)"):
-        statistics_from_trajectory(np.zeros(shapes[0]), np.zeros(shapes[1]))
+@pytest.mark.parametrize("shape", [(3, 3), (2, 3, 5), (2, 4, 4)])
+def test_shapes_that_are_not_of_full_runs_are_refused(shape):
+    with pytest.raises(ValueError, match=r"expected \(n, 2T\+1, 2T\+1\)"):
+        statistics_from_grams(np.zeros(shape), 4)

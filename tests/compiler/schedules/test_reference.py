@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from otcache.compiler.schedules.gram import statistics_from_trajectory
+from otcache.compiler.schedules.gram import statistics_from_grams
 from otcache.compiler.schedules.reference import (
     Minimax,
     Power,
@@ -28,6 +28,12 @@ def trajectory(total=7, samples=3, size=12, seed=0):
     return np.cumsum(latents, axis=0), outputs
 
 
+def statistics_of(latents, outputs):
+    """Of latents (T+1, n, d) and outputs (T, n, d)."""
+    rows = np.concatenate([latents, outputs])
+    return statistics_from_grams(np.einsum("rnd,snd->nrs", rows, rows), rows.shape[2])
+
+
 def least_squares(target, regressors):
     matrix = np.stack([r.ravel() for r in regressors], axis=1)
     weights = np.linalg.lstsq(matrix, target.ravel(), rcond=None)[0]
@@ -36,17 +42,17 @@ def least_squares(target, regressors):
 
 def test_gram_is_the_mean_inner_product():
     latents, outputs = trajectory()
-    statistics = statistics_from_trajectory(latents, outputs)
+    statistics = statistics_of(latents, outputs)
     assert statistics.num_inference_steps == 7
     assert statistics.gram[2, 5] == pytest.approx(np.mean(latents[2] * latents[5]))
     assert statistics.gram[3, statistics.output(4)] == pytest.approx(np.mean(latents[3] * outputs[4]))
     with pytest.raises(ValueError, match="expected"):
-        statistics_from_trajectory(latents[:-1], outputs)
+        statistics_of(latents[:-1], outputs)  # an even number of rows
 
 
 def test_edges_are_least_squares_errors():
     latents, outputs = trajectory()
-    statistics = statistics_from_trajectory(latents, outputs)
+    statistics = statistics_of(latents, outputs)
     errors, pairs = edge_errors(statistics), pair_edge_errors(statistics)
     for i, j in itertools.combinations(range(8), 2):
         assert errors[i, j] == pytest.approx(least_squares(latents[j], [latents[i], outputs[i]]), rel=1e-5, abs=1e-9)
@@ -68,7 +74,7 @@ def path_errors(schedule, errors, pairs):
 @pytest.mark.parametrize("with_pairs", [False, True])
 @pytest.mark.parametrize("budget", range(1, 8))
 def test_paths_equal_brute_force(seed, with_pairs, budget):
-    statistics = statistics_from_trajectory(*trajectory(seed=seed))
+    statistics = statistics_of(*trajectory(seed=seed))
     errors = edge_errors(statistics)
     pairs = pair_edge_errors(statistics) if with_pairs else None
     every = [(0, *rest) for rest in itertools.combinations(range(1, 7), budget - 1)]
@@ -90,7 +96,7 @@ def test_end_to_end_edges_replay_only_jumps():
 
 
 def test_graph_schedules_are_distinct_and_have_the_budget():
-    statistics = statistics_from_trajectory(*trajectory(total=12))
+    statistics = statistics_of(*trajectory(total=12))
     for budget in (1, 3, 6, 12):
         found = graph_schedules(statistics, budget)
         assert all(len(schedule) == budget for schedule in found.values())
@@ -100,7 +106,7 @@ def test_graph_schedules_are_distinct_and_have_the_budget():
 def test_an_output_of_zeros_tells_nothing_and_breaks_nothing():
     latents, outputs = trajectory()
     outputs[3] = 0.0
-    statistics = statistics_from_trajectory(latents, outputs)
+    statistics = statistics_of(latents, outputs)
     errors, pairs = edge_errors(statistics), pair_edge_errors(statistics)
     assert errors[3, 5] == pytest.approx(least_squares(latents[5], [latents[3]]), rel=1e-5)
     assert not np.isnan(errors).any() and not np.isnan(pairs).any()
@@ -110,7 +116,7 @@ def test_an_output_of_zeros_tells_nothing_and_breaks_nothing():
 @pytest.mark.parametrize("with_pairs", [False, True])
 @pytest.mark.parametrize("missing", ["last", "first"])
 def test_errors_that_leave_no_path_are_refused(objective, with_pairs, missing):
-    statistics = statistics_from_trajectory(*trajectory())
+    statistics = statistics_of(*trajectory())
     errors, pairs = edge_errors(statistics), pair_edge_errors(statistics)
     if missing == "last":
         errors[:, -1], pairs[:, :, -1] = np.nan, np.nan
@@ -122,7 +128,7 @@ def test_errors_that_leave_no_path_are_refused(objective, with_pairs, missing):
 
 @pytest.mark.parametrize("objective", [Power(4.0), Minimax()])
 def test_edges_that_are_not_finite_are_avoided(objective):
-    errors = edge_errors(statistics_from_trajectory(*trajectory()))
+    errors = edge_errors(statistics_of(*trajectory()))
     errors[0, 3] = np.nan
     every = [(0, *rest) for rest in itertools.combinations(range(1, 7), 2) if rest[0] != 3]
     if isinstance(objective, Minimax):
@@ -133,7 +139,7 @@ def test_edges_that_are_not_finite_are_avoided(objective):
 
 
 def test_budget_outside_the_timeline_is_refused():
-    errors = edge_errors(statistics_from_trajectory(*trajectory()))
+    errors = edge_errors(statistics_of(*trajectory()))
     for budget in (0, 8):
         with pytest.raises(ValueError, match=f"budget is {budget}: expected 1 … 7"):
             shortest_schedule(errors, budget, Power(4.0))

@@ -76,7 +76,7 @@ def with_prompt_steps(
     for steps in CANDIDATES:
         specifications = tuple(dataclasses.replace(each, steps=steps) for each in encoders.tokenizers)
         with torch.no_grad():
-            made = encoders.module(**{each.input_name: each.ids(texts) for each in specifications})
+            made = encoders.module(**{each.input_name: each.encode(texts) for each in specifications})
         if all(_close(made[name], expected[name]) for name in encoders.output_names if name in expected):
             return dataclasses.replace(encoders, tokenizers=specifications)
     return None

@@ -24,7 +24,9 @@ from ..calibration.samples import Rows
 from ..calibration.scoring import scores_from_latents
 from ..hosts import blocks
 from ..pipelines.call import ABOVE_ONE
-from ..pipelines.record import record_run
+from ..pipelines.invoke import invoke
+from ..pipelines.prompts import prompt_arguments
+from ..pipelines.record import guider_at, record
 from .method import Bench, Group, NotApplicable, Outcome
 
 BISECTIONS = 9
@@ -148,11 +150,13 @@ def run_pipeline(bench: Bench, rows: list[int], *, held_out: bool) -> Tensor:
     last: list[Tensor] = []
 
     def keep(index: int, timestep: float, before: Tensor, output: Tensor, after: Tensor) -> None:
-        last[:] = [after]
+        last[:] = [after[: len(rows)]]  # some pipelines hand both branches, with the same latents, to the scheduler
 
-    record_run(
-        bench.pipeline, bench.call, scale, [prompts[row] for row in rows], [seeds[row] for row in rows], on_step=keep
-    )
+    arguments = bench.call.arguments(scale, len(rows))
+    generators = [torch.Generator().manual_seed(seeds[row]) for row in rows]
+    named = prompt_arguments(bench.pipeline, [prompts[row] for row in rows])
+    with record(bench.pipeline, keep_calls=0, on_step=keep), guider_at(bench.pipeline, scale):
+        invoke(bench.pipeline, {**named, "generator": generators, **arguments})
     return last[0]
 
 

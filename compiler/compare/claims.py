@@ -6,10 +6,12 @@ differ in the schedule alone; the searches are given about what interpolation to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..calibration.fit import Stop
+from ..calibration.outcomes import quality_of
 from ..calibration.trials import Trial
 from ..passes.prepare import Prepared
 from ..programs.schedule import uniform_schedule
@@ -47,9 +49,13 @@ def _claims_at(prepared: Prepared, bench: Bench, found: Found, budget: int) -> l
     law_policy = policy_from_schedule(law, total)
     graph = next(iter(OutputFamily(calibration).graph_schedules(budget).values()))
 
+    def score(schedule: Schedule, stop: Stop) -> tuple[float, Sequence[float]]:
+        trial = calibration.fit(schedule, stop=stop)
+        return trial.score, trial.drifts
+
     def search(trials: int) -> Trial:
         result = search_anchor(
-            lambda schedule: calibration.fit(schedule).score,
+            score,
             budget=budget,
             num_inference_steps=total,
             starts=[graph, uniform_schedule(budget, total)],
@@ -69,7 +75,7 @@ def _claims_at(prepared: Prepared, bench: Bench, found: Found, budget: int) -> l
     rows = []
     for way, (make, rollouts) in ways.items():
         trial = make()
-        quality = bench.evaluation.quality(trial.program)
+        quality = quality_of(bench.evaluation, trial.program)
         distance = wasserstein_distance(policy_from_schedule(trial.schedule, total), law_policy)
         claim = Claim(
             budget=budget,

@@ -10,32 +10,51 @@ from collections.abc import Sequence
 from otcache.schemas.errors import UsageError
 
 from ..options import CompileOptions
-from ..passes.compile import searched
+from ..passes.compile import search_schedules
 from ..passes.prepare import prepare
 from ..workspace.progress import Reporter
+from . import (
+    budcache,
+    cache_dit,
+    diffusers_caches,
+    lemica,
+    meancache,
+    paper,
+    seacache,
+    solvers,
+    spectrum,
+    teacache,
+)
 from . import robustness as elsewhere
-from . import seacache
 from .cells import FURTHER, Cell, Comparison, Skipped, peers_at, verdict_at
 from .claims import interpolation_claims
-from .hooks import hook_methods
-from .measure import bench_of, default_method, measured
+from .measure import bench_of, default_method, measure_cell
 from .method import Method
-from .program_methods import program_methods
 
 BEST_PEERS = 3
 """So many of the best peers are measured at `FURTHER` times a budget."""
 
 
+MODULES = (
+    solvers,
+    diffusers_caches,
+    teacache,
+    cache_dit,
+    seacache,
+    spectrum,
+    meancache,
+    lemica,
+    budcache,
+    paper,
+)
+
+
 def methods() -> list[Method]:
     """Every peer, in the order of the table."""
-    programs = program_methods()
-    order: list[Method] = [m for m in programs if m.group == "solver"]
-    order += [*hook_methods(), *seacache.METHODS]
-    order += [m for m in programs if m.group != "solver"]
-    return order
+    return [method for module in MODULES for method in module.METHODS]
 
 
-def chosen_methods(names: Sequence[str] | None) -> list[Method]:
+def choose_methods(names: Sequence[str] | None) -> list[Method]:
     """Peers by name, all by default. Raises UsageError."""
     everything = methods()
     if names is None:
@@ -63,17 +82,17 @@ def compare(
         robust: also measure other guidance scales and numbers of prompts (`robustness`), where its budget is among the
             options'.
     """
-    peers = chosen_methods(against)
+    peers = choose_methods(against)
     reporter = reporter or Reporter()
     prepared = prepare(options, reporter)
-    found = searched(prepared)
+    found = search_schedules(prepared)
     bench = bench_of(prepared)
     default = default_method(found)
     cells: list[Cell] = []
     skipped: list[Skipped] = []
 
     def measure(method: Method, budget: int) -> None:
-        cell = measured(bench, method, budget)
+        cell = measure_cell(bench, method, budget)
         (cells if isinstance(cell, Cell) else skipped).append(cell)  # type: ignore[arg-type]
 
     everything: list[Method] = [default, *peers]
@@ -94,7 +113,7 @@ def compare(
     robustness = None
     if robust and elsewhere.BUDGET in options.budgets:
         robustness = elsewhere.robustness(prepared, cells, peers)
-    lemica = next((cell.full_runs for cell in cells if cell.method == "lemica"), None)
+    lemica_cost = next((cell.full_runs for cell in cells if cell.method == "lemica"), None)
     session = prepared.session
     return Comparison(
         model=options.model,
@@ -103,7 +122,7 @@ def compare(
         num_inference_steps=bench.table.num_inference_steps,
         guidance_scale=options.nominal_scale,
         prompts=bench.count,
-        calibration_prompts=bench.calibration.trajectory.count,
+        calibration_prompts=bench.calibration.count,
         size=(session.call.height, session.call.width),
         budgets=options.budgets,
         cells=tuple(cells),
@@ -111,7 +130,7 @@ def compare(
         verdicts=tuple(verdict_at(cells, budget) for budget in options.budgets if peers_at(cells, budget)),
         claims=tuple(claims),
         costs={"capture": 1.0, **found.costs},
-        lemica_full_runs=lemica,
+        lemica_full_runs=lemica_cost,
         versions=session.key["versions"],
         robustness=robustness,
     )

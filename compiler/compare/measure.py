@@ -5,24 +5,19 @@ twice.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from otcache.schemas.program import Program
-
-from ..calibration import metrics
-from ..calibration.outcomes import Evaluation
 from ..calibration.trials import Calibration
 from ..passes.capture import full_runs
-from ..passes.evaluate import held_out_trajectory
-from ..passes.prepare import Prepared
-from ..pipelines.denoiser import denoiser_of
+from ..passes.evaluate import held_out_runs
+from ..passes.prepare import Prepared, calibration_of, samples_of
 from ..schedules.search import Found
-from ..workspace.ledger import Attempts
+from ..workspace.ledger import Ledger
 from .cells import DEFAULT, Cell, Skipped, Spread
-from .method import Bench, Method, NotApplicable, Outcome, ProgramMethod
+from .method import Bench, Built, Method, NotApplicable, Outcome, ProgramMethod
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,21 +25,13 @@ _LOG = logging.getLogger(__name__)
 def bench_of(prepared: Prepared) -> Bench:
     """What every method is given."""
     session, options = prepared.session, prepared.session.options
-    trajectory = held_out_trajectory(prepared)
-    evaluation = Evaluation(
-        denoiser=denoiser_of(session.model.transformer, session.interface, trajectory),
-        trajectory=trajectory,
-        decode=session.decode,
-        references=session.decode(trajectory.latents[-1]),
-        stages=prepared.stages,
-    )
-    calibration = nominal_calibration(prepared)
     return Bench(
         pipeline=session.model.pipeline,
         call=session.call,
+        interface=session.interface,
         table=prepared.table,
-        calibration=calibration,
-        evaluation=evaluation,
+        calibration=nominal_calibration(prepared),
+        evaluation=samples_of(session, held_out_runs(prepared), prepared.table, prepared.stages),
         prompts=tuple(prepared.held_out),
         seeds=prepared.held_out_seeds,
         calibration_prompts=tuple(prepared.prompts),
@@ -61,20 +48,20 @@ def default_method(found: Found) -> ProgramMethod:
     """What a compile came to, as a method beside its peers."""
     programs = {budget: trials[0].program for budget, trials in found.trials.items()}
 
-    def build(bench: Bench, budget: int) -> Program:
+    def build(bench: Bench, budget: int) -> Built:
         if budget not in programs:
             raise NotApplicable(f"not compiled for {budget}")
-        return programs[budget]
+        return Built(program=programs[budget])
 
     return ProgramMethod(name=DEFAULT, group="otcache", source="this compiler's choice", build=build, made_of=programs)
 
 
-def measured(bench: Bench, method: Method, budget: int) -> Cell | Skipped:
+def measure_cell(bench: Bench, method: Method, budget: int) -> Cell | Skipped:
     """The method on the held-out prompts, or what that came to before."""
 
     def compute() -> dict[str, Any]:
         try:
-            return asdict(_scored(bench, method, budget, method.run(bench, budget)))
+            return asdict(_cell_from_outcome(method, budget, method.run(bench, budget)))
         except NotApplicable as error:
             return {"reason": str(error)}
 
@@ -88,18 +75,17 @@ def measured(bench: Bench, method: Method, budget: int) -> Cell | Skipped:
     return TypeAdapter(Cell).validate_python(value)
 
 
-def _scored(bench: Bench, method: Method, budget: int, outcome: Outcome) -> Cell:
-    pictures, references = bench.evaluation.decode(outcome.latents), bench.evaluation.references
-    lpips = bench.calibration.lpips
+def _cell_from_outcome(method: Method, budget: int, outcome: Outcome) -> Cell:
+    scores = outcome.scores
     return Cell(
         method=method.name,
         group=method.group,
         budget=budget,
         nfe_mean=float(outcome.nfe.mean()),
         nfe_worst=float(outcome.nfe.max()),
-        psnr_db=Spread.of(metrics.psnr(pictures, references)),
-        ssim=Spread.of(metrics.ssim(pictures, references)),
-        lpips=float(lpips(pictures, references).mean()) if lpips else None,
+        psnr_db=Spread.of(scores["psnr_db"]),
+        ssim=Spread.of(scores["ssim"]),
+        lpips=float(scores["lpips"].mean()) if "lpips" in scores else None,
         seconds=outcome.seconds,
         setting=outcome.setting,
         full_runs=outcome.full_runs,
@@ -110,13 +96,6 @@ def nominal_calibration(prepared: Prepared) -> Calibration:
     """The calibration set without the margin, for methods that are compared with ours: each is fitted to what is
     served.
     """
-    session, attempts = prepared.session, Attempts()
-    trajectory = full_runs(session, "capture", prepared.prompts, session.options.seed)
-    return replace(
-        prepared.calibration,
-        denoiser=denoiser_of(session.model.transformer, session.interface, trajectory),
-        trajectory=trajectory,
-        references=session.decode(trajectory.latents[-1]),
-        fitted={},
-        attempts=attempts,
-    )
+    session, table = prepared.session, prepared.table
+    runs = full_runs(session, table, "capture", prepared.prompts, session.options.seed)
+    return calibration_of(session, runs, table, prepared.stages, ledger=Ledger())

@@ -1,29 +1,32 @@
-"""What `otc compare` asks of a method: final latents on the same prompts and seeds, and what they cost.
+"""What `otc compare` asks of a method: scores of its pictures for the same prompts and seeds, and what they cost.
 
-Shapes: n held-out prompts, latents (n, …) as the scheduler sees them.
+Shapes: n samples of a set, m of a batch, T steps of the full sampler.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from torch import Tensor
 
 from otcache.schemas.program import Program
 
-from ..calibration.outcomes import Evaluation
+from ..calibration.batch import Batch
 from ..calibration.rollout import StagedModel, roll_out
+from ..calibration.samples import Rows, Samples
+from ..calibration.scoring import scores_from_latents, scores_of
 from ..calibration.trials import Calibration
 from ..pipelines.call import CallOptions
-from ..pipelines.denoiser import denoiser_of
-from ..pipelines.trajectory import Trajectory
+from ..pipelines.interface import Interface
 from ..programs.solver_table import SolverTable
 from ..workspace.workspace import Workspace
 from .cells import Group
+
+TUNING_PROMPTS = 8
+"""Calibration prompts on which every method's free settings are chosen, of those that there are."""
 
 
 class NotApplicable(Exception):
@@ -36,11 +39,13 @@ class Bench:
 
     pipeline: Any
     call: CallOptions
+    interface: Interface
     table: SolverTable
     calibration: Calibration
-    evaluation: Evaluation
+    evaluation: Samples
+    """Held-out prompts."""
     prompts: tuple[str, ...]
-    """Held-out, in the order of `evaluation`'s samples."""
+    """Of `evaluation`, in the order of its samples."""
     seeds: tuple[int, ...]
     calibration_prompts: tuple[str, ...]
     calibration_seeds: tuple[int, ...]
@@ -53,20 +58,26 @@ class Bench:
 
     @property
     def count(self) -> int:
+        """Held-out prompts."""
         return len(self.prompts)
 
-    def prompts_of(self, trajectory: Trajectory) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """Prompts and seeds of one of the two sets."""
-        if trajectory is self.evaluation.trajectory:
-            return self.prompts, self.seeds
-        return self.calibration_prompts, self.calibration_seeds
+    @property
+    def tuning(self) -> slice:
+        """The calibration samples on which methods choose their settings."""
+        return slice(min(TUNING_PROMPTS, self.calibration.count))
+
+    def check_residuals(self) -> None:
+        """Raises NotApplicable where the model has no residuals to cache."""
+        if not self.calibration.samples.caches_residuals:
+            raise NotApplicable("the blocks turn no tensor into one of its shape: there is no residual to reuse")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One method at one budget."""
+    """One method at one budget, on the held-out prompts."""
 
-    latents: Tensor
+    scores: Rows
+    """`scoring.scores_from_latents`, (n,) each."""
     nfe: np.ndarray
     """Full runs of the blocks for each prompt, float64 (n,)."""
     setting: str
@@ -99,53 +110,82 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Built:
+    """A method's program at a budget, and how it was come by."""
+
+    program: Program
+    setting: str = ""
+    """What to show; a schedule by default."""
+    full_runs: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProgramMethod:
     """A method that comes down to coefficients."""
 
     name: str
     group: Group
     source: str
-    build: Callable[[Bench, int], Program | tuple[Program, str, float]]
-    """(bench, budget) → program; or with a setting to show and the full runs that it took to find."""
-    staged: Callable[[Bench, Evaluation], StagedModel] | None = None
-    """The staged model that runs a residual program, if not the usual one."""
+    build: Callable[[Bench, int], Built]
+    """(bench, budget) → program. Raises NotApplicable."""
+    model: type[StagedModel] = StagedModel
+    """Runs a residual program, if not the usual one."""
     adaptive: bool = False
     made_of: Mapping[int, Program] = field(default_factory=dict)
     """Programs by budget, of a method that depends on more than the bench."""
 
     def run(self, bench: Bench, budget: int) -> Outcome:
+        """See `Method`."""
         built = self.build(bench, budget)
-        program, setting, full_runs = built if isinstance(built, tuple) else (built, "", 0.0)
-        latents = self._roll_out(bench, bench.evaluation, program)
-        times = []
-        for index in range(min(2, bench.count)):
-            single = only(bench.evaluation, index)
-            start = time.perf_counter()
-            self._roll_out(bench, single, program)
-            times.append(time.perf_counter() - start)
+        program = built.program
+        scores = bench.evaluation.map(staged_scores_of(program, self.model))
+        singles = [
+            bench.evaluation.map(seconds_of(program, self.model), slice(row, row + 1))["seconds"][0]
+            for row in range(min(2, bench.count))
+        ]
         return Outcome(
-            latents=latents,
+            scores=scores,
             nfe=np.full(bench.count, float(program.nfe)),
-            setting=setting or schedule_text(program.schedule),
-            seconds=float(np.median(times)),
-            full_runs=full_runs,
+            setting=built.setting or schedule_text(program.schedule),
+            seconds=float(np.median(singles)),
+            full_runs=built.full_runs,
         )
 
-    def _roll_out(self, bench: Bench, evaluation: Evaluation, program: Program) -> Tensor:
-        staged = self.staged(bench, evaluation) if self.staged else None
-        return roll_out(program, evaluation.denoiser, evaluation.trajectory.latents[0], evaluation.stages, staged)
+
+def staged_scores_of(program: Program, model: type[StagedModel]) -> Callable[[Batch], Rows]:
+    """Scores of a program on a batch; one of residuals is run by `model`."""
+    if program.payload != "residual" or model is StagedModel:
+        return scores_of(program)
+
+    def answer(batch: Batch) -> Rows:
+        return scores_from_latents(batch, _roll_out(program, batch, model))
+
+    return answer
 
 
-def only(evaluation: Evaluation, index: int) -> Evaluation:
-    """An evaluation of one of its samples."""
-    one = evaluation.trajectory.rows(slice(index, index + 1))
-    return replace(
-        evaluation,
-        trajectory=one,
-        references=evaluation.references[index : index + 1],
-        denoiser=denoiser_of(evaluation.denoiser.transformer, evaluation.denoiser.interface, one),
-    )
+def seconds_of(program: Program, model: type[StagedModel] = StagedModel) -> Callable[[Batch], Rows]:
+    """`seconds` (m,) that sampling with a program takes, all its evaluations made, with the whole batch at once."""
+
+    def answer(batch: Batch) -> Rows:
+        start = time.perf_counter()
+        _roll_out(program, batch, model).cpu()  # waits for the device
+        return {"seconds": np.full(batch.count, time.perf_counter() - start)}
+
+    return answer
+
+
+def _roll_out(program: Program, batch: Batch, model: type[StagedModel]) -> Any:
+    staged = None
+    if program.payload == "residual":
+        assert batch.evaluator.stages is not None
+        staged = model(batch.evaluator.stages, batch.denoiser)
+    return roll_out(program, batch.denoiser, batch.latents(0), staged=staged)
 
 
 def schedule_text(schedule: tuple[int, ...]) -> str:
+    """A schedule as reports show it.
+
+    >>> schedule_text((0, 3, 7))
+    '0 3 7'
+    """
     return " ".join(map(str, schedule))

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..passes.compile import searched
+from ..passes.compile import search_schedules
 from ..passes.prepare import Prepared, prepare
 from .cells import DEFAULT, AtScale, Calibrated, Cell, Robustness, peers_at
-from .measure import bench_of, default_method, measured
+from .measure import bench_of, default_method, measure_cell
 from .method import Method
 
 BUDGET = 8
@@ -53,7 +53,7 @@ def _with(prepared: Prepared, **choices: Any) -> Prepared:
 
 
 def _at_scales(prepared: Prepared, rivals: Sequence[Method]) -> tuple[AtScale, ...]:
-    own = default_method(searched(_with(prepared, guidance_scale=GUIDANCE_RANGE)))
+    own = default_method(search_schedules(_with(prepared, guidance_scale=GUIDANCE_RANGE)))
     return tuple(_at_scale(_with(prepared, guidance_scale=(scale, scale)), own, rivals) for scale in SCALES)
 
 
@@ -62,7 +62,7 @@ def _at_scale(prepared: Prepared, own: Method, rivals: Sequence[Method]) -> AtSc
     scale = prepared.session.options.nominal_scale
     bench = bench_of(prepared)
     with prepared.session.reporter.on("guidance", f"{scale:g}: {DEFAULT} and the {len(rivals)} best peers"):
-        cell, *others = [measured(bench, method, BUDGET) for method in (own, *rivals)]
+        cell, *others = [measure_cell(bench, method, BUDGET) for method in (own, *rivals)]
     assert isinstance(cell, Cell)  # a program that is there runs at any scale
     best = max((other for other in others if isinstance(other, Cell)), key=lambda other: other.psnr_db.mean)
     return AtScale(
@@ -78,8 +78,8 @@ def _at_scale(prepared: Prepared, own: Method, rivals: Sequence[Method]) -> AtSc
 def _calibrated(prepared: Prepared, count: int) -> Calibrated:
     """A compile of its own with so many prompts, at most as many as there are."""
     own = _with(prepared, calibration_prompts=count)
-    found = searched(own)
-    cell = measured(bench_of(own), default_method(found), BUDGET)
+    found = search_schedules(own)
+    cell = measure_cell(bench_of(own), default_method(found), BUDGET)
     assert isinstance(cell, Cell)
     return Calibrated(
         calibration_prompts=len(own.prompts), psnr_db=cell.psnr_db, ssim=cell.ssim, full_runs=sum(found.costs.values())

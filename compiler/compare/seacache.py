@@ -13,10 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from otcache.schemas.program import Program
-
-from .hooks import HookMethod, Setting, diffusers_cache
-from .method import Bench, NotApplicable, ProgramMethod
+from .diffusers_caches import diffusers_cache
+from .method import Bench, Built, NotApplicable, ProgramMethod
+from .pipeline_method import PipelineMethod, Setting
 
 MODEST = (1e-3, 100.0)
 """Range of the threshold."""
@@ -77,7 +76,7 @@ def frames_of(pipeline: Any, latents: Tensor, height: int, width: int) -> list[T
     return list(latents.unbind(0))
 
 
-def _faster_cache(bench: Bench, budget: int) -> Program:
+def _faster_cache(bench: Bench, budget: int) -> Built:
     raise NotApplicable(
         "it caches attention and a branch of guidance: the blocks' other layers run at every step, so that there is no number "
         "of evaluations to compare at; diffusers' form takes both branches in one call only"
@@ -85,7 +84,7 @@ def _faster_cache(bench: Bench, budget: int) -> Program:
 
 
 METHODS = (
-    HookMethod(
+    PipelineMethod(
         name="seacache",
         group="cache",
         source="arXiv 2602.18993, diffusers",

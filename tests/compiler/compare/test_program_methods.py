@@ -10,12 +10,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otcache.compiler.calibration.rollout import roll_out
-from otcache.compiler.compare import program_methods as programs
+from otcache.compiler.compare import budcache, lemica, meancache, spectrum
+from otcache.compiler.pipelines.denoiser import Denoiser
 from otcache.compiler.programs.lower import lower
 from otcache.compiler.programs.residual import residual_program
 from otcache.compiler.programs.solver_table import program_from_table
-from otcache.compiler.schedules.gram import statistics_from_trajectory
+from otcache.compiler.schedules.gram import statistics_from_grams
+from otcache.compiler.schedules.payloads import squared_errors_of
 from otcache.schemas.program import Program
 
 T = 12
@@ -68,7 +69,7 @@ def test_chebyshev_coefs_are_the_ridge_forecast(steps, target):
     # Ridge as plain least squares on rows augmented with sqrt(λ)·I: another way to the same minimum.
     augmented = np.concatenate([design, np.sqrt(0.1) * np.eye(5)])
     weights = np.linalg.lstsq(augmented, np.concatenate([features, np.zeros((5, 7))]), rcond=None)[0]
-    found = programs.chebyshev_coefs(computed, target, 50) @ features
+    found = spectrum.chebyshev_coefs(computed, target, 50) @ features
     np.testing.assert_allclose(found, row(target) @ weights, atol=1e-8)
 
 
@@ -81,8 +82,8 @@ def test_spectrum_schedule_is_the_released_one():
             window, cached = round(window + 0.75, 3), 0
         else:
             cached += 1
-    assert programs.spectrum_schedule(5, 2.0, 0.75, 50) == tuple(expected)
-    assert programs.spectrum_schedule(3, 1.0, 0.0, 10) == tuple(range(10))
+    assert spectrum.spectrum_schedule(5, 2.0, 0.75, 50) == tuple(expected)
+    assert spectrum.spectrum_schedule(3, 1.0, 0.0, 10) == tuple(range(10))
 
 
 # --- MeanCache
@@ -119,20 +120,21 @@ def test_meancache_program_is_the_released_loop(steps, seed):
     schedule = (0, *sorted(steps))
     orders = random.integers(1, 7, size=(T, T + 1))
     outputs, x = random.standard_normal((T, 4)), random.standard_normal(4)
-    found = run(programs.meancache_program(solver, schedule, orders), x[None], outputs)
+    found = run(meancache.meancache_program(solver, schedule, orders), x[None], outputs)
     expected = released_meancache(solver.sigmas, schedule, orders, x, outputs)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_meancache_edges_are_the_errors_of_its_forecast(table, trajectory):
     latents, outputs = trajectory
-    statistics = statistics_from_trajectory(latents[:, :, None], outputs[:, :, None])
-    errors, orders = programs.meancache_edges(table, statistics)
+    vectors = np.concatenate([latents, outputs]).swapaxes(0, 1)  # (n, 2T + 1, d)
+    statistics = statistics_from_grams(vectors @ vectors.swapaxes(1, 2), elements=vectors.shape[2])
+    errors, orders = meancache.meancache_edges(table, statistics)
     moves = np.diff(table.sigmas)
     for start, end in itertools.combinations(range(T + 1), 2):
         costs = []
-        for order in programs.JVP_ORDERS if start else (1,):
-            rows = programs.mean_velocity_coefs(table.sigmas, start, end, order, np.eye(start + 1, T))
+        for order in meancache.JVP_ORDERS if start else (1,):
+            rows = meancache.mean_velocity_coefs(table.sigmas, start, end, order, np.eye(start + 1, T))
             missed = np.tensordot(moves[start:end] @ (rows[start:end] - np.eye(T)[start:end]), outputs, axes=1)
             costs.append(np.mean(missed**2))
         assert errors[start, end] == pytest.approx(min(costs), rel=1e-6, abs=1e-12)
@@ -142,13 +144,13 @@ def test_meancache_edges_are_the_errors_of_its_forecast(table, trajectory):
 
 def test_meancache_with_every_step_is_the_full_run(table, trajectory):
     latents, outputs = trajectory
-    program = programs.meancache_program(table, tuple(range(T)), np.ones((T, T + 1), dtype=int))
+    program = meancache.meancache_program(table, tuple(range(T)), np.ones((T, T + 1), dtype=int))
     np.testing.assert_allclose(run(program, latents, outputs), latents[-1], atol=1e-6)
     assert program.nfe == T
 
 
 def test_order_one_is_plain_reuse(table):
-    rows = programs.mean_velocity_coefs(table.sigmas, 3, 7, 1, np.eye(4, T))
+    rows = meancache.mean_velocity_coefs(table.sigmas, 3, 7, 1, np.eye(4, T))
     np.testing.assert_array_equal(rows[4:], np.repeat(rows[3:4], 3, axis=0))
 
 
@@ -169,13 +171,13 @@ def test_annealing_finds_the_best_schedule_of_a_small_problem(budget):
     best = min(
         (loss((*range(prefix), *rest)) for rest in itertools.combinations(range(prefix, 10), budget - prefix)),
     )
-    found = programs.annealed_schedule(loss, budget, 10, iterations=200, rounds=20, seed=0)
-    assert loss(found) == pytest.approx(best)
-    assert found == programs.annealed_schedule(loss, budget, 10, iterations=200, rounds=20, seed=0)
+    found, scored = budcache.annealed_schedule(loss, budget, 10, iterations=200, rounds=20, seed=0)
+    assert loss(found) == pytest.approx(best) and scored >= 1
+    assert (found, scored) == budcache.annealed_schedule(loss, budget, 10, iterations=200, rounds=20, seed=0)
 
 
 def test_spectrum_program_with_every_step_is_the_full_run(table):
-    program = programs.spectrum_program(table, tuple(range(T)))
+    program = spectrum.spectrum_program(table, tuple(range(T)))
     assert program == program_from_table(table, payload="residual")
 
 
@@ -185,19 +187,33 @@ def test_spectrum_program_with_every_step_is_the_full_run(table):
 
 @pytest.mark.parametrize("span", [25, 3])
 def test_jump_errors_are_those_of_one_replay_for_each_edge(bench, monkeypatch, span):
-    monkeypatch.setattr(programs, "LEMICA_SPAN", span)
-    calibration, total = programs.few(bench.calibration, 2), bench.table.num_inference_steps
-    latents = calibration.trajectory.latents
+    monkeypatch.setattr(lemica, "SPAN", span)
+    total = bench.table.num_inference_steps
+
+    def replay(start, end):
+        schedule = [index for index in range(total) if not start < index < end]
+        steps = residual_program(bench.table, schedule, "reuse", np.zeros((total, total))).steps[start:]
+        answer = squared_errors_of(Program(payload="residual", steps=steps), start)
+        return bench.calibration.samples.map(answer, slice(2))["squared_error"]
+
     for start in range(total):
-        found = programs.jump_errors(bench.table, calibration, start)
-        assert found.shape == (max(0, total - start - 1),)
+        found = bench.calibration.samples.map(lemica.jump_errors(bench.table, start), slice(2))["errors"]
+        assert found.shape == (2, max(0, total - start - 1))
         for end in range(start + 2, total + 1):
+            errors = found[:, end - start - 2]
             if end - start > span:
-                assert found[end - start - 2] == np.inf
-                continue
-            schedule = [index for index in range(total) if not start < index < end]
-            steps = residual_program(bench.table, schedule, "reuse", np.zeros((total, total))).steps[start:]
-            program = Program(payload="residual", steps=steps)
-            final = roll_out(program, calibration.denoiser, latents[start], calibration.stages)
-            expected = float((final - latents[-1]).square().mean())
-            assert found[end - start - 2] == pytest.approx(expected, rel=1e-3, abs=1e-9), (start, end)
+                assert (errors == np.inf).all()
+            else:
+                np.testing.assert_allclose(errors, replay(start, end), rtol=1e-3, atol=1e-9)
+
+
+def test_evaluations_of_jumps_are_counted(bench, monkeypatch):
+    made, evaluate, start = [1], Denoiser.__call__, 2  # one is the jump's own: its blocks run apart
+
+    def count(self, latents, *args):
+        made[0] += latents.shape[0]
+        return evaluate(self, latents, *args)
+
+    monkeypatch.setattr(Denoiser, "__call__", count)
+    bench.calibration.samples.map(lemica.jump_errors(bench.table, start), slice(1))
+    assert made[0] == lemica.jump_evaluations(start, bench.table.num_inference_steps) > 1

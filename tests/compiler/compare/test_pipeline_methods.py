@@ -10,19 +10,29 @@ import numpy as np
 import pytest
 import torch
 
-from otcache.compiler.compare import hooks, seacache
+from otcache.compiler.compare import diffusers_caches, seacache
+from otcache.compiler.compare.cache_dit import masks
 from otcache.compiler.compare.compare import methods
-from otcache.compiler.compare.hooks import Setting, TeaCache, masks
 from otcache.compiler.compare.method import NotApplicable
+from otcache.compiler.compare.pipeline_method import (
+    PipelineMethod,
+    Setting,
+    at_threshold,
+    block_lists,
+    count_evaluations,
+    run_pipeline,
+)
+from otcache.compiler.compare.teacache import TeaCache
 
 T = 8
-HOOKS = [method for method in methods() if isinstance(method, hooks.HookMethod)]
+INSIDE = [method for method in methods() if isinstance(method, PipelineMethod)]
 WITHOUT_CACHE_DIT = importlib.util.find_spec("cache_dit") is None
 
 
-def relative_error(bench, latents):
-    full = bench.evaluation.trajectory.latents[-1]
-    return float((latents - full).norm() / full.norm())
+def recorded(bench, rows, held_out=True):
+    """Final latents of the full runs that were recorded."""
+    samples = bench.evaluation if held_out else bench.calibration.samples
+    return torch.from_numpy(samples.runs.latents(rows, -1))
 
 
 @pytest.mark.parametrize("method", methods(), ids=lambda method: method.name)
@@ -37,41 +47,39 @@ def test_every_step_computed_is_the_full_run(bench, method):
         return
     outcome = method.run(bench, T)
     assert outcome.nfe.tolist() == [T] * bench.count
-    assert relative_error(bench, outcome.latents) < 1e-4
+    assert outcome.scores["latent_error"].max() < 1e-4
 
 
-@pytest.mark.parametrize("method", HOOKS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", INSIDE, ids=lambda method: method.name)
 def test_budgets_are_kept_and_nothing_is_left_behind(bench, method):
     if method.name.startswith("cache-dit") and WITHOUT_CACHE_DIT:
         pytest.skip("cache-dit is not installed")
     outcome = method.run(bench, 4)
     assert outcome.nfe.shape == (bench.count,) and 1 <= outcome.nfe.mean() <= 4
-    assert outcome.latents.shape == bench.evaluation.trajectory.latents[-1].shape
-    assert relative_error(bench, outcome.latents) > 1e-4
-    with torch.no_grad():
-        after = hooks._sample(bench, bench.evaluation.trajectory, [0])
-    assert torch.allclose(after, bench.evaluation.trajectory.latents[-1, :1], atol=1e-5)
+    assert all(outcome.scores[name].shape == (bench.count,) for name in ("psnr_db", "ssim"))
+    assert outcome.scores["latent_error"].min() > 1e-4
+    after = run_pipeline(bench, [0], held_out=True)
+    assert torch.allclose(after, recorded(bench, slice(1)), atol=1e-5)
 
 
 def test_prompts_and_seeds_are_those_of_the_recorded_runs(bench):
-    for trajectory in (bench.calibration.trajectory, bench.evaluation.trajectory):
-        with torch.no_grad():
-            found = hooks._sample(bench, trajectory, [1, 2])
-        assert torch.allclose(found, trajectory.latents[-1, 1:3], atol=1e-5)
+    for held_out in (False, True):
+        found = run_pipeline(bench, [1, 2], held_out=held_out)
+        assert torch.allclose(found, recorded(bench, slice(1, 3), held_out), atol=1e-5)
 
 
 def test_evaluations_are_counted_per_branch(bench):
-    with hooks.counted(bench) as counter, torch.no_grad():
-        hooks._sample(bench, bench.evaluation.trajectory, [0])
+    with count_evaluations(bench) as counter:
+        run_pipeline(bench, [0], held_out=True)
     assert counter[0] == T
 
 
 def test_teacache_skips_more_at_a_higher_threshold_and_agrees_with_itself(bench):
     def run(threshold):
         cache = TeaCache(bench.pipeline, np.array([0.0, 0.0, 0.0, 1.0, 0.0]), threshold, T, 2)
-        with cache.installed(), hooks.counted(bench) as counter, torch.no_grad():
-            first = hooks._sample(bench, bench.evaluation.trajectory, [0])
-            second = hooks._sample(bench, bench.evaluation.trajectory, [0])
+        with cache.installed(), count_evaluations(bench) as counter:
+            first = run_pipeline(bench, [0], held_out=True)
+            second = run_pipeline(bench, [0], held_out=True)
         assert torch.equal(first, second)
         return counter[0] / 2
 
@@ -82,7 +90,7 @@ def test_teacache_skips_more_at_a_higher_threshold_and_agrees_with_itself(bench)
 def test_teacaches_skipped_step_adds_the_residual_of_the_last_computed_one(bench):
     """Against a direct computation: skip everything but the first and last step, from the pipeline's own blocks."""
     transformer = bench.pipeline.transformer
-    blocks = [block for part in hooks.block_lists(transformer) for block in part]
+    blocks = [block for part in block_lists(transformer) for block in part]
     cache = TeaCache(bench.pipeline, np.array([1.0, 0.0]), 1e9, T, 2)
     inputs, outputs = [], []
     with cache.installed():
@@ -98,8 +106,7 @@ def test_teacaches_skipped_step_adds_the_residual_of_the_last_computed_one(bench
             return result
 
         blocks[0].forward, blocks[-1].forward = first, last
-        with torch.no_grad():
-            hooks._sample(bench, bench.evaluation.trajectory, [0])
+        run_pipeline(bench, [0], held_out=True)
     assert len(inputs) == len(outputs) == 2 * T
     for branch in (0, 1):
         residual = outputs[branch] - inputs[branch]
@@ -117,9 +124,9 @@ def test_masks_have_exactly_the_budget(budget):
 
 
 def test_intervals_keep_the_budget_as_diffusers_counts(bench):
-    for setting in hooks._intervals(0)(bench, 3):
-        with hooks._taylor(bench.pipeline, setting), hooks.counted(bench) as counter, torch.no_grad():
-            hooks._sample(bench, bench.evaluation.trajectory, [0])
+    for setting in diffusers_caches._intervals(0)(bench, 3):
+        with diffusers_caches._taylor(bench.pipeline, setting), count_evaluations(bench) as counter:
+            run_pipeline(bench, [0], held_out=True)
         assert counter[0] <= 3
 
 
@@ -137,12 +144,12 @@ def test_seacache_sees_every_step_and_the_frames(bench, monkeypatch):
     monkeypatch.setattr(sea_cache, "_build_indicator", indicator)
     values = {"order": 0, "height": bench.call.height, "width": bench.call.width}
     setting = Setting(text="", values=values, threshold=1e9)
-    with seacache._seacache(bench.pipeline, setting), hooks.counted(bench) as counter, torch.no_grad():
-        hooks._sample(bench, bench.evaluation.trajectory, [0])
+    with seacache._seacache(bench.pipeline, setting), count_evaluations(bench) as counter:
+        run_pipeline(bench, [0], held_out=True)
     sigmas = [float(sigma) for sigma in bench.pipeline.scheduler.sigmas[:T]]
     assert [entry[:2] for entry in seen] == [(step, sigmas[step]) for step in range(T) for _ in ("cond", "uncond")]
     ((channels, frames, height, width),) = seen[0][2]
-    assert frames == 1 and channels * height * width == bench.evaluation.trajectory.latents[0, 0].numel()
+    assert frames == 1 and channels * height * width == bench.evaluation.elements
     assert counter[0] == 2  # the first and the last
     assert "cache_context" not in vars(bench.pipeline.transformer)
 
@@ -150,19 +157,19 @@ def test_seacache_sees_every_step_and_the_frames(bench, monkeypatch):
 def test_a_refused_cache_is_not_applicable(bench):
     with (
         pytest.raises(NotApplicable, match="enable_cache refuses object"),
-        hooks.diffusers_cache(bench.pipeline, object()),
+        diffusers_caches.diffusers_cache(bench.pipeline, object()),
     ):
         pass
 
 
 def test_a_threshold_replaces_the_one_before():
-    setting = hooks._at(hooks._at(Setting(text="warm-up 2", values={}), 0.5), 0.25)
+    setting = at_threshold(at_threshold(Setting(text="warm-up 2", values={}), 0.5), 0.25)
     assert setting.text == "warm-up 2 at threshold 0.25" and setting.threshold == 0.25
 
 
 def test_what_a_threshold_came_to_is_kept(bench, monkeypatch):
-    method = next(each for each in hooks.hook_methods() if each.name == "first block")
+    method = next(each for each in INSIDE if each.name == "first block")
     (setting,) = method.settings(bench, 4)
     found = method._within(bench, 4, setting, method.thresholds)
-    monkeypatch.setattr(hooks.HookMethod, "_run", lambda *_, **__: pytest.fail("a run that was made before"))
+    monkeypatch.setattr(PipelineMethod, "_answer", lambda *_, **__: pytest.fail("a run that was made before"))
     assert method._within(bench, 4, setting, method.thresholds) == found

@@ -1,0 +1,195 @@
+"""Methods that decide inside the pipeline: the stock pipeline runs with its own loop, and a method wraps its
+transformer.
+
+Adaptive methods decide for one picture at a time, so they run one prompt at a time. Evaluations are counted on a layer
+deep in the blocks, which runs only when they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from otcache.schemas.errors import ModelError
+
+from ..calibration.batch import Batch
+from ..calibration.samples import Rows
+from ..calibration.scoring import scores_from_latents
+from ..hosts import blocks
+from ..pipelines.call import ABOVE_ONE
+from ..pipelines.invoke import invoke
+from ..pipelines.prompts import prompt_arguments
+from ..pipelines.record import guider_at, record
+from .method import Bench, Group, NotApplicable, Outcome
+
+BISECTIONS = 9
+Wrap = Callable[[Any, "Setting"], contextlib.AbstractContextManager[None]]
+"""(pipeline, setting) → the pipeline runs the method while the context lasts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a method is started with."""
+
+    text: str
+    values: dict[str, Any]
+    threshold: float | None = None
+    """Searched so that the budget is kept, where the method has one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineMethod:
+    """A method that wraps the pipeline's transformer."""
+
+    name: str
+    group: Group
+    source: str
+    settings: Callable[[Bench, int], list[Setting]]
+    """What to choose from at a budget; the best on calibration prompts is taken."""
+    wrap: Wrap
+    adaptive: bool = False
+    """Each picture has its own evaluations, so prompts run one by one."""
+    thresholds: tuple[float, float] | None = None
+    """Range of the threshold; a larger one computes less."""
+
+    def run(self, bench: Bench, budget: int) -> Outcome:
+        """See `Method`."""
+        candidates = []
+        for setting in self.settings(bench, budget):
+            if self.thresholds:
+                setting = self._within(bench, budget, setting, self.thresholds)
+            rows = bench.calibration.samples.map(self._answer(bench, setting, held_out=False), bench.tuning)
+            if rows["nfe"].mean() <= budget or self.thresholds:  # a threshold is raised below until the budget is kept
+                candidates.append((float(rows["psnr_db"].mean()), setting))
+        if not candidates:
+            raise NotApplicable(f"no setting keeps to {budget} evaluations")
+        setting = max(candidates, key=lambda pair: pair[0])[1]
+        rows = bench.evaluation.map(self._answer(bench, setting, held_out=True))
+        while rows["nfe"].mean() > budget and setting.threshold is not None and setting.threshold < 1e6:
+            setting = at_threshold(setting, 1.05 * setting.threshold)
+            rows = bench.evaluation.map(self._answer(bench, setting, held_out=True))
+        times = rows["seconds"]
+        if not self.adaptive:
+            times = bench.evaluation.map(self._answer(bench, setting, held_out=True, singly=True), slice(2))["seconds"]
+        return Outcome(scores=rows, nfe=rows["nfe"], setting=setting.text, seconds=float(np.median(times)))
+
+    def _within(self, bench: Bench, budget: int, setting: Setting, bounds: tuple[float, float]) -> Setting:
+        """The setting at the least threshold that keeps the mean within the budget on the first held-out prompts.
+
+        On the prompts that are measured, which favours the method. What a threshold came to is kept: bisections of
+        several budgets begin alike.
+        """
+        low, high = np.log(bounds[0]), np.log(bounds[1])
+        few = slice(min(4, bench.count))
+
+        def keeps(threshold: float) -> bool:
+            def mean() -> float:
+                answer = self._answer(bench, at_threshold(setting, threshold), held_out=True, score=False)
+                return float(bench.evaluation.map(answer, few)["nfe"].mean())
+
+            key = [bench.key, self.name, setting.values, threshold, few.stop]
+            return float(bench.workspace.json("threshold", key, mean)) <= budget
+
+        if keeps(bounds[0]):
+            return at_threshold(setting, bounds[0])
+        for _ in range(BISECTIONS):
+            middle = 0.5 * (low + high)
+            low, high = (low, middle) if keeps(float(np.exp(middle))) else (middle, high)
+        return at_threshold(setting, float(np.exp(high)))
+
+    def _answer(
+        self, bench: Bench, setting: Setting, *, held_out: bool, singly: bool = False, score: bool = True
+    ) -> Callable[[Batch], Rows]:
+        """For a batch: `nfe` and `seconds` (m,) of its samples, and the scores of its pictures.
+
+        Args:
+            bench: with the pipeline.
+            setting: of the method.
+            held_out: whether the batch is of the held-out samples, rather than of calibration's.
+            singly: run one prompt at a time although the method decides for all at once.
+            score: decode and score.
+        """
+
+        def answer(batch: Batch) -> Rows:
+            everything = list(range(batch.rows.start, batch.rows.stop))
+            parts = [[row] for row in everything] if self.adaptive or singly else [everything]
+            latents, nfe, seconds = list[Tensor](), list[float](), list[float]()
+            for part in parts:  # wrapped anew each time: FirstBlockCache's reset keeps the last run's residual
+                with self.wrap(bench.pipeline, setting), count_evaluations(bench) as counter:
+                    start = time.perf_counter()
+                    latents.append(run_pipeline(bench, part, held_out=held_out))
+                    seconds += [time.perf_counter() - start] * len(part)
+                nfe += [counter[0]] * len(part)
+            rows = {"nfe": np.asarray(nfe, dtype=np.float64), "seconds": np.asarray(seconds)}
+            if not score:
+                return rows
+            return {**rows, **scores_from_latents(batch, torch.cat(latents).to(batch.evaluator.device))}
+
+        return answer
+
+
+def at_threshold(setting: Setting, threshold: float) -> Setting:
+    """The setting with another threshold."""
+    base = setting.text.split(" at threshold")[0].strip()
+    return Setting(text=f"{base} at threshold {threshold:.4g}".strip(), values=setting.values, threshold=threshold)
+
+
+@torch.no_grad()
+def run_pipeline(bench: Bench, rows: list[int], *, held_out: bool) -> Tensor:
+    """Where the pipeline's own run ends (m, …), on the CPU, with prompts and seeds of some samples of one of the sets."""
+    prompts = bench.prompts if held_out else bench.calibration_prompts
+    seeds = bench.seeds if held_out else bench.calibration_seeds
+    scale = ABOVE_ONE if bench.interface.guided and bench.guidance_scale == 1 else bench.guidance_scale
+    last: list[Tensor] = []
+
+    def keep(index: int, timestep: float, before: Tensor, output: Tensor, after: Tensor) -> None:
+        last[:] = [after[: len(rows)]]  # some pipelines hand both branches, with the same latents, to the scheduler
+
+    arguments = bench.call.arguments(scale, len(rows))
+    generators = [torch.Generator().manual_seed(seeds[row]) for row in rows]
+    named = prompt_arguments(bench.pipeline, [prompts[row] for row in rows])
+    with record(bench.pipeline, keep_calls=0, on_step=keep), guider_at(bench.pipeline, scale):
+        invoke(bench.pipeline, {**named, "generator": generators, **arguments})
+    return last[0]
+
+
+@contextlib.contextmanager
+def count_evaluations(bench: Bench) -> Iterator[list[float]]:
+    """Counts full runs of the blocks: calls of a linear layer in the second block, per branch of guidance."""
+    interface = bench.interface
+    calls = interface.branches if interface.guided and not interface.stacked else 1
+    counter = [0.0]
+
+    def count(*_: Any) -> None:
+        counter[0] += 1 / calls
+
+    handle = _deep_layer(bench.pipeline.transformer).register_forward_hook(count)
+    try:
+        yield counter
+    finally:
+        handle.remove()
+        counter[0] = round(counter[0], 6)
+
+
+def block_lists(transformer: nn.Module) -> list[nn.ModuleList]:
+    """The transformer's lists of blocks in order, as diffusers' caches find them. Raises NotApplicable."""
+    try:
+        return blocks.block_lists(transformer)
+    except ModelError as error:
+        raise NotApplicable(str(error)) from error
+
+
+def _deep_layer(transformer: nn.Module) -> nn.Module:
+    """The query projection of the second block: every cache of this room skips it when it skips the blocks."""
+    second = [block for each in block_lists(transformer) for block in each][1]
+    for name, module in second.named_modules():
+        if name.endswith("to_q"):
+            return module
+    raise NotApplicable(f"{type(second).__name__} has no attention query to count evaluations by")

@@ -61,10 +61,12 @@ def front_door(module: Module) -> bool:
 
 
 def table(house: str) -> dict[str, set[str]]:
-    """Of a house's README: room → rooms that it may use."""
+    """Of a house's README, the table that begins with `| room |`: room → rooms that it may use."""
+    text = (ROOT / house / "README.md").read_text(encoding="utf-8")
     rows = re.findall(
-        r"^\| (?!room )([a-z.]+) \| [^|]+ \| ([^|]+) \|$", (ROOT / house / "README.md").read_text(), re.MULTILINE
+        r"^\| ([a-z.]+) \| [^|]+ \| ([^|]+) \|$", text[text.index("| room |") :].split("\n\n")[0], re.MULTILINE
     )
+    rows = [row for row in rows if row[0] != "room"]
     full = {
         name: name if name == "schemas" else f"{house}/{name}" for row in rows for name in (row[0], *listed(row[1]))
     }

@@ -9,6 +9,8 @@ import torch
 
 from otcache.schemas.errors import HostError
 
+from ..pipelines.invoke import is_out_of_memory
+
 Notify = Callable[[str], None]
 Answer = TypeVar("Answer")
 
@@ -64,14 +66,6 @@ class MicroBatch:
 def first_line(error: Exception) -> str:
     """The beginning of an error's message, at most 160 characters."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:160]
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device, or the host's allocator, had no memory for what was asked."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 def release(device: torch.device) -> None:

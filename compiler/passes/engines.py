@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from otcache.schemas import manifest as schema
 
-from ..calibration.runs import Runs
 from ..export.at_sizes import constant_files
 from ..export.precision import Served
 from ..models.model import Model
@@ -29,7 +28,7 @@ from ..schedules.search import Found
 from .capture import calibration_scales
 from .evaluate import Evaluated, evaluation_key
 from .export import DESCRIPTION, EXPORTS, Exportable, Exported, export_key, export_parts, serve_trunk
-from .golden import golden_record, rounding_of, tolerance_of, write_golden
+from .golden import first_denoiser, golden_record, rounding_of, tolerance_of, write_golden
 from .manifest import engine_fields
 from .prepare import Prepared, cut_stages, example_of
 from .session import EVALUATION_SEED, Session, begin
@@ -69,7 +68,7 @@ def exportable_from_prepared(prepared: Prepared) -> Iterator[Exportable]:
     with _brought_to_the_cpu(session) as live:
         own, _, _ = begin(options, session.reporter, live)
         own = replace(own, workspace=session.workspace, key=session.key)
-        yield exportable_from_session(own, prepared.runs)
+        yield exportable_from_session(own, example_of(own, prepared.runs))
 
 
 @contextlib.contextmanager
@@ -91,16 +90,16 @@ def _brought_to_the_cpu(session: Session) -> Iterator[Model | None]:
         model.pipeline.to(placement.device)
 
 
-def exportable_from_session(session: Session, runs: Runs) -> Exportable:
+def exportable_from_session(session: Session, example: dict[str, Tensor]) -> Exportable:
     """Cut a model that is on the CPU in float32.
 
     Args:
         session: with the model.
-        runs: two samples at least, whose inputs are the example.
+        example: transformer inputs with a batch of 2 · branches.
     """
-    stages, sizes = cut_stages(session, runs)
+    stages, sizes = cut_stages(session, example)
     session = replace(session, interface=replace(session.interface, tables=sizes.own_tables))
-    return Exportable(session=session, stages=stages, sizes=sizes, example=example_of(session, runs))
+    return Exportable(session=session, stages=stages, sizes=sizes, example=example)
 
 
 def make_engines(
@@ -158,6 +157,7 @@ def _golden_tolerance(
 
     def compute() -> float:
         served: Served = trunk_of()
-        return rounding_of(served, program, session, quality.runs, quality.golden)
+        latents = torch.from_numpy(quality.runs.latents(slice(1), 0))
+        return rounding_of(served, program, first_denoiser(session, quality.runs), latents, quality.golden)
 
     return tolerance_of(exported.max_relative_error, session.workspace.json("rounding", key, compute))

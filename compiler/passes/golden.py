@@ -44,27 +44,30 @@ def tolerance_of(max_relative_error: float, rounding: float | None) -> float:
     return min(1.0, max(TOLERANCE, expected))
 
 
-def rounding_of(served: Served, program: Program, session: Session, runs: Runs, golden: np.ndarray) -> float:
+def rounding_of(served: Served, program: Program, denoiser: Denoiser, latents: Tensor, golden: np.ndarray) -> float:
     """‖x − g‖₂ / ‖g‖₂ of the golden latents g and those, x, that torch makes with the stages as they are served.
 
     Args:
         served: the trunk as it is exported, on the CPU.
         program: of the golden request's budget.
-        session: whose pipeline is on the CPU in float32.
-        runs: full runs of the held-out prompts, the golden one first.
-        golden: its final latents, float32 (…).
+        denoiser: of the golden request, on the CPU in float32.
+        latents: its first ones, float32 (1, …).
+        golden: its final ones, float32 (…).
     """
+    staged = StagedModel(served.stages, denoiser, keep=residual_memory(program), cast=served.inputs_of)
+    found = roll_out(program, denoiser, latents, staged=staged).numpy()[0]
+    return float(np.linalg.norm((found - golden).astype(np.float64)) / np.linalg.norm(golden.astype(np.float64)))
+
+
+def first_denoiser(session: Session, runs: Runs) -> Denoiser:
+    """The denoiser of the first sample of full runs, for a model on the CPU in float32."""
     first = slice(1)
-    conditioning = {name: _float32(value) for name, value in runs.conditioning(first).items()}
-    denoiser = Denoiser(
+    return Denoiser(
         transformer=session.model.transformer,
         interface=session.interface,
-        conditioning=conditioning,
+        conditioning={name: _float32(value) for name, value in runs.conditioning(first).items()},
         guidance=torch.from_numpy(runs.guidance(first)),
     )
-    staged = StagedModel(served.stages, denoiser, keep=residual_memory(program), cast=served.inputs_of)
-    latents = roll_out(program, denoiser, torch.from_numpy(runs.latents(first, 0)), staged=staged).numpy()[0]
-    return float(np.linalg.norm((latents - golden).astype(np.float64)) / np.linalg.norm(golden.astype(np.float64)))
 
 
 def _float32(value: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def prepare(
     if like:
         stages, sizes = like.stages, like.sizes
     else:
-        stages, sizes = cut_stages(session, runs) if needs_stages(session) else (None, Sizes())
+        stages, sizes = cut_stages(session, example_of(session, runs)) if needs_stages(session) else (None, Sizes())
         if stages is None or not session.placement.exportable:
             sizes = sizes_without_stages(session.wanted, session.seen)
     session = replace(session, interface=replace(session.interface, tables=sizes.own_tables))
@@ -180,9 +180,12 @@ def needs_stages(session: Session) -> bool:
     )
 
 
-def cut_stages(session: Session, runs: Runs) -> tuple[Stages, Sizes]:
-    """The stages, with as many of the wanted sizes as they take."""
-    transformer, example = session.model.transformer, example_of(session, runs)
+def cut_stages(session: Session, example: dict[str, Tensor]) -> tuple[Stages, Sizes]:
+    """The stages, with as many of the wanted sizes as they take.
+
+    example: transformer inputs with a batch of 2 · branches.
+    """
+    transformer = session.model.transformer
     own = session.placement.exportable
     session.model.give_back()  # what the full runs have read
     interface = placed(session.interface, session.placement.device)

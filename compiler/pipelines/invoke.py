@@ -22,6 +22,14 @@ class Stop(Exception):
     """Raised inside a pipeline's call by what wants no more of it; `invoke` lets it pass."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the host's allocator, had no memory for what was asked."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
 def invoke(pipeline: Any, arguments: Mapping[str, Any]) -> Any:
     """Call a pipeline without gradients.
 
@@ -34,6 +42,8 @@ def invoke(pipeline: Any, arguments: Mapping[str, Any]) -> Any:
     except (OTCacheError, Stop, OSError, MemoryError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(_describe(pipeline, arguments, error)) from error
 
 

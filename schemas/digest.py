@@ -46,7 +46,7 @@ def _dumps(value: Any) -> str:
 
 
 def with_named_floats(value: Any) -> Any:
-    """The value with `{"__float__": "Infinity"}`, `"-Infinity"` or `"NaN"` in place of floats that JSON does not have."""
+    """The value with `{"__float__": "Infinity"}`, `"-Infinity"` or `"NaN"` in place of floats that JSON has not."""
     if isinstance(value, float) and not math.isfinite(value):
         return {FLOAT: json.dumps(value)}
     if isinstance(value, Mapping):

@@ -79,7 +79,7 @@ def main() -> None:
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         whole = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
         trunk = Trunk(manifest, sampler._engines, sampler._backend, options.images)
-        trunk.condition(conditioning)
+        trunk.hold(conditioning)
         latents = np.random.default_rng(0).normal(size=(options.images, *manifest.latents.shape)).astype(np.float32)
         rows = manifest.guidance.branches * options.images
         feed = {

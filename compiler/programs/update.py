@@ -1,4 +1,4 @@
-"""A step's update of the latents in torch: the rule is `otcache.schemas.arithmetic`, in float32 whatever it is given."""
+"""A step's update of the latents in torch: the rule of `otcache.schemas.arithmetic`, in float32 whatever is given."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ class CudaDevice:
         if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise HostError(
                 f"no room for {readable_size(size_bytes)} on the GPU: found {readable_size(self.free_bytes())}: ask "
-                "for fewer pictures at once, or smaller ones (otc inspect ARTIFACT --memory -n N --height H --width W says "
-                "what they take), or free its memory"
+                "for fewer pictures at once, or smaller ones (otc inspect ARTIFACT --memory -n N --height H --width W "
+                "says what they take), or free its memory"
             )
         _check(status, "memory cannot be allocated")
         return int(address)

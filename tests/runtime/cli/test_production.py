@@ -1,4 +1,4 @@
-"""What a production host meets: Ctrl-C, places that cannot be written, slips of the finger. Real processes, real files."""
+"""What a production host meets: Ctrl-C, places that cannot be written, slips of the finger; in real processes."""
 
 from __future__ import annotations
 

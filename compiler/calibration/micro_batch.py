@@ -9,7 +9,7 @@ import torch
 
 from otcache.schemas.errors import HostError
 
-from ..pipelines.invoke import is_out_of_memory
+from ..pipelines.out_of_memory import error_without_memory, is_out_of_memory
 
 Notify = Callable[[str], None]
 Answer = TypeVar("Answer")
@@ -55,17 +55,11 @@ class MicroBatch:
     def halve(self, error: Exception, tried: int) -> None:
         """Go on with at most half as many samples as were `tried`. Raises HostError where that was one."""
         if tried == 1:
-            raise HostError(
-                f"out of memory with one sample at a time ({first_line(error)}): expected more free memory on the device: "
-                "give a smaller --height and --width, --offload model or group, or a smaller --precision"
-            ) from error
+            cause = error.__cause__ if isinstance(error, HostError) else None
+            error = cause if isinstance(cause, Exception) else error
+            raise error_without_memory("one sample at a time", error) from error
         self.size = min(self.size, tried // 2)
         self.note(f"out of memory on the device: going on with {self.size} samples at a time")
-
-
-def first_line(error: Exception) -> str:
-    """The beginning of an error's message, at most 160 characters."""
-    return next(iter(str(error).splitlines()), type(error).__name__)[:160]
 
 
 def release(device: torch.device) -> None:

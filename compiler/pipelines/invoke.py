@@ -13,6 +13,7 @@ import torch
 from otcache.schemas.errors import ModelError, OTCacheError
 
 from ..models.model import transformer_of
+from .out_of_memory import error_without_memory, is_out_of_memory
 
 PICTURES = ("image", "mask_image", "control_image", "video", "images")
 """Arguments of pipelines that start from a picture; a call without them fails wherever one is read first."""
@@ -22,19 +23,12 @@ class Stop(Exception):
     """Raised inside a pipeline's call by what wants no more of it; `invoke` lets it pass."""
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device, or the host's allocator, had no memory for what was asked."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-
-
 def invoke(pipeline: Any, arguments: Mapping[str, Any]) -> Any:
     """Call a pipeline without gradients.
 
     Raises:
         ModelError: the pipeline refuses the call or fails in it: one line with its class and the argument it names.
+        HostError: there is no memory for it.
     """
     try:
         with torch.no_grad():
@@ -43,7 +37,7 @@ def invoke(pipeline: Any, arguments: Mapping[str, Any]) -> Any:
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            raise
+            raise error_without_memory(type(pipeline).__name__, error) from error
         raise ModelError(_describe(pipeline, arguments, error)) from error
 
 

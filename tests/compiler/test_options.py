@@ -31,7 +31,7 @@ def test_budgets_must_not_exceed_the_steps():
     ("choice", "message"),
     [
         ({"num_inference_steps": 0}, "--num-inference-steps is 0"),
-        ({"trials": 0}, "--trials is 0"),
+        ({"trials": -2}, "--trials is -2: expected 0 or more"),
         ({"reference_budget": 60}, "--reference-budget is 60"),
         ({"anchor_budget": 30, "reference_budget": 20}, "the anchor's to be the lower one"),
         ({"guidance_scale": (6.0, 2.0)}, "--guidance-scale is 6.0:2.0"),

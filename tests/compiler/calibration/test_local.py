@@ -11,11 +11,12 @@ from equations import TOTAL, equation_evaluator, normal, samples_from_equation, 
 
 from otcache.compiler.calibration.fit import fit_output_program
 from otcache.compiler.calibration.local import LocalSamples, OutputStore
-from otcache.compiler.calibration.micro_batch import MicroBatch, is_out_of_memory
+from otcache.compiler.calibration.micro_batch import MicroBatch
 from otcache.compiler.calibration.runs import Runs
 from otcache.compiler.calibration.samples import Fleet
 from otcache.compiler.calibration.scoring import scores_of
 from otcache.compiler.calibration.trials import Calibration
+from otcache.compiler.pipelines.out_of_memory import is_out_of_memory
 from otcache.compiler.programs.solver_table import extrapolated_jump
 from otcache.compiler.workspace.ledger import Ledger
 from otcache.schemas.errors import HostError
@@ -195,7 +196,7 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(room, sizes, tmp_path)
 
 def test_a_device_without_room_for_one_sample_is_said_in_one_line(tmp_path):
     samples = samples_of(tmp_path, room=0)
-    with pytest.raises(HostError, match="out of memory with one sample at a time") as error:
+    with pytest.raises(HostError, match="one sample at a time: out of memory") as error:
         fitted(samples)
     assert "\n" not in str(error.value) and "--height" in str(error.value)
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)

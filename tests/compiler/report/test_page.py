@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -252,32 +253,32 @@ def test_tables_hold_the_manifests_numbers_and_name_the_worst_prompts(compiled):
     assert {"capture", "evaluate"} <= evidence.seconds.keys()
 
 
-def test_errors_along_the_way_are_those_of_the_latents():
+def test_errors_along_the_way_are_those_of_the_latents(tmp_path):
+    """Full runs halve their latents at each of two steps; a program takes six tenths."""
     torch = pytest.importorskip("torch")
-    from otcache.compiler.calibration.outcomes import Evaluation
-    from otcache.compiler.pipelines.trajectory import Trajectory
+    from equations import equation_evaluator, write_chunk
+
+    from otcache.compiler.calibration.local import LocalSamples
+    from otcache.compiler.calibration.micro_batch import MicroBatch
+    from otcache.compiler.calibration.outcomes import outcome_arrays
+    from otcache.compiler.calibration.runs import Runs
     from otcache.schemas.program import Program, Step
 
-    start = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
-    full = torch.stack([start, start * 0.5, start * 0.25])
-    trajectory = Trajectory(
-        latents=full, outputs=full[:2], conditioning={}, guidance=torch.ones(2), timesteps=(1.0, 0.5)
-    )
+    def rate(x, step, k):
+        return -x
 
     def decode(latents):
         return np.tile(np.clip(latents.numpy()[:, :1, None, None] / 10, 0, 1), (1, 12, 12, 3)).astype(np.float32)
 
-    evaluation = Evaluation(
-        denoiser=lambda latents, timestep, scale: latents,
-        trajectory=trajectory,
-        decode=decode,
-        references=decode(full[-1]),
-    )  # type: ignore[arg-type]
+    start = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
+    chunk = write_chunk(tmp_path / "runs", start, rate, total=2, decode=decode)
+    evaluator = replace(equation_evaluator(rate, (2,), total=2), decode=decode)
+    samples = LocalSamples(Runs([chunk]), evaluator, MicroBatch(1), tmp_path / "scratch")
     steps = tuple(Step(step_index=i, timestep=1.0, latent_coef=0.6, output_coefs=(0.0,)) for i in (0, 1))
-    outcome = evaluation.outcome(Program(payload="output", steps=steps))
-    assert outcome.positions == (0, 1, 2)
-    assert outcome.errors == pytest.approx(np.array([[0, 0], [0.1 / 0.5] * 2, [0.11 / 0.25] * 2]), rel=1e-5)
-    kept = outcome.arrays(shown=1, worst=3)
+    kept = outcome_arrays(samples, Program(payload="output", steps=steps), 2, shown=1, worst=3)
+    assert kept["positions"].tolist() == [0, 1, 2]
+    assert kept["errors"] == pytest.approx(np.array([[0, 0], [0.1 / 0.5] * 2, [0.11 / 0.25] * 2]), rel=1e-5)
+    assert kept["latents"] == pytest.approx(0.36 * np.array([3.0, 4.0]))
     assert kept["worst"].tolist() == [1, 0] and kept["worst_pictures"].shape[0] == 2 and kept["pictures"].shape[0] == 1
     assert kept["pictures"][0, 0, 0, 0] == round(255 * 0.36 * 3 / 10)
 

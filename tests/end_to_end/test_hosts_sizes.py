@@ -41,7 +41,7 @@ def artifact(shifted, workspace, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", ["full", "4"])
 def test_every_size_is_served_as_by_the_runtime(shifted, artifact, budget):
-    manifest = read_manifest(artifact)[0]
+    manifest = read_manifest(artifact).manifest
     programs = [*manifest.programs, *(each for size in manifest.shapes.sizes for each in size.programs)]
     assert len({each.program for each in programs if each.budget == budget}) == 2, "another program at another size"
     pipeline = DiffusionPipeline.from_pretrained(shifted)

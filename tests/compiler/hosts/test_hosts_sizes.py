@@ -1,4 +1,6 @@
-"""Sizes that an artifact serves beside its own: those of a range, and listed ones with or without programs of their own."""
+"""Sizes that an artifact serves beside its own: those of a range, and listed ones with or without programs of their
+own.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from otcache.schemas.program import Program, Step, position_axes
 from ..graph.stages import Stages
 from ..pipelines.arguments import tensor_of
 from ..pipelines.denoiser import Denoiser
-from ..programs.update import updated
+from ..programs.update import apply_step
 from .batch import Batch
 from .runs import FloatArray, gram_from_rows, new_array
 
@@ -65,7 +65,7 @@ def roll_out(
         else:
             outputs.append(denoiser(latents, step.timestep, step.input_scale))
         outputs = outputs[-program.output_memory :]
-        latents = updated(step, latents, outputs)
+        latents = apply_step(step, latents, outputs)
     return latents
 
 
@@ -131,7 +131,7 @@ def residual_gram(
         kept: dict[str, np.memmap] = {}
         for index, step in enumerate(program.steps):
             outputs = [*outputs, model(latents, step)][-program.output_memory :]
-            latents = updated(step, latents, outputs)
+            latents = apply_step(step, latents, outputs)
             for name, residual in model.residuals[-1].items():
                 rows = weighed_positions(residual, positions).unflatten(0, (branches, batch.count)).transpose(0, 1)
                 rows = rows.reshape(batch.count, -1).float().cpu()

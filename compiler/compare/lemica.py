@@ -16,7 +16,7 @@ from ..calibration.rollout import StagedModel
 from ..calibration.samples import Rows
 from ..programs.residual import residual_program
 from ..programs.solver_table import SolverTable, program_from_table
-from ..programs.update import updated
+from ..programs.update import apply_step
 from ..schedules.reference import Minimax, end_to_end_edge_errors, shortest_schedule
 from .method import Bench, Built, NotApplicable, ProgramMethod
 
@@ -62,9 +62,11 @@ def jump_errors(table: SolverTable, start: int) -> Callable[[Batch], Rows]:
         jumping, landed = batch.latents(start), list[torch.Tensor]()
         for index in range(start, total):
             step = reused.steps[index]
-            landed = [updated(step, each, [batch.denoiser(each, step.timestep, step.input_scale)]) for each in landed]
+            landed = [
+                apply_step(step, each, [batch.denoiser(each, step.timestep, step.input_scale)]) for each in landed
+            ]
             if index < last:
-                jumping = updated(step, jumping, [model(jumping, step)])
+                jumping = apply_step(step, jumping, [model(jumping, step)])
                 landed += [jumping] if index > start else []
         final = batch.latents(-1)
         for position, each in enumerate(landed):

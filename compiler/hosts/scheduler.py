@@ -39,7 +39,7 @@ from typing_extensions import Self
 from otcache.schemas.errors import ArtifactError, ModelError, OTCacheError, RequestError
 from otcache.schemas.program import Payload, Program, Step
 
-from ..programs.update import updated
+from ..programs.update import apply_step
 from .calls import calling_pipeline_call
 from .guidance import GuidanceProbe, guidance_fault
 from .identify import ModelState, model_faults, model_state
@@ -193,7 +193,7 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._check_guidance(model_output)
         step = self._steps[self._step_index]
         self._outputs = [*self._outputs, model_output][-self._program.output_memory :]
-        result = updated(step, sample.float(), self._outputs).to(sample.dtype)
+        result = apply_step(step, sample.float(), self._outputs).to(sample.dtype)
         self._step_index += 1
         if self._step_index == len(self._steps):
             self._end_request()

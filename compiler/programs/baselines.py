@@ -30,7 +30,7 @@ from otcache.schemas.errors import ModelError, UsageError
 from otcache.schemas.program import Program
 
 from .lower import effective_options, is_flow, lower
-from .schedule import checked_schedule, uniform_schedule
+from .schedule import check_schedule, uniform_schedule
 from .solver_table import Coordinate, SolverTable, extrapolated_jump, program_from_table, step_from_table
 
 SetTimesteps = Callable[[Any, int], None]
@@ -60,7 +60,7 @@ def extrapolated_program(
     table: SolverTable, schedule: Sequence[int], order: int, *, coordinate: Coordinate = "sigma"
 ) -> Program:
     """A program that evaluates at `schedule`, its coefficients those of `extrapolated_jump` from one to the next."""
-    computed = checked_schedule(schedule, table.num_inference_steps)
+    computed = check_schedule(schedule, table.num_inference_steps)
     ends = (*computed[1:], table.num_inference_steps)
     steps = []
     for position, (step_index, end) in enumerate(zip(computed, ends, strict=True)):

@@ -21,14 +21,14 @@ MEMORY = 3
 PENALTY = 1e-4
 
 
-def fitted_coefs(gram: np.ndarray, computed: Sequence[int], step_index: int) -> tuple[float, ...]:
+def fit_coefs(gram: np.ndarray, computed: Sequence[int], step_index: int) -> tuple[float, ...]:
     """Ridge weights of the last residuals that best give the one at `step_index`, drawn towards plain reuse.
 
     min_c ‖r_s − Σ c_m r_m‖² + λ ‖c − c₀‖²_{diag G}, closed form in the Gram matrix float64 (T, T). Of residuals on a
     line it finds the line's continuation, but for the pull of λ:
 
     >>> residuals = np.array([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
-    >>> coefs = fitted_coefs(residuals @ residuals.T, [0, 1], 2)
+    >>> coefs = fit_coefs(residuals @ residuals.T, [0, 1], 2)
     >>> [round(coef, 2) for coef in coefs]
     [-1.0, 2.0]
     """
@@ -51,7 +51,7 @@ def residual_program(table: SolverTable, schedule: Sequence[int], forecast: Fore
             steps.append(step)
             continue
         if forecast == "fitted":
-            coefs = fitted_coefs(gram, computed, step.step_index)
+            coefs = fit_coefs(gram, computed, step.step_index)
         else:
             order = {"reuse": 0, "taylor-1": 1, "taylor-2": 2}[forecast]
             coefs = forecast_coefs(computed, step.step_index, order)

@@ -19,7 +19,7 @@ def uniform_schedule(budget: int, num_inference_steps: int) -> tuple[int, ...]:
     return tuple((2 * k * num_inference_steps + budget) // (2 * budget) for k in range(budget))
 
 
-def checked_schedule(schedule: Sequence[int], num_inference_steps: int) -> tuple[int, ...]:
+def check_schedule(schedule: Sequence[int], num_inference_steps: int) -> tuple[int, ...]:
     """The schedule as integers, or UsageError: indices must increase from 0 and stay below T."""
     indices = tuple(int(step_index) for step_index in schedule)
     increasing = all(before < after for before, after in itertools.pairwise(indices))

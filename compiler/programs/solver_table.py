@@ -17,7 +17,7 @@ from otcache.schemas.errors import ModelError, UsageError
 from otcache.schemas.program import Payload, Program, Step
 
 from .forecasts import lagrange_weights
-from .schedule import checked_schedule
+from .schedule import check_schedule
 from .schedulers import working_schedulers
 
 FloatArray = NDArray[np.float64]
@@ -172,8 +172,8 @@ def extrapolated_jump(
         coordinate: variable of the polynomial; `sigma` falls back to the step index where the table has no sigmas
             or where two of them coincide (Heun).
 
-    Returns (latent_coef, output_coefs (len(computed),)), newest last. With the output held, Euler's jump over steps that
-    are not computed is one longer step; with order 1, outputs on a line are followed exactly:
+    Returns (latent_coef, output_coefs (len(computed),)), newest last. With the output held, Euler's jump over steps
+    that are not computed is one longer step; with order 1, outputs on a line are followed exactly:
 
     >>> sigmas = np.array([1.0, 0.75, 0.5, 0.0])
     >>> euler = SolverTable(timesteps=1000 * sigmas[:-1], input_scales=np.ones(3), initial_scale=1.0,
@@ -183,7 +183,7 @@ def extrapolated_jump(
     >>> extrapolated_jump(euler, [0, 1], 3, order=1)[1].tolist()  # v_2 = 2 v_1 − v_0
     [0.5, -1.25]
     """
-    nodes = checked_schedule(computed, table.num_inference_steps)
+    nodes = check_schedule(computed, table.num_inference_steps)
     if order < 0:
         raise UsageError(f"extrapolation order is {order}, expected 0 (hold) or more")
     if not nodes[-1] <= j <= table.num_inference_steps:

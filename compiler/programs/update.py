@@ -1,4 +1,4 @@
-"""A step's update of the latents in torch: the rule of `otcache.schemas.arithmetic`, in float32 whatever is given."""
+"""A step's update of the latents in torch: the rule is `otcache.schemas.arithmetic`, in float32 whatever comes in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from otcache.schemas import arithmetic
 from otcache.schemas.program import Step
 
 
-def updated(step: Step, latents: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+def apply_step(step: Step, latents: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     """The latents after a step, float32 (n, …), from those before it and the guided outputs so far (n, …), newest last.
 
     See `arithmetic.update_latents`, also for outputs that are missing.

@@ -43,7 +43,7 @@ def test_saved_sampler_is_compiled_and_dropped_in(name, tmp_path, workspace):
     arguments += ["-o", str(tmp_path / "artifact")]
     result = otc("compile", str(tmp_path / "model"), *arguments, workspace=workspace)
     assert result.exit_code == 0, result.output
-    manifest = read_manifest(tmp_path / "artifact")[0]
+    manifest = read_manifest(tmp_path / "artifact").manifest
     total = manifest.sampler.num_inference_steps
     assert total == evaluations == len(manifest.program("full").program.steps) == manifest.reference.num_inference_steps
     for budget in (2, 5):

@@ -26,8 +26,8 @@ from otcache.compiler.calibration.fit import (
 from otcache.compiler.calibration.samples import StepStatistics
 from otcache.compiler.calibration.step_statistics import combine, step_statistics
 from otcache.compiler.programs.forecasts import forecast_coefs
-from otcache.compiler.programs.update import log_change, updated
-from otcache.schemas.arithmetic import update_latents
+from otcache.compiler.programs.update import apply_step
+from otcache.schemas.arithmetic import log_change, update_latents
 from otcache.schemas.program import position_axes
 
 
@@ -225,7 +225,7 @@ def test_an_update_is_the_same_everywhere(shape):
     assert torch.allclose(combined, target, atol=1e-2)
     served = update_latents(step, latents.numpy(), [v.numpy() for v in outputs], outputs_first=True)
     assert np.allclose(served, combined.numpy(), atol=1e-5)
-    assert torch.allclose(updated(step, latents, outputs), combined, atol=1e-5)
+    assert torch.allclose(apply_step(step, latents, outputs), combined, atol=1e-5)
 
 
 def two_bands(folder, samples):

@@ -20,7 +20,7 @@ from otcache.compiler.hosts.blocks import block_lists
 from otcache.compiler.models.model import transformer_of
 from otcache.compiler.pipelines.record import record
 from otcache.compiler.programs.residual import residual_program
-from otcache.compiler.programs.update import updated
+from otcache.compiler.programs.update import apply_step
 from otcache.runtime import Sampler
 from otcache.schemas.errors import ModelError, RequestError, UsageError
 from otcache.schemas.manifest_file import read_manifest
@@ -252,7 +252,7 @@ def test_branches_in_one_batch_as_the_cut_stages_do_it(tmp_path):
             values.update(stage.run(values))
         negative, positive = values[stages.output].chunk(2)
         outputs.append(negative + case.guidance * (positive - negative))
-        latents = updated(step, latents, outputs)
+        latents = apply_step(step, latents, outputs)
     apply_residual_cache(pipeline, artifact, 3)
     assert distance(case(pipeline), latents) < 3e-6
     assert distance(tape.final[0], latents) > 1e-4

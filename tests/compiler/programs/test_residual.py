@@ -18,9 +18,9 @@ from otcache.compiler.pipelines.denoiser import denoiser_of
 from otcache.compiler.pipelines.full_run import capture, record_full_runs
 from otcache.compiler.pipelines.probe import probe
 from otcache.compiler.programs.lower import lower
-from otcache.compiler.programs.residual import FORECASTS, fitted_coefs, residual_edge_errors, residual_program
+from otcache.compiler.programs.residual import FORECASTS, fit_coefs, residual_edge_errors, residual_program
 from otcache.compiler.programs.solver_table import program_from_table
-from otcache.compiler.programs.update import updated
+from otcache.compiler.programs.update import apply_step
 
 CALL = {"num_inference_steps": 6, "height": 16, "width": 16, "max_sequence_length": 12}
 
@@ -92,7 +92,7 @@ def test_each_branch_of_guidance_has_a_cache_of_its_own(staged):
         for step in program.steps:
             negative, positive = (model(latents, step) for model in alone)
             outputs.append(negative + 4.0 * (positive - negative))
-            latents = updated(step, latents, outputs)
+            latents = apply_step(step, latents, outputs)
     found = roll_out(program, denoiser, trajectory.latents[0], stages)
     assert torch.allclose(found, latents, atol=2e-5)
     assert all(
@@ -136,7 +136,7 @@ def test_fitted_weights_are_the_best_for_what_lies_in_the_span():
     random = np.random.default_rng(0)
     residuals = random.normal(size=(4, 30))
     residuals[3] = 0.5 * residuals[0] + 2.0 * residuals[2]
-    coefs = fitted_coefs(residuals @ residuals.T / 30, [0, 1, 2], 3)
+    coefs = fit_coefs(residuals @ residuals.T / 30, [0, 1, 2], 3)
     assert coefs == pytest.approx([0.5, 0.0, 2.0], abs=1e-2)
 
 

@@ -160,7 +160,8 @@ def record_first_call(pipeline: Any, options: CallOptions, prompts: Sequence[str
     calls: list[dict[str, Any]] = []
 
     def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(flattened(_bound(signature, args, kwargs)))
+        call = flattened(_bound(signature, args, kwargs))
+        calls.append({key: _kept(value) for key, value in call.items()})
         raise Stop
 
     handle = transformer.register_forward_pre_hook(keep, with_kwargs=True)

@@ -11,11 +11,12 @@ from equations import TOTAL, equation_evaluator, normal, samples_from_equation, 
 
 from otcache.compiler.calibration.fit import fit_output_program
 from otcache.compiler.calibration.local import LocalSamples, OutputStore
-from otcache.compiler.calibration.micro_batch import MicroBatch, is_out_of_memory
+from otcache.compiler.calibration.micro_batch import MicroBatch
 from otcache.compiler.calibration.runs import Runs
 from otcache.compiler.calibration.samples import Fleet
 from otcache.compiler.calibration.scoring import scores_of
 from otcache.compiler.calibration.trials import Calibration
+from otcache.compiler.pipelines.invoke import is_out_of_memory
 from otcache.compiler.programs.solver_table import extrapolated_jump
 from otcache.compiler.workspace.ledger import Ledger
 from otcache.schemas.errors import HostError

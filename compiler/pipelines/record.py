@@ -98,7 +98,7 @@ def record(
 
 
 def _kept(value: Any) -> Any:
-    """A tensor, or a list of them, as it is now, on the CPU: some pipelines change their latents in place afterwards."""
+    """A copy on the CPU of a tensor or a list of them: some pipelines change their latents in place afterwards."""
     if isinstance(value, list):
         return [_kept(each) for each in value]
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
@@ -199,7 +199,7 @@ def guider_at(pipeline: Any, scale: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded_noise() -> Iterator[list[tuple[int, ...]]]:
+def record_noise() -> Iterator[list[tuple[int, ...]]]:
     """Shapes (n, …) of the noise that pipelines draw through diffusers' `randn_tensor`."""
     import sys
 

@@ -15,7 +15,7 @@ from otcache.schemas.errors import ModelError
 from otcache.schemas.shapes import Symbol, described
 
 from ..pipelines.arguments import tensor_of
-from ..pipelines.decode import decoded
+from ..pipelines.decode import decode_latents
 from ..pipelines.interface import Interface
 from ..sizes.served import Seen, Sizes
 from .decoder import make_noise_order_decoder, unpacked_shape
@@ -46,7 +46,7 @@ def decoder_at(pipeline: Any, sizes: Sizes) -> tuple[nn.Module | None, OtherSize
         latents = torch.randn(2, *interface.latents_shape, generator=torch.Generator().manual_seed(0))
         unpacked = unpacked_shape(pipeline, latents, call.height, call.width)
         arranged = latents if unpacked is None else _as_noise(latents, interface).reshape(2, *unpacked)
-        examples.append((arranged, decoded(pipeline, call, latents)))
+        examples.append((arranged, decode_latents(pipeline, call, latents)))
     decoder = (
         make_noise_order_decoder(pipeline, examples) if hasattr(getattr(pipeline, "vae", None), "decode") else None
     )

@@ -1,4 +1,7 @@
-"""Which models are supported, as the coverage suite (`tests/compiler/coverage`) measured it: what `otc models` prints."""
+"""Which models are supported, as the coverage suite (`tests/compiler/coverage`) measured it.
+
+`otc models` prints it.
+"""
 
 from __future__ import annotations
 

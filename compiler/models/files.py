@@ -63,8 +63,10 @@ def components_of(index: Mapping[str, Any]) -> list[str]:
 def variant_of(name: str) -> str | None:
     """The variant that the name of a weights file says, as diffusers writes it; None for the plain weights.
 
-    >>> [variant_of(name) for name in ("model.safetensors", "model.fp16.safetensors", "m.fp16-00001-of-00002.safetensors")]
-    [None, 'fp16', 'fp16']
+    >>> names = ["m.safetensors", "m.fp16.safetensors", "m.fp16-00001-of-00002.safetensors"]
+    >>> names += ["m-00001-of-00002.safetensors"]
+    >>> [variant_of(name) for name in names]
+    [None, 'fp16', 'fp16', None]
     """
     stem = _SHARD.sub("", name.removesuffix(WEIGHTS))
     return stem.rpartition(".")[2] if "." in stem else None

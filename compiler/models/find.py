@@ -1,4 +1,4 @@
-"""A model's name → its folder: a bundled one, a folder, or a snapshot of the hub's that holds what is loaded from it."""
+"""A model's name → its folder: a bundled one, a folder, or a snapshot of the hub's with what is loaded from it."""
 
 from __future__ import annotations
 

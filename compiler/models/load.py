@@ -21,7 +21,7 @@ from .find import HUB_ID, bundled_models, find_model, first_line
 from .lora import fuse_lora
 from .mapped_weights import move_to_file
 from .model import Model, transformer_of
-from .recast import widened
+from .recast import recast_folder
 from .untrusted import check_code, check_weights
 
 _log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _load(
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        with widened(folder, dtype, scratch) as source:
+        with recast_folder(folder, dtype, scratch) as source:
             return diffusers.DiffusionPipeline.from_pretrained(
                 source,
                 torch_dtype=dtype,

@@ -27,7 +27,10 @@ _ALIGNMENT = 64
 
 
 def give_back(module: nn.Module) -> None:
-    """Drop the memory of a module's mapped weights; what is touched again is read again. Without effect outside Linux."""
+    """Drop the memory of a module's mapped weights; what is touched again is read again.
+
+    Without effect outside Linux.
+    """
     give_back_all(module.parameters())
 
 

@@ -30,7 +30,7 @@ _NAMES = {dtype: name for name, dtype in _STORED.items()}
 
 
 @contextlib.contextmanager
-def widened(folder: Path, dtype: torch.dtype, scratch: Path) -> Iterator[Path]:
+def recast_folder(folder: Path, dtype: torch.dtype, scratch: Path) -> Iterator[Path]:
     """A folder whose safetensors files are in `dtype`: the folder itself, or a copy in `scratch` that is removed
     afterwards.
 

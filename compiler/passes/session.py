@@ -26,7 +26,7 @@ from ..models.load import load_model
 from ..models.model import Model, read_prompts
 from ..options import CompileOptions, split_prompts
 from ..pipelines.call import CallOptions, call_options, short_call
-from ..pipelines.decode import decoded
+from ..pipelines.decode import decode_latents
 from ..pipelines.denoiser import denoiser_of, placed
 from ..pipelines.full_run import capture, with_known_negative
 from ..pipelines.interface import Interface
@@ -96,7 +96,7 @@ class Session:
 
     def _decoded(self, latents: Tensor) -> Tensor:
         if self.decoder is None:
-            return decoded(self.model.pipeline, self.call, latents)
+            return decode_latents(self.model.pipeline, self.call, latents)
         pictures: Tensor = self.decoder(latents.to(self.decoder_dtype))
         return pictures.float()
 
@@ -191,7 +191,7 @@ def _session(
         )
     latents = torch.randn(2, *interface.latents_shape, generator=torch.Generator().manual_seed(0))
     on_device = latents.to(placement.device)
-    pictures = decoded(model.pipeline, call, on_device)
+    pictures = decode_latents(model.pipeline, call, on_device)
     name = type(model.pipeline).__name__
     expected = (*(() if call.num_frames is None else (call.num_frames,)), call.height, call.width, 3)
     if tuple(pictures.shape[1:]) != expected:

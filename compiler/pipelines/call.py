@@ -133,7 +133,7 @@ def _with_own_size(pipeline: Any, options: CallOptions) -> CallOptions:
         return options
     call = {name: value for name, value in options.arguments(1.0, 1).items() if name not in missing}
     told = own_size(pipeline, {**any_prompts(pipeline, 1), "generator": [torch.Generator().manual_seed(0)], **call})
-    sizes = {name: told[name] for name in missing if name in told}
+    sizes: dict[str, Any] = {name: told[name] for name in missing if name in told}
     if unknown := [name for name in missing if name not in sizes and name in AXES[:2]]:
         raise ModelError(
             f"{type(pipeline).__name__} does not say its own {' and '.join(unknown)}: give --height and --width"

@@ -16,7 +16,7 @@ from .invoke import invoke
 from .prompts import any_prompts
 
 
-def decoded(pipeline: Any, options: CallOptions, latents: Tensor) -> Tensor:
+def decode_latents(pipeline: Any, options: CallOptions, latents: Tensor) -> Tensor:
     """Final latents (n, …) → the pipeline's own pictures, float32 (n, [frames,] height, width, 3) in [0, 1].
 
     The pipeline runs two steps (Mochi's times cannot be fewer), whose results are replaced by the latents: it decodes

@@ -69,9 +69,9 @@ def record_full_runs(
         ) -> None:
             if not (torch.isfinite(output).all() and torch.isfinite(after).all()):
                 raise ModelError(
-                    f"{type(pipeline).__name__}: step {index} of a full run of {options.num_inference_steps} gave values "
-                    "that are not finite: check that the pipeline itself draws pictures with these options (in float16 "
-                    "large models overflow: try --precision bfloat16)"
+                    f"{type(pipeline).__name__}: step {index} of a full run of {options.num_inference_steps} gave "
+                    "values that are not finite: check that the pipeline itself draws pictures with these options "
+                    "(in float16 large models overflow: try --precision bfloat16)"
                 )
             sink.write_step(places, index, timestep, before, output, after)
 

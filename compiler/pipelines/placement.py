@@ -38,7 +38,10 @@ class Placement:
 
 
 def device_from_name(name: str) -> torch.device:
-    """auto: the first CUDA device if there is one, else the CPU. Raises UsageError, HostError for one that is not there."""
+    """auto: the first CUDA device if there is one, else the CPU.
+
+    Raises UsageError for what is no device, HostError for one that is not there.
+    """
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -90,7 +93,8 @@ def place(pipeline: Any, placement: Placement) -> None:
             )
     except torch.OutOfMemoryError as error:
         raise HostError(
-            f"{type(pipeline).__name__} does not fit on {device}: give --offload model or group, or --precision bfloat16"
+            f"{type(pipeline).__name__} does not fit on {device}: give --offload model or group, or "
+            "--precision bfloat16"
         ) from error
 
 
@@ -173,7 +177,8 @@ def choose_micro_batch(sample_bytes: int, free: int | None) -> int:
         size //= 2
     if sample_bytes > free:
         raise HostError(
-            f"one sample's evaluation takes about {sample_bytes / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB are "
-            "free: give a smaller --height and --width, --offload model or group, or --precision bfloat16"
+            f"one sample's evaluation takes about {sample_bytes / 1e9:.1f} GB beside the model, and "
+            f"{free / 1e9:.1f} GB are free: give a smaller --height and --width, --offload model or group, or "
+            "--precision bfloat16"
         )
     return size

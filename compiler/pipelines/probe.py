@@ -7,7 +7,7 @@ of several branches become one. With that the transformer can be called at any p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,61 +15,50 @@ from torch import Tensor
 
 from otcache.schemas.errors import ModelError
 
-from .arguments import PLAIN, Adjusted, Behind, Offset, Output, PerSample
+from .arguments import PLAIN, Adjusted, Behind, Listed, Offset, Output, PerSample
 from .call import CallOptions, short_call
 from .guidance import find_guidance
 from .interface import Interface, Text
 from .listed_arguments import as_tensors, extra_axis, lists_of
 from .noise_layout import find_layout, proportional
 from .prompts import probe_prompts
-from .record import Tape, record_run, recorded_noise
+from .record import Tape, record_noise, record_run
 
 PROBE_SAMPLES = 3
 """Samples of a probe run: a number that no other axis of a model is likely to have."""
 
 
 def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: Sequence[str]) -> Interface:
-    """Two short runs on different prompts and seeds tell arguments apart. Raises ModelError for what cannot be
-    compiled.
+    """Tell the arguments of a pipeline's transformer apart by two short runs on different prompts and seeds.
+
+    Args:
+        pipeline: a diffusers pipeline, wherever it runs.
+        options: how it is called.
+        guidance_scale: above 1, if guidance is to be seen.
+        prompts: some to run on; others are added where there are fewer than the runs take.
+
+    Raises:
+        ModelError: the pipeline does something that cannot be compiled.
     """
     name = type(pipeline).__name__
-    if getattr(pipeline, "transformer_2", None) is not None:
-        raise ModelError(
-            f"{name} has two transformers that take turns (transformer, transformer_2): expected one, because an artifact has "
-            "one trunk; compile a pipeline with a single expert"
-        )
-    prompts = probe_prompts(pipeline, prompts, 2 * PROBE_SAMPLES)
-    short = short_call(pipeline, options, at_least=3)
-    with recorded_noise() as drawn:
-        first = record_run(pipeline, short, guidance_scale, prompts[:PROBE_SAMPLES], range(PROBE_SAMPLES))
-        second = record_run(pipeline, short, guidance_scale, prompts[PROBE_SAMPLES:], range(100, 100 + PROBE_SAMPLES))
-    sample, count = first.samples[0], len(first.calls[0])
-    if count not in (1, 2):
-        raise ModelError(f"{name} calls its transformer {count} times a step: one or two (guidance) can be compiled")
-    listed = lists_of(first.calls[0][0], sample)
-    for tape in (first, second):
-        tape.calls = [[as_tensors(call, listed) for call in calls] for calls in tape.calls]
+    first, second, listed, noise_shape = _record_probes(pipeline, options, guidance_scale, prompts)
+    call, sample = first.calls[0][0], first.samples[0]
     latents_input, stacked, behind = _find_latents(first, second, name)
     timestep_input, scale, offset = _find_timestep(first, name)
-    rows = PROBE_SAMPLES * (2 if stacked else 1)
-    conditioning, constants = _sorted_arguments(first, second, (latents_input, timestep_input), rows, name)
-    calls, padded = [*first.calls[0], *second.calls[0]], [key for key, how in listed.items() if how.mask]
-    text = _find_text(calls, conditioning, constants, padded, options.max_sequence_length, name)
-    if text and text.mask not in conditioning:
-        conditioning.append(text.mask)
-        constants.pop(text.mask, None)
+    conditioning, constants, text = _find_conditioning(
+        first, second, (latents_input, timestep_input), listed, PROBE_SAMPLES * (2 if stacked else 1), options, name
+    )
     if offset:
         constants[timestep_input] = Offset(offset)
     if behind:
         constants[latents_input] = Behind(behind)
-    constants |= listed
     outputs = list(first.call_outputs[0][0].float().chunk(2)) if stacked else [o.float() for o in first.call_outputs[0]]
     exact = first.call_outputs[0][0].dtype == torch.float32
     output = _find_output(outputs, first.guided[0])
     guided, positive_first, keep_norm, sign = find_guidance(
         [output(each) for each in outputs], first.guided[0], guidance_scale, name, exact=exact
     )
-    split, permutation = find_layout(drawn[0][1:], sample, name, first.calls[0][0][latents_input].dtype)
+    split, permutation = find_layout(noise_shape, sample, name, call[latents_input].dtype)
     return Interface(
         latents_input=latents_input,
         timestep_input=timestep_input,
@@ -82,13 +71,65 @@ def probe(pipeline: Any, options: CallOptions, guidance_scale: float, prompts: S
         stacked=stacked,
         positive_first=positive_first,
         keep_norm=keep_norm,
-        noise_shape=drawn[0][1:],
+        noise_shape=noise_shape,
         noise_split=split,
         noise_permutation=permutation,
         latents_shape=tuple(sample.shape[1:]),
-        dtype=first.calls[0][0][latents_input].dtype,
+        dtype=call[latents_input].dtype,
         step_options=first.step_options,
     )
+
+
+def _record_probes(
+    pipeline: Any, options: CallOptions, guidance_scale: float, prompts: Sequence[str]
+) -> tuple[Tape, Tape, dict[str, Listed], tuple[int, ...]]:
+    """Two short runs, arguments that are lists (tensors on the tapes), and the shape of one sample's noise."""
+    name = type(pipeline).__name__
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise ModelError(
+            f"{name} has two transformers that take turns (transformer, transformer_2): expected one, because an "
+            "artifact has one trunk; compile a pipeline with a single expert"
+        )
+    prompts = probe_prompts(pipeline, prompts, 2 * PROBE_SAMPLES)
+    short = short_call(pipeline, options, at_least=3)
+    with record_noise() as drawn:
+        first = record_run(pipeline, short, guidance_scale, prompts[:PROBE_SAMPLES], range(PROBE_SAMPLES))
+        second = record_run(pipeline, short, guidance_scale, prompts[PROBE_SAMPLES:], range(100, 100 + PROBE_SAMPLES))
+    count = len(first.calls[0])
+    if count not in (1, 2):
+        raise ModelError(f"{name} calls its transformer {count} times a step: one or two (guidance) can be compiled")
+    listed = lists_of(first.calls[0][0], first.samples[0])
+    for tape in (first, second):
+        tape.calls = [[as_tensors(call, listed) for call in calls] for calls in tape.calls]
+    return first, second, listed, drawn[0][1:]
+
+
+def _find_conditioning(
+    first: Tape,
+    second: Tape,
+    varying: tuple[str, ...],
+    listed: Mapping[str, Listed],
+    rows: int,
+    options: CallOptions,
+    name: str,
+) -> tuple[list[str], dict[str, Any], Text | None]:
+    """The arguments that are not `varying` as conditioning and constants, and the text that is padded among them.
+
+    Args:
+        first, second: the two runs.
+        varying: names of the latents and the time.
+        listed: arguments that list one tensor a sample.
+        rows: batch of a call.
+        options: how the pipeline is called.
+        name: its class.
+    """
+    conditioning, constants = _sorted_arguments(first, second, varying, rows, name)
+    calls, padded = [*first.calls[0], *second.calls[0]], [key for key, how in listed.items() if how.mask]
+    text = _find_text(calls, conditioning, constants, padded, options.max_sequence_length, name)
+    if text and text.mask not in conditioning:
+        conditioning.append(text.mask)
+        constants.pop(text.mask, None)
+    return conditioning, {**constants, **listed}, text
 
 
 def interface_at(
@@ -96,7 +137,7 @@ def interface_at(
 ) -> Interface:
     """The interface at another size of the request: other constants, latents and noise, everything else the same."""
     short, repeated = short_call(pipeline, options), (list(prompts) * PROBE_SAMPLES)[:PROBE_SAMPLES]
-    with recorded_noise() as drawn:
+    with record_noise() as drawn:
         tape = record_run(pipeline, short, guidance_scale, repeated, range(PROBE_SAMPLES))
     sample, call = tape.samples[0], tape.calls[0][0]
 
@@ -139,8 +180,8 @@ def _find_latents(tape: Tape, other: Tape, name: str) -> tuple[str, bool, tuple[
                 return key, value.shape[0] == 2 * count, tuple(behind.tolist())
     shapes = {key: tuple(value.shape) for key, value in tape.calls[0][0].items() if isinstance(value, Tensor)}
     raise ModelError(
-        f"{name} does not hand the scheduler's latents {tuple(sample.shape)} to its transformer as they are ({shapes}): "
-        "not supported"
+        f"{name} does not hand the scheduler's latents {tuple(sample.shape)} to its transformer as they are "
+        f"({shapes}): not supported"
     )
 
 
@@ -164,8 +205,9 @@ def _sorted_arguments(
         elif "mask" not in key and not same(value, other := second.calls[0][0][key]):
             if isinstance(value, Tensor) and value.shape != other.shape:
                 raise ModelError(
-                    f"{name} passes {key} as long as the longest prompt of a call, {tuple(value.shape)} and {tuple(other.shape)}, for "
-                    "all samples alike: not supported, because a prompt's result would depend on those beside it"
+                    f"{name} passes {key} as long as the longest prompt of a call, {tuple(value.shape)} and "
+                    f"{tuple(other.shape)}, for all samples alike: not supported, because a prompt's result would "
+                    "depend on those beside it"
                 )
             raise ModelError(
                 f"{name} passes {key} with {type(value).__name__} that depends on the prompt: not supported"
@@ -203,8 +245,8 @@ def _find_text(
         return None
     if not masks:
         raise ModelError(
-            f"{name} makes {ragged[0]} as long as the longest prompt of a call and passes no mask: not supported, because "
-            "prompts could not be padded to one length"
+            f"{name} makes {ragged[0]} as long as the longest prompt of a call and passes no mask: not supported, "
+            "because prompts could not be padded to one length"
         )
     if length is None:
         raise ModelError(f"{name} makes {ragged[0]} as long as the longest prompt: give --max-sequence-length")

@@ -98,7 +98,7 @@ def record(
 
 
 def _kept(value: Any) -> Any:
-    """A tensor, or a list of them, as it is now, on the CPU: some pipelines change their latents in place afterwards."""
+    """A copy on the CPU of a tensor or a list of them: some pipelines change their latents in place afterwards."""
     if isinstance(value, list):
         return [_kept(each) for each in value]
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
@@ -160,7 +160,8 @@ def record_first_call(pipeline: Any, options: CallOptions, prompts: Sequence[str
     calls: list[dict[str, Any]] = []
 
     def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(flattened(_bound(signature, args, kwargs)))
+        call = flattened(_bound(signature, args, kwargs))
+        calls.append({key: _kept(value) for key, value in call.items()})
         raise Stop
 
     handle = transformer.register_forward_pre_hook(keep, with_kwargs=True)
@@ -198,7 +199,7 @@ def guider_at(pipeline: Any, scale: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded_noise() -> Iterator[list[tuple[int, ...]]]:
+def record_noise() -> Iterator[list[tuple[int, ...]]]:
     """Shapes (n, …) of the noise that pipelines draw through diffusers' `randn_tensor`."""
     import sys
 

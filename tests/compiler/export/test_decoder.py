@@ -7,13 +7,13 @@ import torch
 from otcache.compiler.export.decoder import make_latent_decoder, make_noise_order_decoder, unpacked_shape
 from otcache.compiler.export.onnx_stages import export_module
 from otcache.compiler.pipelines.call import call_options
-from otcache.compiler.pipelines.decode import decoded
+from otcache.compiler.pipelines.decode import decode_latents
 
 
 def test_latent_decoder_reproduces_the_pipeline(pipeline, tmp_path):
     call = call_options(pipeline, num_inference_steps=4, height=16, width=24, max_sequence_length=8)
     latents = torch.randn(2, 24, 16)
-    pictures = decoded(pipeline, call, latents)
+    pictures = decode_latents(pipeline, call, latents)
     unpacked = pipeline._unpack_latents(latents, 16, 24, pipeline.vae_scale_factor)
 
     def drawn(parts):
@@ -36,7 +36,7 @@ def test_latent_decoder_reproduces_the_pipeline(pipeline, tmp_path):
 
 def test_a_decoder_that_differs_from_the_pipeline_is_not_exported(pipeline):
     latents = torch.randn(2, 24, 16)
-    pictures = decoded(pipeline, call_options(pipeline, num_inference_steps=4, height=16, width=24), latents)
+    pictures = decode_latents(pipeline, call_options(pipeline, num_inference_steps=4, height=16, width=24), latents)
     assert make_latent_decoder(pipeline, latents, pictures + 0.01, 16, 24) is None
     assert make_latent_decoder(pipeline, latents[:, :20], pictures, 16, 24) is None
 
@@ -49,7 +49,7 @@ def test_a_decoder_in_the_order_of_the_noise_takes_every_size(pipeline):
         shape = unpacked_shape(pipeline, latents, height, width)
         assert shape == (4, height // 2, width // 2)
         unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
-        examples.append((unpacked, decoded(pipeline, call, latents)))
+        examples.append((unpacked, decode_latents(pipeline, call, latents)))
     decoder = make_noise_order_decoder(pipeline, examples)
     assert decoder is not None
     for latents, pictures in examples:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from otcache.compiler.models import recast as widen
 from otcache.compiler.models.load import load_model
-from otcache.compiler.models.recast import widened
+from otcache.compiler.models.recast import recast_folder
 from otcache.schemas.errors import HostError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="nothing is given back elsewhere")
@@ -56,7 +56,7 @@ def test_weights_are_those_that_diffusers_casts(half_folder, tmp_path):
 
 
 def test_a_folder_that_is_as_wanted_is_taken_as_it_is(tiny_flux_folder, tmp_path):
-    with widened(tiny_flux_folder, torch.float32, tmp_path) as found:
+    with recast_folder(tiny_flux_folder, torch.float32, tmp_path) as found:
         assert found == tiny_flux_folder and not list(tmp_path.iterdir())
 
 
@@ -73,7 +73,7 @@ def test_integers_and_shards_stay_what_they_are(tmp_path):
     save_file(tensors, folder / "a.safetensors", metadata={"format": "pt"})
     save_file({"kept": torch.ones(2)}, folder / "b.safetensors")
     (folder / "config.json").write_text(json.dumps({"a": 1}))
-    with widened(folder, torch.float32, tmp_path) as found:
+    with recast_folder(folder, torch.float32, tmp_path) as found:
         made = load_file(found / "a.safetensors")
         assert (found / "b.safetensors").is_symlink() and load_file(found / "b.safetensors")["kept"].sum() == 2
         assert json.loads((found / "config.json").read_text()) == {"a": 1}
@@ -96,7 +96,7 @@ def test_a_broken_file_leaves_nothing(half_folder, tmp_path):
 def test_what_a_killed_process_left_is_removed(half_folder, tmp_path):
     left = tmp_path / f".{half_folder.name}.abcdefgh.part"
     (left / "transformer").mkdir(parents=True)
-    with widened(half_folder, torch.float32, tmp_path) as found:
+    with recast_folder(half_folder, torch.float32, tmp_path) as found:
         assert not left.exists() and found.parent.parent == tmp_path
 
 

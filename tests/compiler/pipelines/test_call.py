@@ -93,8 +93,18 @@ def test_errors_of_the_pipelines_own_call():
         ModelError, match=r"^StableDiffusionInpaintPipeline, argument .*image.*that draws without .*image"
     ):
         call_options(inpaint, num_inference_steps=2)
-    with pytest.raises(MemoryError):
-        invoke(lambda **_: (_ for _ in ()).throw(MemoryError()), {})
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), OSError("disk")])
+def test_errors_that_others_handle_pass(error):
+    pipeline = CASES["StableDiffusionPipeline"].pipeline()
+
+    def fail(*_):
+        raise error
+
+    pipeline.unet.register_forward_pre_hook(fail)
+    with pytest.raises(type(error)):
+        invoke(pipeline, {"prompt": ["a"], "num_inference_steps": 1})
 
 
 def pipeline_of(labels: dict[str, int], count: int | None):

@@ -22,7 +22,7 @@ from otcache.compiler.models.model import transformer_of
 from otcache.compiler.passes.emit import emit
 from otcache.compiler.passes.export import ENGINES, stage_fields
 from otcache.compiler.pipelines.call import CallOptions, call_options, prepare_scheduler
-from otcache.compiler.pipelines.decode import decoded
+from otcache.compiler.pipelines.decode import decode_latents
 from otcache.compiler.pipelines.denoiser import denoiser_of
 from otcache.compiler.pipelines.full_run import capture
 from otcache.compiler.pipelines.interface import Interface
@@ -109,7 +109,7 @@ def cover(pipeline: Any, call: dict[str, int], prompts: list[str], folder: Path)
     assert max(full) < 10 * EXACT and max(errors.values()) < 10 * EXACT
 
     latents = trajectory.latents[-1]
-    pictures = decoded(pipeline, options, latents)
+    pictures = decode_latents(pipeline, options, latents)
     decoder = make_latent_decoder(pipeline, latents, pictures, options.height, options.width)
     return Row(
         transformer=type(transformer).__name__,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .compile import check_packages, complete_models
-from .options import call_options, search_options
+from .options import call_options, device_options, search_options
 
 if TYPE_CHECKING:
     from ..compare.cells import Comparison
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder.  [default: artifacts/compare/NAME]")
 @call_options
 @search_options
+@device_options
 @click.option(
     "--claim/--no-claim", default=True, show_default=True, help="Also test interpolation against searches per budget."
 )
@@ -57,19 +58,31 @@ def compare_command(ctx: click.Context, **choices: Any) -> None:
 
 
 def _compare(
-    as_json: bool, budgets: str, guidance_scale: str, against: str | None, claim: bool, robustness: bool, **choices: Any
+    as_json: bool,
+    budgets: str,
+    guidance_scale: str,
+    micro_batch: str,
+    against: str | None,
+    claim: bool,
+    robustness: bool,
+    **choices: Any,
 ) -> None:
     check_packages("otc compare")
     from otcache.schemas.errors import ArtifactError
 
-    from ..options import CompileOptions, parse_budgets, parse_guidance
+    from ..options import CompileOptions, parse_budgets, parse_guidance, parse_micro_batch
     from ..workspace.progress import reporter_for
     from ..workspace.quiet import asks_for_lines, quiet
 
     output: Path = choices.pop("output") or Path("artifacts/compare") / Path(choices["model"]).name
     if (output / "comparison.json").exists() and not choices["force"]:
         raise ArtifactError(f"{output} holds a comparison already: expected none; choose another -o, or give --force")
-    options = CompileOptions(budgets=parse_budgets(budgets), guidance_scale=parse_guidance(guidance_scale), **choices)
+    options = CompileOptions(
+        budgets=parse_budgets(budgets),
+        guidance_scale=parse_guidance(guidance_scale),
+        micro_batch=parse_micro_batch(micro_batch),
+        **{name: value for name, value in choices.items() if value is not None},
+    )
     quiet()
     from ..compare.compare import compare
     from ..compare.table import write_comparison

@@ -12,7 +12,7 @@ import numpy as np
 
 from .diffusers_caches import WIDE
 from .method import Bench, NotApplicable
-from .pipeline_method import PipelineMethod, Setting
+from .pipeline_method import PipelineMethod, Setting, branches_apart, transformer_of
 
 
 def _needs_cache_dit() -> None:
@@ -21,11 +21,12 @@ def _needs_cache_dit() -> None:
 
 
 @contextlib.contextmanager
-def _cache_dit(pipeline: Any, calibrator: int | None, **options: Any) -> Iterator[None]:
+def _cache_dit(pipeline: Any, calibrator: int | None, *, apart: bool, **options: Any) -> Iterator[None]:
     _needs_cache_dit()
+    transformer_of(pipeline)
     import cache_dit
 
-    config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, enable_separate_cfg=True, **options)
+    config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, enable_separate_cfg=apart, **options)
     taylor = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=calibrator) if calibrator else None
     # cache-dit rearranges the transformer and patches the pipeline's class, and does not take all of that back.
     kept, call = (pipeline.transformer, pipeline.scheduler), type(pipeline).__call__
@@ -59,9 +60,12 @@ def masks(budget: int, num_inference_steps: int) -> dict[str, list[int]]:
 
 def _mask_settings(bench: Bench, budget: int) -> list[Setting]:
     _needs_cache_dit()
-    total = bench.table.num_inference_steps
+    total, apart = bench.table.num_inference_steps, branches_apart(bench)
     return [
-        Setting(text=f"{name} mask{', taylor' if order else ''}", values={"mask": mask, "order": order, "total": total})
+        Setting(
+            text=f"{name} mask{', taylor' if order else ''}",
+            values={"mask": mask, "order": order, "total": total, "apart": apart},
+        )
         for name, mask in masks(budget, total).items()
         for order in (None, 1)
     ]
@@ -72,6 +76,7 @@ def _masked(pipeline: Any, setting: Setting) -> contextlib.AbstractContextManage
     return _cache_dit(
         pipeline,
         values["order"],
+        apart=values["apart"],
         steps_computation_mask=list(values["mask"]),
         steps_computation_policy="static",
         num_inference_steps=values["total"],
@@ -81,11 +86,11 @@ def _masked(pipeline: Any, setting: Setting) -> contextlib.AbstractContextManage
 
 def _dynamic_settings(bench: Bench, budget: int) -> list[Setting]:
     _needs_cache_dit()
-    total = bench.table.num_inference_steps
+    total, apart = bench.table.num_inference_steps, branches_apart(bench)
     return [
         Setting(
             text=f"warm-up {warmup}{', taylor' if order else ''}",
-            values={"warmup": warmup, "order": order, "total": total},
+            values={"warmup": warmup, "order": order, "total": total, "apart": apart},
         )
         for warmup in sorted({1, max(1, budget // 2)})
         for order in (None, 1)
@@ -97,6 +102,7 @@ def _dynamic(pipeline: Any, setting: Setting) -> contextlib.AbstractContextManag
     return _cache_dit(
         pipeline,
         values["order"],
+        apart=values["apart"],
         residual_diff_threshold=setting.threshold,
         max_warmup_steps=values["warmup"],
         num_inference_steps=values["total"],

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .method import Bench, NotApplicable
-from .pipeline_method import PipelineMethod, Setting, run_pipeline
+from .pipeline_method import PipelineMethod, Setting, run_pipeline, transformer_of
 
 WIDE = (1e-3, 10.0)
 """Range of thresholds."""
@@ -22,7 +22,9 @@ def diffusers_cache(pipeline: Any, config: Any) -> Iterator[None]:
     """While it lasts, the pipeline's transformer has one of diffusers' caches. Raises NotApplicable where diffusers
     refuses it.
     """
-    transformer = pipeline.transformer
+    transformer: Any = transformer_of(pipeline)
+    if not hasattr(transformer, "enable_cache"):
+        raise NotApplicable(f"diffusers has no caches for {type(transformer).__name__}")
     try:
         transformer.enable_cache(config)
     except Exception as error:

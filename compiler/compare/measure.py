@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from otcache.schemas.errors import ModelError
+
 from ..calibration.trials import Calibration
 from ..passes.capture import full_runs
 from ..passes.evaluate import held_out_runs
@@ -18,6 +20,10 @@ from ..schedules.search import Found
 from ..workspace.ledger import Ledger
 from .cells import DEFAULT, Cell, Skipped, Spread
 from .method import Bench, Built, Method, NotApplicable, Outcome, ProgramMethod
+from .pipeline_method import pipeline_error
+
+INTACT = 1e-2
+"""Relative error of a full run's final latents below which a pipeline counts as unchanged, in any precision."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,22 +63,45 @@ def default_method(found: Found) -> ProgramMethod:
 
 
 def measure_cell(bench: Bench, method: Method, budget: int) -> Cell | Skipped:
-    """The method on the held-out prompts, or what that came to before."""
+    """The method on the held-out prompts, or what that came to before; why not, where it does not run.
 
-    def compute() -> dict[str, Any]:
-        try:
-            return asdict(_cell_from_outcome(method, budget, method.run(bench, budget)))
-        except NotApplicable as error:
-            return {"reason": str(error)}
+    A method that breaks is skipped with its error, after a check that it has left the pipeline as it was. Reasons are
+    not kept: what is missing may be there the next time.
 
+    Raises ModelError where a method has left the pipeline changed.
+    """
     made_of = method.made_of.get(budget) if isinstance(method, ProgramMethod) else None
     name = "compare-" + "".join(c if c.isalnum() else "-" for c in method.name)
     key = [bench.key, method.name, budget, made_of and made_of.model_dump(mode="json")]
-    value = bench.workspace.json(name, key, compute)
-    if "reason" in value:
-        _LOG.info("%s at %d: %s", method.name, budget, value["reason"])
-        return Skipped(method=method.name, budget=budget, reason=value["reason"])
-    return TypeAdapter(Cell).validate_python(value)
+
+    def compute() -> dict[str, Any]:
+        return asdict(_cell_from_outcome(method, budget, method.run(bench, budget)))
+
+    try:
+        value = bench.workspace.json(name, key, compute)
+    except NotApplicable as error:
+        reason = str(error)
+    except (OSError, MemoryError):  # of the host, and no method's fault
+        raise
+    except Exception as error:
+        _LOG.debug("%s at %d broke", method.name, budget, exc_info=True)
+        cause = error.__cause__ if isinstance(error, ModelError) and error.__cause__ else error  # what the pipeline met
+        reason = f"it breaks: {type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+        check_intact(bench, method.name)
+    else:
+        return TypeAdapter(Cell).validate_python(value)
+    _LOG.info("%s at %d: %s", method.name, budget, reason)
+    return Skipped(method=method.name, budget=budget, reason=reason)
+
+
+def check_intact(bench: Bench, name: str) -> None:
+    """Raises ModelError where the pipeline no longer ends where its recorded full run of the first prompt ended."""
+    error = float(bench.evaluation.map(pipeline_error(bench), slice(1))["latent_error"][0])
+    if not error < INTACT:
+        raise ModelError(
+            f"{name} broke and left {type(bench.pipeline).__name__} changed: its latents are now {error:.1e} from the recorded "
+            "run's: leave it out with --against, which takes the names of the others"
+        )
 
 
 def _cell_from_outcome(method: Method, budget: int, outcome: Outcome) -> Cell:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from otcache.schemas.errors import ModelError
 
 from ..calibration.batch import Batch
+from ..calibration.metrics import relative_latent_error
 from ..calibration.samples import Rows
 from ..calibration.scoring import scores_from_latents
 from ..hosts import blocks
@@ -107,7 +108,7 @@ class PipelineMethod:
     def _answer(
         self, bench: Bench, setting: Setting, *, held_out: bool, singly: bool = False, score: bool = True
     ) -> Callable[[Batch], Rows]:
-        """For a batch: `nfe` and `seconds` (m,) of its samples, and the scores of its pictures.
+        """For a batch: `nfe`, `blocks` (`Count`) and `seconds` (m,) of its samples, and the scores of its pictures.
 
         Args:
             bench: with the pipeline.
@@ -120,14 +121,17 @@ class PipelineMethod:
         def answer(batch: Batch) -> Rows:
             everything = list(range(batch.rows.start, batch.rows.stop))
             parts = [[row] for row in everything] if self.adaptive or singly else [everything]
-            latents, nfe, seconds = list[Tensor](), list[float](), list[float]()
+            latents = list[Tensor]()
+            nfe, block_runs, seconds = list[float](), list[float](), list[float]()
             for part in parts:  # wrapped anew each time: FirstBlockCache's reset keeps the last run's residual
                 with self.wrap(bench.pipeline, setting), count_evaluations(bench) as counter:
                     start = time.perf_counter()
                     latents.append(run_pipeline(bench, part, held_out=held_out))
                     seconds += [time.perf_counter() - start] * len(part)
-                nfe += [counter[0]] * len(part)
-            rows = {"nfe": np.asarray(nfe, dtype=np.float64), "seconds": np.asarray(seconds)}
+                nfe += [counter.evaluations] * len(part)
+                block_runs += [counter.blocks] * len(part)
+            measured = {"nfe": nfe, "blocks": block_runs, "seconds": seconds}
+            rows = {name: np.asarray(values, dtype=np.float64) for name, values in measured.items()}
             if not score:
                 return rows
             return {**rows, **scores_from_latents(batch, torch.cat(latents).to(batch.evaluator.device))}
@@ -160,22 +164,60 @@ def run_pipeline(bench: Bench, rows: list[int], *, held_out: bool) -> Tensor:
     return last[0]
 
 
+def pipeline_error(bench: Bench) -> Callable[[Batch], Rows]:
+    """For a batch of held-out samples: `latent_error` (m,), how far the pipeline as it is now ends from where it did."""
+
+    def answer(batch: Batch) -> Rows:
+        final = run_pipeline(bench, list(range(batch.rows.start, batch.rows.stop)), held_out=True)
+        return {"latent_error": relative_latent_error(final, batch.latents(-1).cpu())}
+
+    return answer
+
+
+@dataclass
+class Count:
+    """What was run of the blocks, in full runs of all branches of guidance."""
+
+    evaluations: float = 0.0
+    """Of the block that every cache skips first, the second one."""
+    blocks: float = 0.0
+    """Mean over all blocks: some caches compute the first one at every step."""
+
+
 @contextlib.contextmanager
-def count_evaluations(bench: Bench) -> Iterator[list[float]]:
-    """Counts full runs of the blocks: calls of a linear layer in the second block, per branch of guidance."""
-    interface = bench.interface
-    calls = interface.branches if interface.guided and not interface.stacked else 1
-    counter = [0.0]
+def count_evaluations(bench: Bench) -> Iterator[Count]:
+    """Counts runs of the blocks, on a layer deep in each of them, which every cache of this room skips with its block."""
+    calls = bench.interface.branches if branches_apart(bench) else 1
+    layers = [deep_layer(block) for each in block_lists(transformer_of(bench.pipeline)) for block in each]
+    runs = np.zeros(len(layers))
+    found = Count()
 
-    def count(*_: Any) -> None:
-        counter[0] += 1 / calls
+    def counter(index: int) -> Callable[..., None]:
+        def count(*_: Any) -> None:
+            runs[index] += 1 / calls
 
-    handle = _deep_layer(bench.pipeline.transformer).register_forward_hook(count)
+        return count
+
+    handles = [layer.register_forward_hook(counter(index)) for index, layer in enumerate(layers)]
     try:
-        yield counter
+        yield found
     finally:
-        handle.remove()
-        counter[0] = round(counter[0], 6)
+        for handle in handles:
+            handle.remove()
+        found.evaluations, found.blocks = round(float(runs[1]), 6), round(float(runs.mean()), 6)
+
+
+def branches_apart(bench: Bench) -> bool:
+    """Whether the pipeline calls its transformer for each branch of guidance, rather than once for both."""
+    return bench.interface.guided and not bench.interface.stacked
+
+
+def transformer_of(pipeline: Any) -> nn.Module:
+    """The pipeline's transformer. Raises NotApplicable."""
+    found = getattr(pipeline, "transformer", None)
+    if not isinstance(found, nn.Module):
+        raise NotApplicable(f"{type(pipeline).__name__} has no transformer, and caches of blocks take no other model")
+    return found
 
 
 def block_lists(transformer: nn.Module) -> list[nn.ModuleList]:
@@ -186,10 +228,11 @@ def block_lists(transformer: nn.Module) -> list[nn.ModuleList]:
         raise NotApplicable(str(error)) from error
 
 
-def _deep_layer(transformer: nn.Module) -> nn.Module:
-    """The query projection of the second block: every cache of this room skips it when it skips the blocks."""
-    second = [block for each in block_lists(transformer) for block in each][1]
-    for name, module in second.named_modules():
-        if name.endswith("to_q"):
-            return module
-    raise NotApplicable(f"{type(second).__name__} has no attention query to count evaluations by")
+def deep_layer(block: nn.Module) -> nn.Module:
+    """A linear layer of a block's attention: the query's projection, whatever its class calls it."""
+    named = [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    queries = [module for name, module in named if name.split(".")[-1].startswith(("to_q", "to_query", "q_proj"))]
+    attention = [module for name, module in named if "attn" in name or "attention" in name]
+    if not (queries or attention):
+        raise NotApplicable(f"{type(block).__name__} has no attention query to count evaluations by")
+    return (queries or attention)[0]

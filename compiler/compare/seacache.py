@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .diffusers_caches import diffusers_cache
 from .method import Bench, Built, NotApplicable, ProgramMethod
-from .pipeline_method import PipelineMethod, Setting
+from .pipeline_method import PipelineMethod, Setting, transformer_of
 
 MODEST = (1e-3, 100.0)
 """Range of the threshold."""
@@ -23,8 +23,9 @@ MODEST = (1e-3, 100.0)
 
 def _settings(bench: Bench, budget: int) -> list[Setting]:
     """Residuals reused or extrapolated; no limit to how many steps in a row, which would keep it from small budgets."""
-    if not hasattr(bench.pipeline.transformer, "cache_context"):
-        raise NotApplicable(f"{type(bench.pipeline.transformer).__name__} has no cache_context")
+    transformer = transformer_of(bench.pipeline)
+    if not hasattr(transformer, "cache_context"):
+        raise NotApplicable(f"{type(transformer).__name__} has no cache_context")
     size = {"height": bench.call.height, "width": bench.call.width}
     return [Setting(text="extrapolated" if order else "reused", values={"order": order, **size}) for order in (0, 1)]
 
@@ -56,9 +57,8 @@ def _said_where(pipeline: Any) -> Iterator[None]:
         total = len(scheduler.timesteps)
         index = calls[name] % total
         calls[name] += 1
-        return original(
-            name, step_index=index, sigma=float(scheduler.sigmas[index]), num_inference_steps=total, **kwargs
-        )
+        added = {"step_index": index, "sigma": float(scheduler.sigmas[index]), "num_inference_steps": total}
+        return original(name, **{**added, **kwargs})  # some pipelines say it themselves
 
     transformer.cache_context = cache_context
     try:

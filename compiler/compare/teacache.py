@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from .diffusers_caches import WIDE
 from .method import Bench, NotApplicable
-from .pipeline_method import PipelineMethod, Setting, block_lists, run_pipeline
+from .pipeline_method import PipelineMethod, Setting, block_lists, branches_apart, run_pipeline, transformer_of
 
 
 class TeaCache:
@@ -26,8 +26,11 @@ class TeaCache:
     ) -> None:
         from diffusers.hooks._helpers import TransformerBlockRegistry
 
-        self.blocks = [block for blocks in block_lists(pipeline.transformer) for block in blocks]
-        self.metadata = [TransformerBlockRegistry.get(type(block)) for block in self.blocks]
+        self.blocks = [block for blocks in block_lists(transformer_of(pipeline)) for block in blocks]
+        try:
+            self.metadata = [TransformerBlockRegistry.get(type(block)) for block in self.blocks]
+        except ValueError as error:
+            raise NotApplicable(f"a block that diffusers' table does not describe: {error}") from error
         self.polynomial, self.threshold, self.total, self.branches = polynomial, threshold, total, branches
         self.calls = 0
         self.state: list[dict[str, Any]] = [{} for _ in range(branches)]
@@ -57,13 +60,13 @@ class TeaCache:
                     metadata.encoder_hidden_states_argument_name, args, kwargs
                 )
             if index == 0:
-                self._decide(modulated_input(block, hidden, args, kwargs), hidden, text)
+                self._decide(modulated_input(block, lambda: original(*args, **kwargs)), hidden, text)
             last = index == len(self.blocks) - 1
             if self.skipping:
                 state = self.state[(self.calls - 1) % self.branches]
                 if last:
                     hidden = state["input"][0] + state["residual"][0]
-                    text = None if text is None else state["input"][1] + state["residual"][1]
+                    text = None if state["residual"][1] is None else state["input"][1] + state["residual"][1]
                 return _as_returned(metadata, hidden, text)
             output = original(*args, **kwargs)
             if last:
@@ -94,25 +97,49 @@ class TeaCache:
     def _remember(self, metadata: Any, output: Any) -> None:
         state = self.state[(self.calls - 1) % self.branches]
         hidden, text = _returned(metadata, output)
-        residual = (hidden - state["input"][0], None if text is None else text - state["input"][1])
+        before_text = state["input"][1]
+        residual = (hidden - state["input"][0], None if text is None or before_text is None else text - before_text)
         if self.polynomial is None and "residual" in state and "change" in state:
             before = state["residual"][0]
             self.observed.append((state["change"], float((residual[0] - before).abs().mean() / before.abs().mean())))
         state["residual"] = residual
 
 
-def modulated_input(block: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The first block's input after its timestep modulation: TeaCache's indicator."""
-    time_embedding = kwargs.get("temb")
-    if time_embedding is None:
-        time_embedding = next((value for value in args[1:] if isinstance(value, Tensor) and value.ndim == 2), None)
-    if hasattr(block, "img_mod") and hasattr(block, "img_norm1"):
-        shift, scale, _ = block.img_mod(time_embedding).chunk(2, dim=-1)[0].chunk(3, dim=-1)
-        return block.img_norm1(hidden) * (1 + scale[:, None]) + shift[:, None]
-    if hasattr(block, "norm1"):
-        normed = block.norm1(hidden, emb=time_embedding)
-        return normed[0] if isinstance(normed, tuple) else normed
-    raise NotApplicable(f"{type(block).__name__} modulates its input in a way that TeaCache's indicator does not know")
+class _Seen(Exception):
+    """Carries an attention layer's input out of a block."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+def modulated_input(block: nn.Module, call: Callable[[], Any]) -> Tensor:
+    """The first block's input after its timestep modulation: TeaCache's indicator.
+
+    It is what the block's first attention layer is given, in every class of blocks that modulates its input.
+
+    Args:
+        block: the first one.
+        call: runs it; ends where the layer would.
+
+    Raises NotApplicable where the block runs no such layer.
+    """
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [*args, *kwargs.values()]
+        first = kwargs.get("hidden_states")
+        raise _Seen(first if first is not None else next(value for value in given if isinstance(value, Tensor)))
+
+    layers = [each for each in block.modules() if each is not block and "attn" in type(each).__name__.lower()]
+    layers += [each for each in block.modules() if each is not block and "attention" in type(each).__name__.lower()]
+    handles = [each.register_forward_pre_hook(stop, with_kwargs=True) for each in layers]
+    try:
+        call()
+    except _Seen as seen:
+        return seen.hidden
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise NotApplicable(f"{type(block).__name__} has no attention layer whose input TeaCache's indicator could be")
 
 
 def _returned(metadata: Any, output: Any) -> tuple[Tensor, Tensor | None]:
@@ -133,9 +160,7 @@ def _as_returned(metadata: Any, hidden: Tensor, text: Tensor | None) -> Any:
 
 def _settings(bench: Bench, budget: int) -> list[Setting]:
     """The polynomial of degree 4 fitted on calibration prompts, as TeaCache's authors fit theirs."""
-    interface = bench.interface
-    branches = 2 if interface.guided and not interface.stacked else 1
-    total = bench.table.num_inference_steps
+    branches, total = (2 if branches_apart(bench) else 1), bench.table.num_inference_steps
 
     def fit() -> list[float]:
         observed = []

@@ -20,8 +20,9 @@ import onnx
 import onnxruntime
 
 from otcache.runtime import Sampler
-from otcache.runtime.build.segments import OnnxSegment, joined_model
+from otcache.runtime.build.segments import OnnxSegment, model_from_segment
 from otcache.runtime.loop.host_loop import Trunk
+from otcache.runtime.serving.request_size import Sizes
 from otcache.schemas.manifest import FULL
 
 
@@ -29,7 +30,7 @@ def single_graph(sampler: Sampler) -> onnx.ModelProto:
     """Embed, blocks and head of an artifact as one ONNX graph."""
     trunk, artifact = sampler.manifest.trunk, sampler.artifact
     paths = tuple(artifact.engine_path(stage.onnx) for stage in trunk)
-    return joined_model(OnnxSegment(trunk, paths, (sampler.manifest.output,)))
+    return model_from_segment(OnnxSegment(trunk, paths, (sampler.manifest.output,)))
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -79,13 +80,15 @@ def main() -> None:
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         whole = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
         trunk = Trunk(manifest, sampler._engines, sampler._backend, options.images)
-        trunk.hold(conditioning)
+        constants = Sizes(sampler.artifact).at({}).constants
+        trunk.hold({**conditioning, **constants})
         latents = np.random.default_rng(0).normal(size=(options.images, *manifest.latents.shape)).astype(np.float32)
         rows = manifest.guidance.branches * options.images
         feed = {
             manifest.latents_input: np.concatenate([latents] * manifest.guidance.branches),
             manifest.timestep_input: np.full(rows, 0.5, np.float32),
             **{name: value.reshape(rows, *value.shape[2:]) for name, value in conditioning.items()},
+            **constants,
         }
 
         def chain() -> np.ndarray:

@@ -115,7 +115,7 @@ def _check_program(manifest: Structure, entry: BudgetProgram) -> None:
         raise ValueError(f"programs: budget {entry.budget} computes {entry.program.nfe} steps: expected {expected}")
     if entry.program.steps[-1].step_index >= total:
         raise ValueError(f"programs: budget {entry.budget} has a step beyond the last of {total}")
-    if entry.program.payload == "residual" and not manifest.features:
+    if entry.program.payload == "residual" and not (manifest.features or manifest.programs_alone):
         raise ValueError(f"programs: budget {entry.budget} caches residuals but no features are declared")
     if entry.program.payload == "banded" and not position_axes(1 + len(manifest.latents.shape)):
         raise ValueError(

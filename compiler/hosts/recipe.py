@@ -38,7 +38,8 @@ class Recipe(Frozen):
     latents_shape: tuple[int | str, ...]
     """Of one sample, as the scheduler sees them; text stands for a size that may vary."""
     initial_scale: Coefficient
-    blocks: int
+    blocks: int | None
+    """None of an artifact of programs alone, whose compile has seen to it that one feature follows the blocks."""
     features: int
     sizes: tuple[SizeRecipe, ...] = ()
     """Where the artifact lists sizes, all of them, its own first."""
@@ -117,8 +118,8 @@ def recipe_from_manifest(manifest: Manifest, budget: int | str) -> Recipe:
         guidance=manifest.guidance,
         latents_shape=manifest.latents.shape,
         initial_scale=manifest.latents.initial_scale,
-        blocks=sum(stage.kind == "block" for stage in manifest.stages),
-        features=len(manifest.features),
+        blocks=None if manifest.programs_alone else sum(stage.kind == "block" for stage in manifest.stages),
+        features=1 if manifest.programs_alone else len(manifest.features),
         sizes=_sizes(manifest, budget),
         axes=axes,
         symbols=symbols,

@@ -82,10 +82,11 @@ class ResidualScheduler(OTCacheScheduler):
         """Put hooks on the pipeline's transformer, unless they are there."""
         transformer = unwrap_module(transformer_of(pipeline, "the pipeline"))
         blocks = [block for blocks in block_lists(transformer) for block in blocks]
-        if (len(blocks), self._recipe.features) != (self._recipe.blocks, 1):
+        expected = len(blocks) if self._recipe.blocks is None else self._recipe.blocks
+        if (len(blocks), self._recipe.features) != (expected, 1):
             raise ModelError(
                 f"{type(transformer).__name__} has {len(blocks)} blocks here and {self._recipe.features} tensors after "
-                f"them: expected {self._recipe.blocks}, as the artifact, and one: use a budget of another payload"
+                f"them: expected {expected}, as the artifact, and one: use a budget of another payload"
             )
         passages = [Passage(block) for block in blocks]
         hook = _hook_of(transformer)

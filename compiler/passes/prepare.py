@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otcache.schemas.errors import UsageError
+from otcache.schemas.errors import ModelError, UsageError
 
 from ..calibration import metrics
 from ..calibration.batch import Evaluator
@@ -192,6 +192,11 @@ def cut_stages(session: Session, example: dict[str, Tensor]) -> tuple[Stages, Si
     with session.reporter.on("cut", type(transformer).__name__):
         stages, sizes = stages_for(
             transformer, interface, example, session.wanted if own else Wanted(), session.seen if own else ()
+        )
+    if session.options.engines == "none" and len(stages.features) != 1:
+        raise ModelError(
+            f"--payload residual with --engines none: hosts cache one tensor behind the blocks, and "
+            f"{type(transformer).__name__} has {len(stages.features)}: use --payload output"
         )
     for axis, reason in sizes.fixed.items():
         session.reporter.note(f"{axis} stays as compiled: {reason}")

@@ -19,6 +19,7 @@ from otcache.schemas.messages import one_line
 from otcache.schemas.segments import Granularity
 
 from ..artifact.reader import Artifact
+from ..engines.choose import check_engines
 from ..engines.profiles import Profile, profile_for
 from ..engines.tensorrt_library import choose_targets, library
 from .finished import find_finished, remove_record, write_record
@@ -86,6 +87,7 @@ def build_engines(
     Raises ArtifactError, HostError (with the layer that cannot be built), UsageError.
     """
     artifact = Artifact.open(folder)
+    check_engines(artifact.manifest)
     trt = library(backend)
     chosen = choose_targets(backend, trt, targets)
     if (folder / SIGNATURE_NAME).exists() and not unsign:

@@ -93,7 +93,7 @@ def run(
 ) -> None:
     """Draw pictures from ARTIFACT, without torch."""
     from ..artifact.reader import Artifact
-    from ..engines.choose import Options, select_backend
+    from ..engines.choose import Options, check_engines, select_backend
     from ..engines.profiles import request_of
     from ..pictures import save_all
     from ..serving.conditioning import read_conditioning
@@ -102,6 +102,7 @@ def run(
 
     _check_source(prompt, conditioning, negative_prompt, images)
     whole = Artifact.open(artifact)
+    check_engines(whole.manifest)
     source: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt, "images_per_prompt": images}
     if conditioning is not None:
         source = {"conditioning": read_conditioning(conditioning, Sizes(whole).at(size).manifest)}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from otcache.schemas.errors import HostError, UsageError
+from otcache.schemas.errors import ArtifactError, HostError, UsageError
 from otcache.schemas.manifest import Manifest
 
 from ..loop.backend import DTYPES, Backend, Options
@@ -28,11 +28,22 @@ class Selection:
     passed_over: dict[str, str]
 
 
+def check_engines(manifest: Manifest) -> None:
+    """Raises ArtifactError for an artifact of programs alone, which hosts that keep torch can use and nothing else."""
+    if manifest.programs_alone:
+        raise ArtifactError(
+            "this artifact holds programs alone: expected engines: add them where the model is with `otc export ARTIFACT "
+            "MODEL`, or use the programs in diffusers (OTCacheScheduler)"
+        )
+
+
 def select_backend(name: str, manifest: Manifest, options: Options | None = None) -> Selection:
     """The named backend, or with `auto` the first of `BACKENDS` that this host and artifact allow.
 
-    Raises UsageError for an unknown name, HostError with every reason if none can serve.
+    Raises UsageError for an unknown name, ArtifactError for an artifact without engines, HostError with every reason if
+    none can serve.
     """
+    check_engines(manifest)
     if name != "auto" and name not in BACKENDS:
         raise UsageError(f"backend is {name!r}: expected one of auto, {', '.join(BACKENDS)}")
     options = options or Options()

@@ -141,7 +141,7 @@ def make(target: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         save_model(work / "tiny")
-        call = "from otcache.runtime.cli import main; main(prog_name='otc')"
+        call = "from otcache.runtime.cli.main import main; main(prog_name='otc')"
         line = [sys.executable, "-c", call, "compile", str(work / "tiny"), *OPTIONS, "-o", str(work / "artifact")]
         subprocess.run(line, check=True, env={**os.environ, "OTC_CACHE": str(work / "cache")})
         shutil.rmtree(work / "artifact" / "report")

@@ -16,7 +16,7 @@ def apply_steps(text: str, steps: Sequence[PromptStep]) -> str:
     """The text after the steps, one after the other.
 
     `ftfy` repairs it with the package of that name (`ftfy.fix_text`); `unescape` replaces HTML's character references;
-    `collapse` makes every run of white space one space; `strip` removes white space at both ends; `lower` makes it lower
+    `collapse` makes every run of Unicode's white space one space; `strip` removes white space at both ends; `lower` makes it lower
     case.
 
     Raises:
@@ -42,7 +42,7 @@ def _fix(text: str) -> str:
 
 
 def _collapse(text: str) -> str:
-    return re.sub(r"\s+", " ", text)
+    return re.sub(r"[^\S\x1c-\x1f]+", " ", text)  # Unicode's White_Space; Python's \s has four separators more
 
 
 _STEPS: dict[PromptStep, Callable[[str], str]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,12 +77,22 @@ def with_prompt_steps(
         specifications = tuple(dataclasses.replace(each, steps=steps) for each in encoders.tokenizers)
         with torch.no_grad():
             made = encoders.module(**{each.input_name: each.encode(texts) for each in specifications})
-        if all(_close(made[name], expected[name]) for name in encoders.output_names if name in expected):
+        if _same_conditioning(made, expected):
             return dataclasses.replace(encoders, tokenizers=specifications)
     return None
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
+def _same_conditioning(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors of both are the same but for rounding, and but for padding that a mask among them hides."""
+    masks = [value for name, value in expected.items() if "mask" in name and value.ndim == 2]
+    return all(_close(value, expected[name], masks) for name, value in found.items() if name in expected)
+
+
+def _close(found: Tensor, expected: Tensor, masks: Sequence[Tensor]) -> bool:
     if found.shape != expected.shape:
         return False
-    return bool((found - expected).float().norm() <= ROUNDING * expected.float().norm())
+    found, expected = found.float(), expected.float()
+    for mask in masks:
+        if found.ndim == 3 and found.shape[:2] == mask.shape:
+            found, expected = found * mask[..., None], expected * mask[..., None]
+    return bool((found - expected).norm() <= ROUNDING * expected.norm())

@@ -14,5 +14,9 @@ ROOMS = ("passes", "schedules", "calibration", "export", "sizes", "graph", "pipe
 @functools.cache
 def code_digest() -> str:
     """Digest of the source files of all rooms that compute, taken once in a process."""
-    compiler = Path(__file__).resolve().parents[1]
+    return digest_of_code(Path(__file__).resolve().parents[1])
+
+
+def digest_of_code(compiler: Path) -> str:
+    """Digest of the source files of `ROOMS` in the compiler's folder."""
     return digest_of_files(compiler, [path for room in ROOMS for path in (compiler / room).rglob("*.py")])

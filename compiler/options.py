@@ -38,6 +38,8 @@ class CompileOptions:
     num_frames: int | None = None
     """Of a video."""
     max_sequence_length: int | None = None
+    search_size: tuple[int, int] | None = None
+    """Height and width at which schedules are found; coefficients are then fitted at the compiled size on few prompts."""
     sizes: str | None = None
     """Sizes to serve beside `height` and `width`, as `wanted` reads them; likewise the next two."""
     frame_counts: str | None = None
@@ -178,6 +180,16 @@ def parse_budgets(text: str) -> tuple[int, ...]:
     if budgets[0] < 1:
         raise UsageError(f"--budgets has {budgets[0]}: expected whole numbers of at least 1, such as 4,8,16")
     return tuple(budgets)
+
+
+def parse_search_size(text: str | None) -> tuple[int, int] | None:
+    """`512x768` → (512, 768), height first; None stays None. Raises UsageError."""
+    if text is None:
+        return None
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) >= 8 for side in sides):
+        raise UsageError(f"--search-size is {text!r}: expected HEIGHTxWIDTH in pixels, such as 512x512")
+    return int(sides[0]), int(sides[1])
 
 
 def parse_micro_batch(text: str) -> int:

@@ -61,6 +61,11 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact folder.  [default: artifacts/NAME]")
 @call_options
 @click.option("--sizes", metavar="HxW,…|HxW:HxW:STEP", help="Sizes to serve as well: a list, or a range with its step.")
+@click.option(
+    "--search-size",
+    metavar="HxW",
+    help="Find schedules at this size, where an evaluation costs less, and fit coefficients at the compiled one.",
+)
 @click.option("--frame-counts", metavar="N,…|N:N:STEP", help="Numbers of frames to serve as well.")
 @click.option("--text-lengths", metavar="N,…|N:N:STEP", help="Numbers of text tokens to serve as well.")
 @click.option("--reference-budget", type=int, help="Steps of the reference schedule.  [default: 2/5 of all]")
@@ -152,6 +157,7 @@ def _compile(
     backends: str,
     targets: str,
     micro_batch: str,
+    search_size: str | None,
     **choices: Any,
 ) -> None:
     check_packages("otc compile")
@@ -159,12 +165,13 @@ def _compile(
 
     plans = engines.parse_backends(backends), engines.parse_targets(targets)
     engines.check(*plans)
-    from ..options import CompileOptions, parse_budgets, parse_guidance, parse_micro_batch
+    from ..options import CompileOptions, parse_budgets, parse_guidance, parse_micro_batch, parse_search_size
 
     options = CompileOptions(
         budgets=parse_budgets(budgets),
         guidance_scale=parse_guidance(guidance_scale),
         micro_batch=parse_micro_batch(micro_batch),
+        search_size=parse_search_size(search_size),
         **{name: value for name, value in choices.items() if value is not None},
     )
     from ..workspace.quiet import asks_for_lines, quiet

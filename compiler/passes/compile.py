@@ -26,6 +26,7 @@ from .engines import Engines, exportable_from_prepared, make_engines
 from .evaluate import Evaluated, evaluate
 from .manifest import budget_programs, latents_with_engines, program_fields
 from .prepare import Prepared, calibration_of, prepare
+from .search_small import search_small, served_options
 from .session import Session
 
 
@@ -45,7 +46,12 @@ def compile_model(
     check_target(target, force=options.force)
     with contextlib.ExitStack() as held:
         held.callback(torch.set_num_threads, torch.get_num_threads())  # `prepare` takes the options' number
-        return target, _compile(prepare(options, recorder, held, live), target, recorder.passes)
+        prepared = prepare(served_options(options), recorder, held, live)
+        if options.search_size is None:
+            found = search_schedules(prepared)
+        else:
+            found = search_small(prepared, options, recorder, held, search_schedules)
+        return target, _compile(prepared, found, target, recorder.passes)
 
 
 def target_of(options: CompileOptions) -> Path:
@@ -53,10 +59,9 @@ def target_of(options: CompileOptions) -> Path:
     return options.output or Path("artifacts") / Path(options.model).name
 
 
-def _compile(prepared: Prepared, target: Path, passes: Sequence[PassEvidence]) -> schema.Manifest:
-    """The passes after `prepare`; `passes` grows with them."""
+def _compile(prepared: Prepared, found: Found, target: Path, passes: Sequence[PassEvidence]) -> schema.Manifest:
+    """The passes after the searches; `passes` grows with them."""
     session = prepared.session
-    found = search_schedules(prepared)
     quality = evaluate(prepared, found)
     programs = {described(seen.point): _programs_at(prepared, found, seen) for seen in prepared.sizes.own_samplers()}
     fields = program_fields(prepared, found, quality, programs)

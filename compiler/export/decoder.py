@@ -32,7 +32,7 @@ class LatentDecoder(nn.Module):
         device: where it gets latents.
     """
 
-    def __init__(self, pipeline: Any, size: tuple[int, int] | None, device: torch.device = torch.device("cpu")) -> None:
+    def __init__(self, pipeline: Any, size: tuple[int, int] | None, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.vae = pipeline.vae
         self.size = size or (0, 0)

@@ -195,6 +195,7 @@ def choose_micro_batch(sample_bytes: int, free: int | None) -> int:
         size //= 2
     if sample_bytes > free:
         raise HostError(
-            f"one sample's evaluation takes about {_size(sample_bytes)} beside the model, and {_size(free)} are free: give a smaller --height and --width, --offload model or group, or --precision bfloat16"
+            f"one sample's evaluation takes about {_size(sample_bytes)} beside the model, and "
+            f"{_size(free)} are free: give a smaller --height and --width, --offload model or group, or --precision bfloat16"
         )
     return size

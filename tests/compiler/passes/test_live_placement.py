@@ -145,7 +145,7 @@ def test_a_quantised_model_is_calibrated_without_engines(pipeline, tmp_path):
     quantise_dynamically(pipeline.transformer)
     digest, before = denoiser_digest(pipeline.transformer), run(pipeline)
     assert digest != plain and digest == denoiser_digest(pipeline.transformer)
-    with pytest.raises(ModelError, match="is quantised .*: load it without quantization, or .* --engines none"):
+    with pytest.raises(ModelError, match=r"is quantised .*: load it without quantization, or .* --engines none"):
         otcache.compiler.compile(pipeline, **SMALL, output=tmp_path / "a", workspace=tmp_path / "workspace")
     assert not (tmp_path / "workspace").exists()
     made = otcache.compiler.compile(

@@ -107,6 +107,8 @@ class CompileOptions:
             )
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise UsageError(f"--threads is {self.threads}: expected 1 … 1024")
+        if self.micro_batch < 0:
+            raise UsageError(f"--micro-batch is {self.micro_batch}: expected 0 to choose, or 1 or more samples")
         if self.trials < 0:
             raise UsageError(f"--trials is {self.trials}: expected 0 or more (0 takes the graph's schedule)")
         if self.offload != "none" and self.payload == "residual":

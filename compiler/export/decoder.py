@@ -17,6 +17,10 @@ _log = logging.getLogger(__name__)
 
 PICTURES_AGREE = 2e-3
 """Largest difference of a decoder from the pipeline, of a range of 1: half a level of 8 bits."""
+PICTURES_AGREE_HALF = 5e-2
+"""The same of an autoencoder in half precision, whose pictures are of some 2^8 levels and are computed in another order:
+latents are scaled in float32 here, and in half precision by pipelines. A wrong scale is off by 1e-1 and more.
+"""
 
 
 class LatentDecoder(nn.Module):
@@ -25,9 +29,10 @@ class LatentDecoder(nn.Module):
     Args:
         pipeline: whose autoencoder decodes.
         size: height and width in pixels, for a pipeline that packs latents; None where latents come unpacked.
+        device: where it gets latents.
     """
 
-    def __init__(self, pipeline: Any, size: tuple[int, int] | None) -> None:
+    def __init__(self, pipeline: Any, size: tuple[int, int] | None, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.vae = pipeline.vae
         self.size = size or (0, 0)
@@ -42,8 +47,8 @@ class LatentDecoder(nn.Module):
             shift = torch.tensor([config.get("shift_factor") or 0.0], dtype=torch.float32)
         self.scale: Tensor
         self.shift: Tensor
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("shift", shift, persistent=False)
+        self.register_buffer("scale", scale.to(device), persistent=False)
+        self.register_buffer("shift", shift.to(device), persistent=False)
 
     def forward(self, latents: Tensor) -> Tensor:
         if self.unpack is not None:
@@ -82,11 +87,12 @@ def make_latent_decoder(pipeline: Any, latents: Tensor, pictures: Tensor, height
     if not hasattr(getattr(pipeline, "vae", None), "decode"):
         return None
     try:
-        decoder, found = _try(LatentDecoder(pipeline, (height, width)), latents, pictures)
+        decoder, found = _try(LatentDecoder(pipeline, (height, width), latents.device), latents, pictures)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         _log.info("%s decodes in a way of its own: %s", type(pipeline).__name__, error)
         return None
-    return decoder if _agree(found, pictures) else None
+    half = pipeline.vae.dtype.itemsize < 4
+    return decoder if _agree(found, pictures, PICTURES_AGREE_HALF if half else PICTURES_AGREE) else None
 
 
 def unpacked_shape(pipeline: Any, latents: Tensor, height: int, width: int) -> tuple[int, ...] | None:
@@ -121,11 +127,11 @@ def make_noise_order_decoder(pipeline: Any, examples: Sequence[tuple[Tensor, Ten
 @torch.no_grad()
 def _try(decoder: nn.Module, latents: Tensor, pictures: Tensor) -> tuple[nn.Module, Tensor]:
     """Run a decoder on latents; returns it, of its first frame where `pictures` have none, and what it makes."""
-    found: Tensor = decoder.eval()(latents)
+    found: Tensor = decoder.eval()(latents).to(pictures.device)
     if found.ndim == pictures.ndim + 1 and found.shape[1] == 1:
         return FirstFrame(decoder).eval(), found[:, 0]
     return decoder, found
 
 
-def _agree(found: Tensor, pictures: Tensor) -> bool:
-    return found.shape == pictures.shape and float((found - pictures).abs().max()) < PICTURES_AGREE
+def _agree(found: Tensor, pictures: Tensor, limit: float = PICTURES_AGREE) -> bool:
+    return found.shape == pictures.shape and float((found - pictures).abs().max()) < limit

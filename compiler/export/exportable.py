@@ -6,7 +6,7 @@ the weights and layers themselves rather than by a configuration, which may be l
 the packages that quantise. Some do export (weight-only torchao): where tensors pretend to be floating-point ones, a
 layer of each kind is tried, which takes about a second.
 
-Weights that hooks keep elsewhere between calls are no obstacle (`offloading`).
+Weights that hooks keep elsewhere between calls are no obstacle (`models.offloading`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from otcache.schemas.errors import ModelError
 
-from .offloading import hooks_by_weight, weights_in_place
+from ..models.offloading import hooks_by_weight, weights_in_place
 from .onnx_stages import export_module
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from otcache.schemas.digest import FLOAT, digest_of_bytes, digest_of_value, with_named_floats
 from otcache.schemas.errors import ModelError
 
+from .offloading import weights_in_place
+
 SAMPLED = 8
 """Elements of each tensor that `weights_sample` reads."""
 
@@ -26,17 +28,14 @@ def denoiser_digest(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> s
 
     In bfloat16 it is the same for a model that is held in float32 and one that was cast to bfloat16; in float16
     likewise. What was rounded to one of the two cannot be compared in the other. LoRA adapters that are not fused have
-    no say.
+    no say. Weights that hooks keep elsewhere between calls are put in place for it; of quantised ones the packed parts
+    are taken, so that a quantised model has a digest of its own.
 
     Raises ModelError where the tensors are not in memory.
     """
-    return digest_of_value(
-        {
-            "class": type(module).__name__,
-            "config": own_options(module),
-            "tensors": {name: _tensor(module, name, value, dtype) for name, value in _own_state(module)},
-        }
-    )
+    with weights_in_place(module):
+        tensors = {name: _tensor(module, name, value, dtype) for name, value in _own_state(module)}
+    return digest_of_value({"class": type(module).__name__, "config": own_options(module), "tensors": tensors})
 
 
 def own_options(module: Any) -> dict[str, Any]:
@@ -87,14 +86,13 @@ def config_digest(pipeline: Any) -> str:
 
 def weights_digest(pipeline: Any) -> str:
     """Digest of every tensor of a pipeline's components, to the last bit. Raises ModelError as `denoiser_digest`."""
-    return digest_of_value(
-        {
-            f"{component}.{name}": [str(value.dtype), *_tensor(module, name, value)]
-            for component, module in pipeline.components.items()
-            if isinstance(module, nn.Module)
-            for name, value in _state(module)
-        }
-    )
+    tensors: dict[str, list[Any]] = {}
+    for component, module in pipeline.components.items():
+        if isinstance(module, nn.Module):
+            with weights_in_place(module):
+                for name, value in _state(module):
+                    tensors[f"{component}.{name}"] = [str(value.dtype), *_tensor(module, name, value)]
+    return digest_of_value(tensors)
 
 
 def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -125,11 +123,19 @@ def _tensor(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype | No
     if value.is_meta:
         raise ModelError(
             f"{type(module).__name__}: {name} is on the meta device: expected weights in memory: take its digest "
-            "before enable_sequential_cpu_offload and the like move them away"
+            "before anything moves them away"
         )
+    if hasattr(value, "__tensor_flatten__"):
+        return [list(value.shape), type(value).__name__, _parts(module, name, value)]
     rounded = value.to(dtype) if dtype is not None and value.is_floating_point() else value
     elements = rounded.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return [list(value.shape), digest_of_bytes(elements.numpy().data)]
+
+
+def _parts(module: nn.Module, name: str, value: Any) -> dict[str, list[Any]]:
+    """Digests of the tensors that a tensor subclass is made of, such as packed integers and their scales."""
+    found = {part: getattr(value, part) for part in value.__tensor_flatten__()[0]}
+    return {part: [str(each.dtype), *_tensor(module, f"{name}.{part}", each)] for part, each in found.items()}
 
 
 def _described(component: Any) -> Any:

@@ -40,6 +40,8 @@ class Model:
     weights_digest: str
     denoiser_digest: str
     """Of the transformer as it is in memory (`identity`)."""
+    live: bool = False
+    """Handed over in memory by the caller: its folder, if any, need not hold the same weights."""
 
     @property
     def transformer(self) -> Any:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ..calibration.runs import PICTURES, Chunk, Runs, RunWriter, new_array
-from ..pipelines.full_run import record_full_runs
+from ..pipelines.encode_once import encoders_aside
+from ..pipelines.full_run import encode_prompts, record_full_runs
 from ..programs.solver_table import SolverTable
 from ..workspace.progress import Pass
 from .session import Session
@@ -65,17 +66,35 @@ def full_runs(
 
             def compute(folder: Path) -> None:
                 advance.facts["evaluations"] += steps * len(own)
+                _encode_chunk(session, own, scales[rows])
+                leave()
                 _write_chunk(folder, session, table, own, seed + rows.start, scales[rows], advance, rows, len(prompts))
 
             return Chunk(session.workspace.tree(name, key, compute))
 
-        chunks = [chunk(rows) for rows in capture_chunks(session, len(prompts))]
-        if len({tuple(sorted(each.conditioning_shapes().items())) for each in chunks}) > 1:
-            # A pipeline that pads prompts to the longest one of a call: they have to be in one call.
-            chunks = [chunk(slice(0, len(prompts)))]
+        with encoders_aside(session.model.pipeline, session.placement) as leave:
+            chunks = [chunk(rows) for rows in capture_chunks(session, len(prompts))]
+            if len({tuple(sorted(each.conditioning_shapes().items())) for each in chunks}) > 1:
+                # A pipeline that pads prompts to the longest one of a call: they have to be in one call.
+                chunks = [chunk(slice(0, len(prompts)))]
         reused = steps * len(prompts) - min(advance.facts["evaluations"], steps * len(prompts))
         advance.facts["evaluations_reused"] = reused
     return Runs(chunks)
+
+
+def _at_once(session: Session, count: int) -> int:
+    """How many samples of a chunk run together: more than are evaluated at once only where they have to."""
+    return count if count > int(session.key["placement"]["micro batch"]) else session.micro_batch.size
+
+
+def _encode_chunk(session: Session, prompts: Sequence[str], scales: Sequence[float]) -> None:
+    """Encode the prompts of a chunk, in the calls in which they will be asked for."""
+    if session.placement.device.type == "cpu" or session.placement.offload != "none":
+        return  # the encoders stay where they are
+    size = _at_once(session, len(prompts))
+    for start in range(0, len(prompts), size):
+        part = slice(start, start + size)
+        encode_prompts(session.model.pipeline, session.interface, session.call, prompts[part], scales[part])
 
 
 def _write_chunk(
@@ -111,9 +130,7 @@ def _write_chunk(
             progress=progress,
         )
 
-    # More samples than are evaluated at once are in one chunk only where they have to be in one call.
-    at_once = count if count > int(session.key["placement"]["micro batch"]) else 0
-    parts = session.micro_batch.run(slice(0, count), record, session.placement.device, at_once)
+    parts = session.micro_batch.run(slice(0, count), record, session.placement.device, _at_once(session, count))
     conditionings = [conditioning for _, conditioning in parts]
     writer.finish({name: torch.cat([each[name] for each in conditionings], dim=1) for name in conditionings[0]}, scales)
     _write_pictures(folder, session, count)

@@ -24,6 +24,7 @@ from otcache.schemas import manifest as schema
 from ..export.at_sizes import constant_files
 from ..export.precision import Served
 from ..models.model import Model
+from ..models.offloading import weights_in_place
 from ..schedules.search import Found
 from .capture import calibration_scales
 from .evaluate import Evaluated, evaluation_key
@@ -74,20 +75,37 @@ def exportable_from_prepared(prepared: Prepared) -> Iterator[Exportable]:
 @contextlib.contextmanager
 def _brought_to_the_cpu(session: Session) -> Iterator[Model | None]:
     """A model that the caller made, on the CPU in float32 while it lasts; None for one that can be loaded again."""
-    model, placement = session.model, session.placement
-    if model.folder is not None:
+    model = session.model
+    if not model.live:
         yield None
         return
-    modules = [each for each in model.pipeline.components.values() if isinstance(each, nn.Module)]
-    dtypes = [{name: tensor.dtype for name, tensor in module.named_parameters()} for module in modules]
-    model.pipeline.to("cpu", torch.float32)
-    try:
+    pipeline = model.pipeline
+    modules = [each for each in pipeline.components.values() if isinstance(each, nn.Module)]
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(weights_in_place(module))
+        hooks = getattr(pipeline, "_all_hooks", None)
+        if hooks:  # else the pipeline hooks its components again at the end of every call
+            stack.callback(setattr, pipeline, "_all_hooks", hooks)
+            pipeline._all_hooks = []
+        for module in modules:
+            stack.enter_context(_in_float32(module))
         yield model
+
+
+@contextlib.contextmanager
+def _in_float32(module: nn.Module) -> Iterator[None]:
+    """A module whose parameters and buffers are on the CPU in float32 while it lasts, and then where and what they
+    were. Quantised weights, and whole numbers, keep their form.
+    """
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    kept = {name: tensor.data for name, tensor in tensors}
+    module.to("cpu", torch.float32)
+    try:
+        yield
     finally:
-        for module, kept in zip(modules, dtypes, strict=True):
-            for name, parameter in module.named_parameters():
-                parameter.data = parameter.data.to(kept[name])
-        model.pipeline.to(placement.device)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            tensor.data = kept[name]
 
 
 def exportable_from_session(session: Session, example: dict[str, Tensor]) -> Exportable:

@@ -9,7 +9,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from otcache.schemas.errors import ModelError, UsageError
@@ -21,8 +20,8 @@ from ..options import CompileOptions, parse_budgets, parse_guidance
 from ..workspace.progress import Reporter, reporter_for
 from .compile import compile_model
 
-OF_LOADING = ("revision", "variant", "trust_remote_code", "lora")
-"""Options that say how a model is loaded, and have no meaning for one that is."""
+OF_LOADING = ("revision", "variant", "trust_remote_code", "lora", "device", "precision", "offload")
+"""Options that say how and where a model is loaded, and have no meaning for one that is."""
 
 
 def compile(
@@ -36,8 +35,10 @@ def compile(
 ) -> Path:
     """Compile a diffusers pipeline into an artifact and return its folder.
 
-    The pipeline has to be on the CPU in float32. It is as it was afterwards. Its weights, as they are in memory,
-    identify it: the same weights and options go on where an interrupted compile stopped.
+    The pipeline is taken as it is, on any device, in any precision, with offloading or with a quantised model, and is
+    as it was afterwards. Engines are exported from the same weights on the CPU in float32, to where they are brought
+    for it; a quantised model has none (`engines="none"`). Its weights, as they are in memory, identify it: the same
+    weights and options go on where an interrupted compile stopped.
 
     Args:
         budgets: model evaluations to serve at, as numbers or as on the command line.
@@ -76,6 +77,7 @@ def live_model(pipeline: Any, name: str) -> Model:
         config_digest=config_digest(pipeline),
         weights_digest=weights_digest(pipeline),
         denoiser_digest=denoiser_digest(transformer_of(pipeline, "the pipeline")),
+        live=True,
     )
 
 
@@ -136,12 +138,6 @@ def _check_pipeline(pipeline: Any) -> None:
                 f"{subject} has LoRA {', '.join(adapters)} on its {name}: expected weights as they will be served: call "
                 "fuse_lora and unload_lora_weights first"
             )
-        for tensor in component.parameters():
-            if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
-                raise ModelError(
-                    f"{subject} has its {name} in {tensor.dtype} on {tensor.device}: expected torch.float32 on cpu: call "
-                    "pipeline.to('cpu', torch.float32) first"
-                )
 
 
 @contextlib.contextmanager
@@ -151,7 +147,10 @@ def _at_rest(pipeline: Any) -> Iterator[None]:
     """
     components = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
     modes = [(module, module.training) for component in components for module in component.modules()]
-    gradients = [(tensor, tensor.requires_grad) for component in components for tensor in component.parameters()]
+    gradients = [  # by name: hooks that offload weights put others in their place
+        (component, {name: tensor.requires_grad for name, tensor in component.named_parameters()})
+        for component in components
+    ]
     scheduler, bar = pipeline.scheduler, getattr(pipeline, "_progress_bar_config", {})
     pipeline.scheduler = copy.deepcopy(scheduler)
     pipeline.set_progress_bar_config(disable=True)
@@ -163,5 +162,7 @@ def _at_rest(pipeline: Any) -> Iterator[None]:
         pipeline.scheduler, pipeline._progress_bar_config = scheduler, bar
         for module, mode in modes:
             module.training = mode
-        for tensor, needed in gradients:
-            tensor.requires_grad_(needed)
+        for component, needed in gradients:
+            for name, tensor in component.named_parameters():
+                if needed[name]:
+                    tensor.requires_grad_()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otcache.schemas.errors import ModelError, UsageError
+from otcache.schemas.errors import ModelError
 
 from ..calibration import metrics
 from ..calibration.batch import Evaluator
@@ -164,13 +164,9 @@ def calibration_of(
 
 
 def needs_stages(session: Session) -> bool:
-    """Whether anything that follows runs the model in parts. Raises UsageError where it cannot be cut and has to be."""
+    """Whether anything that follows runs the model in parts."""
     options = session.options
     if session.placement.offload != "none":
-        if options.payload == "residual":
-            raise UsageError(
-                "--payload residual runs the model in parts, which offloading has no hooks for: give --offload none"
-            )
         return False
     if options.payload == "residual":
         return True

@@ -33,7 +33,7 @@ from ..pipelines.interface import Interface
 from ..pipelines.placement import (
     PeakBytes,
     Placement,
-    check_precision,
+    check_placement,
     choose_micro_batch,
     device_from_name,
     free_bytes,
@@ -127,9 +127,7 @@ def begin(
         metrics.lpips_metric()  # where it is missing, say so before anything is loaded
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    precision: torch.dtype = getattr(torch, options.precision)
-    placement = Placement(device=device_from_name(options.device), precision=precision, offload=options.offload)
-    check_precision(placement.device, placement.precision)
+    wanted = None if live else placement_from_options(options)
     with reporter.on("load", options.model):
         model = live or load_model(
             options.model,
@@ -140,18 +138,38 @@ def begin(
             lora=options.lora,
             scratch=options.workspace,
         )
-        if live is None:
-            place(model.pipeline, placement)
-        else:
-            placement = placement_of(model.pipeline, model.transformer)
+        placement = wanted or placement_of(model.pipeline, model.transformer)
+        _check_parts(options, model, placement)
+        if wanted is not None:
+            place(model.pipeline, wanted)
     classes = class_prompts(model.pipeline)
     listed = own or model.prompts or classes or default_prompts()
     split = split_prompts if classes is None else split_labels
-    if options.engines == "onnx" and (reason := unexportable(model.transformer)) is not None:
-        raise ModelError(reason)
     prompts, held_out = split(listed, options.calibration_prompts, options.evaluation_prompts)
     with reporter.on("probe", type(model.pipeline).__name__):
         return _session(options, model, placement, prompts, reporter), prompts, held_out
+
+
+def placement_from_options(options: CompileOptions) -> Placement:
+    """Where a model that is to be loaded goes. Raises UsageError, HostError for what this host does not have."""
+    precision: torch.dtype = getattr(torch, options.precision)
+    placement = Placement(device=device_from_name(options.device), precision=precision, offload=options.offload)
+    check_placement(placement)
+    return placement
+
+
+def _check_parts(options: CompileOptions, model: Model, placement: Placement) -> None:
+    """Raise UsageError, ModelError where the options ask for parts of a model that does not come apart."""
+    if options.payload == "residual" and placement.offload != "none":
+        raise UsageError(
+            f"--payload residual runs the model in parts, and {type(model.transformer).__name__} is offloaded by hooks on the "
+            "whole: give --payload output, or leave offloading out"
+        )
+    if (options.engines == "onnx" or options.payload == "residual") and (
+        reason := unexportable(model.transformer)
+    ) is not None:
+        also = " and --payload output" if options.payload == "residual" else ""
+        raise ModelError(reason + also)
 
 
 def default_prompts() -> list[str]:

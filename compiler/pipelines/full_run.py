@@ -55,9 +55,8 @@ def record_full_runs(
     """
     rows = range(len(prompts)) if rows is None else rows
     parts: list[tuple[list[int], Tape]] = []
-    groups = sorted(set(guidance_scales))
-    for position, scale in enumerate(groups):
-        own = [i for i, value in enumerate(guidance_scales) if value == scale]
+    groups = _groups(interface, guidance_scales)
+    for position, (scale, own) in enumerate(groups):
         places = [rows[i] for i in own]
 
         def report(done: int, total: int, position: int = position) -> None:
@@ -78,7 +77,7 @@ def record_full_runs(
         tape = record_run(
             pipeline,
             options,
-            ABOVE_ONE if interface.guided and scale == 1 else scale,
+            scale,
             [prompts[i] for i in own],
             [seeds[i] for i in own],
             progress=report,
@@ -90,6 +89,32 @@ def record_full_runs(
         name: torch.cat([_branches(interface, tape.calls[0], name) for _, tape in parts], dim=1)[:, order]
         for name in interface.conditioning
     }
+
+
+def _groups(interface: Interface, guidance_scales: Sequence[float]) -> list[tuple[float, list[int]]]:
+    """The scale with which a pipeline is called, and the samples that run at it as one batch."""
+    return [
+        (
+            ABOVE_ONE if interface.guided and scale == 1 else scale,
+            [i for i, value in enumerate(guidance_scales) if value == scale],
+        )
+        for scale in sorted(set(guidance_scales))
+    ]
+
+
+def encode_prompts(
+    pipeline: Any,
+    interface: Interface,
+    options: CallOptions,
+    prompts: Sequence[str],
+    guidance_scales: Sequence[float],
+) -> None:
+    """Have the pipeline encode what it will encode when these samples run in full; its model is not evaluated.
+
+    prompts, guidance_scales: one of each for every sample, (n,), in the order and number of `record_full_runs`.
+    """
+    for scale, own in _groups(interface, guidance_scales):
+        record_first_call(pipeline, options, [prompts[i] for i in own], scale)
 
 
 class _Kept:

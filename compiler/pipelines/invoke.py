@@ -33,7 +33,10 @@ def invoke(pipeline: Any, arguments: Mapping[str, Any]) -> Any:
     try:
         with torch.no_grad():
             return pipeline(**arguments)
-    except (OTCacheError, Stop, OSError, MemoryError):
+    except Stop:
+        pipeline.maybe_free_model_hooks()  # as at the end of a call: what is offloaded leaves the device
+        raise
+    except (OTCacheError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         if is_out_of_memory(error):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch.utils._pytree import tree_iter
 
 from otcache.schemas.errors import HostError, UsageError
 
+from ..models.offloading import hooks_by_weight
+
+Offload = Literal["none", "model", "group"]
 LARGEST_MICRO_BATCH = 8
 """Of `--micro-batch auto`: beyond it a device gains little, and an interrupted pass loses more."""
 SHARE = 0.6
@@ -28,8 +31,8 @@ class Placement:
 
     device: torch.device
     precision: torch.dtype
-    offload: str = "none"
-    """none, model or group."""
+    offload: Offload = "none"
+    """What leaves the device between calls: nothing, whole components, or parts of them."""
 
     @property
     def exportable(self) -> bool:
@@ -56,14 +59,19 @@ def device_from_name(name: str) -> torch.device:
             raise HostError(f"--device is {name}: this host has {count} CUDA devices: give cpu, or run on a GPU host")
         return torch.device("cuda", device.index or 0)
     try:
-        torch.empty(1, device=device)
+        float(torch.ones(1, device=device))  # which a device without memory of its own, such as meta, cannot answer
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise HostError(f"--device is {name}: torch cannot use it here: give cpu, or run where it is") from error
     return device
 
 
-def check_precision(device: torch.device, precision: torch.dtype) -> None:
-    """Raises HostError for a precision that the device lacks."""
+def check_placement(placement: Placement) -> None:
+    """Raises UsageError for offloading without a device to offload from, HostError for a precision that it lacks."""
+    device, precision = placement.device, placement.precision
+    if placement.offload != "none" and device.type == "cpu":
+        raise UsageError(
+            f"--offload {placement.offload} gives a device's memory back, and the model is evaluated on the CPU: leave it out"
+        )
     if device.type == "cuda" and precision == torch.bfloat16 and not torch.cuda.is_bf16_supported():
         raise HostError(f"--precision is bfloat16, which {device} lacks: give float16 or float32")
     try:
@@ -83,8 +91,6 @@ def place(pipeline: Any, placement: Placement) -> None:
     try:
         if offload == "none":
             pipeline.to(device)
-        elif device.type == "cpu":
-            raise UsageError(f"--offload {offload} gives a device's memory back, and --device is cpu: leave it out")
         elif offload == "model":
             pipeline.enable_model_cpu_offload(device=device)
         else:
@@ -101,13 +107,25 @@ def place(pipeline: Any, placement: Placement) -> None:
 def placement_of(pipeline: Any, transformer: Any) -> Placement:
     """Where a pipeline that is in memory is, offloaded or not, and in what it computes."""
     device = torch.device(getattr(pipeline, "_execution_device", "cpu"))
-    hooked = bool(getattr(pipeline, "_all_hooks", None)) or any(
-        getattr(component, "_hf_hook", None) is not None for component in pipeline.components.values()
-    )
-    floating = [each.dtype for each in transformer.parameters() if each.is_floating_point()]
-    return Placement(
-        device=device, precision=floating[0] if floating else torch.float32, offload="model" if hooked else "none"
-    )
+    modules = [each for each in pipeline.components.values() if isinstance(each, torch.nn.Module)]
+    hooks = {hook for module in modules for hook in hooks_by_weight(module).values()}
+    grouped = bool(hooks - {"CpuOffload"})
+    offload: Offload = "group" if grouped else "model" if hooks or getattr(pipeline, "_all_hooks", None) else "none"
+    return Placement(device=device, precision=_precision_of(transformer), offload=offload)
+
+
+def _precision_of(transformer: Any) -> torch.dtype:
+    """The dtype in which a transformer computes: that of most of its floating-point elements, as diffusers keeps some
+    layers in float32; of one whose weights are all packed what it says itself.
+    """
+    counts: dict[torch.dtype, int] = {}
+    for each in transformer.parameters():
+        if each.is_floating_point() and each.dtype.itemsize > 1:
+            counts[each.dtype] = counts.get(each.dtype, 0) + each.numel()
+    if counts:
+        return max(counts, key=lambda dtype: counts[dtype])
+    stated = getattr(transformer, "dtype", None)
+    return stated if isinstance(stated, torch.dtype) and stated.is_floating_point else torch.float32
 
 
 class PeakBytes(TorchDispatchMode):
@@ -148,16 +166,20 @@ class PeakBytes(TorchDispatchMode):
 
 def free_bytes(device: torch.device) -> int | None:
     """Free memory of a device; None where it is not known."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
-        return None
+        told = getattr(getattr(torch, device.type, None), "mem_get_info", None)
+        return None if told is None else int(told(device)[0])
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             lines = dict(line.split(":", 1) for line in file)
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
+
+
+def _size(count: int) -> str:
+    """Bytes as people read them: GB, or MB of less than 0.1 GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.2g} MB"
 
 
 def choose_micro_batch(sample_bytes: int, free: int | None) -> int:
@@ -177,8 +199,7 @@ def choose_micro_batch(sample_bytes: int, free: int | None) -> int:
         size //= 2
     if sample_bytes > free:
         raise HostError(
-            f"one sample's evaluation takes about {sample_bytes / 1e9:.1f} GB beside the model, and "
-            f"{free / 1e9:.1f} GB are free: give a smaller --height and --width, --offload model or group, or "
-            "--precision bfloat16"
+            f"one sample's evaluation takes about {_size(sample_bytes)} beside the model, and "
+            f"{_size(free)} are free: give a smaller --height and --width, --offload model or group, or --precision bfloat16"
         )
     return size

@@ -58,7 +58,7 @@ def record(
     transformer = transformer_of(pipeline, type(pipeline).__name__)
     signature = inspect.signature(transformer.forward)
     scheduler = pipeline.scheduler
-    original_step = scheduler.step
+    original_step, latents = scheduler.step, _Latents()
 
     def after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if len(tape.timesteps) < keep_calls:
@@ -68,12 +68,13 @@ def record(
 
     @functools.wraps(original_step)  # pipelines look at its signature for what to pass, such as eta
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        before, output = _kept(sample).float(), _kept(model_output).float()
-        result = original_step(model_output, timestep, sample, *args, **kwargs)
+        exact, predicted = latents.before(sample), _unrounded(model_output)
+        before, output = _kept(exact).float(), _kept(predicted).float()
+        result, exact = latents.after(original_step(predicted, timestep, exact, *args, **kwargs), sample.dtype)
+        after = _kept(exact).float()
         tape.step_options = {
             name: value for name, value in kwargs.items() if name != "return_dict" and isinstance(value, int | float)
         }
-        after = _kept(result[0] if isinstance(result, tuple) else result.prev_sample).float()
         if on_step:
             on_step(len(tape.timesteps), float(timestep), before, output, after)
         else:
@@ -95,6 +96,41 @@ def record(
     finally:
         handle.remove()
         del scheduler.step
+
+
+class _Latents:
+    """Latents of a run, in float32 from step to step, also where a pipeline hands them round in half precision.
+
+    What the model takes is rounded; what steps add up is not, so that a run of few long steps and one of many short ones
+    differ by what they compute.
+    """
+
+    def __init__(self) -> None:
+        self._known: Tensor | None = None
+
+    def before(self, sample: Tensor) -> Tensor:
+        """What a step starts from: unrounded, if the pipeline left as it was what the last step gave."""
+        known = self._known
+        if known is not None and known.shape == sample.shape and torch.equal(known.to(sample.dtype), sample):
+            return known
+        return _unrounded(sample)
+
+    def after(self, result: Any, dtype: torch.dtype) -> tuple[Any, Tensor]:
+        """A step's result as the pipeline expects it, and its latents unrounded."""
+        listed = isinstance(result, tuple)
+        exact: Tensor = result[0] if listed else result.prev_sample
+        if dtype.itemsize >= torch.float32.itemsize:
+            return result, exact
+        self._known = exact
+        if listed:
+            return (exact.to(dtype), *result[1:]), exact
+        result.prev_sample = exact.to(dtype)
+        return result, exact
+
+
+def _unrounded(value: Tensor) -> Tensor:
+    """Half precision as float32; other tensors as they are."""
+    return value.float() if value.is_floating_point() and value.dtype.itemsize < torch.float32.itemsize else value
 
 
 def _kept(value: Any) -> Any:
@@ -153,8 +189,10 @@ def record_first_step(
     return tape.calls[0]
 
 
-def record_first_call(pipeline: Any, options: CallOptions, prompts: Sequence[str]) -> dict[str, Any]:
-    """The arguments of a pipeline's first call to its transformer without guidance; nothing is evaluated."""
+def record_first_call(
+    pipeline: Any, options: CallOptions, prompts: Sequence[str], guidance_scale: float = 1.0
+) -> dict[str, Any]:
+    """The arguments of a pipeline's first call to its transformer, by default without guidance; nothing is evaluated."""
     transformer = transformer_of(pipeline, type(pipeline).__name__)
     signature = inspect.signature(transformer.forward)
     calls: list[dict[str, Any]] = []
@@ -167,7 +205,7 @@ def record_first_call(pipeline: Any, options: CallOptions, prompts: Sequence[str
     handle = transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with contextlib.suppress(Stop):
-            _run(pipeline, options, 1.0, prompts, range(len(prompts)))
+            _run(pipeline, options, guidance_scale, prompts, range(len(prompts)))
     finally:
         handle.remove()
     return calls[0]

@@ -12,7 +12,7 @@ from flux_export import export_error, output
 from torch import nn
 
 from otcache.compiler.export.exportable import unexportable
-from otcache.compiler.export.offloading import describe_offloading, weights_in_place
+from otcache.compiler.models.offloading import describe_offloading, weights_in_place
 from otcache.schemas.errors import ModelError
 
 CPU = torch.device("cpu")

@@ -7,9 +7,11 @@ import hashlib
 import json
 import math
 
+import accelerate
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
+from diffusers.hooks import apply_group_offloading
 
 from otcache.compiler.models.digests import (
     config_digest,
@@ -20,6 +22,7 @@ from otcache.compiler.models.digests import (
     weights_digest,
 )
 from otcache.compiler.models.load import load_model
+from otcache.compiler.models.offloading import describe_offloading
 from otcache.schemas.digest import digest_of_value
 from otcache.schemas.errors import ModelError
 
@@ -101,3 +104,46 @@ def test_every_component_of_a_pipeline_counts(tiny_flux_folder):
     with torch.no_grad():
         next(again.text_encoder_2.parameters()).view(-1)[0] *= 1 + 2**-20
     assert weights_digest(again) != weights
+
+
+@pytest.mark.parametrize("offload", ["sequential", "group"])
+def test_weights_that_hooks_keep_elsewhere_are_found(transformer, offload):
+    offloaded, cpu = copy.deepcopy(transformer), torch.device("cpu")
+    if offload == "sequential":
+        accelerate.cpu_offload(offloaded, execution_device=cpu)
+        assert all(value.is_meta for value in offloaded.parameters())
+    else:
+        apply_group_offloading(offloaded, cpu, offload_type="leaf_level")
+    assert denoiser_digest(offloaded) == denoiser_digest(transformer)
+    assert describe_offloading(offloaded) is not None
+
+
+class Packed(torch.Tensor):
+    """Whole numbers and a scale, as packages that quantise keep a matrix."""
+
+    @staticmethod
+    def __new__(cls, numbers, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=torch.float32)
+
+    def __init__(self, numbers, scale):
+        self.numbers, self.scale = numbers, scale
+
+    def __tensor_flatten__(self):
+        return ["numbers", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].numbers, args[0].scale)
+        raise NotImplementedError(f"{func} of packed numbers")
+
+
+def test_packed_weights_are_named_by_their_parts(transformer):
+    def quantised(scale):
+        model = copy.deepcopy(transformer)
+        numbers = torch.arange(model.proj_out.weight.numel(), dtype=torch.int8).view_as(model.proj_out.weight)
+        model.proj_out.weight = torch.nn.Parameter(Packed(numbers, torch.tensor(scale)), requires_grad=False)
+        return denoiser_digest(model)
+
+    assert quantised(0.5) == quantised(0.5)
+    assert len({quantised(0.5), quantised(0.25), denoiser_digest(transformer)}) == 3

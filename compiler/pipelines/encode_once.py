@@ -1,0 +1,110 @@
+"""Text encoders leave the device while a model's full runs are made there: all prompts of those are encoded before.
+
+What `encode_prompt` made of each call is kept on the CPU, and handed to the pipeline again when it asks for the same;
+it is the same conditioning to the last bit. Only where the encoders are in nobody else's care: a pipeline with offloading
+moves them itself, and on the CPU there is no memory to give back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..models.model import transformer_of
+from .placement import Placement
+
+PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
+"""Arguments by which a call of `encode_prompt` is known again."""
+
+
+@dataclass(frozen=True)
+class _Away:
+    """A tensor's values on the CPU, and where it was."""
+
+    values: Tensor
+    device: torch.device
+
+
+def _away(value: Any) -> Any:
+    return _Away(value.detach().to("cpu", copy=True), value.device) if isinstance(value, Tensor) else value
+
+
+def _back(value: Any) -> Any:
+    return value.values.to(value.device, copy=True) if isinstance(value, _Away) else value
+
+
+@contextlib.contextmanager
+def encoders_aside(pipeline: Any, placement: Placement) -> Iterator[Callable[[], None]]:
+    """While it lasts, prompts are encoded once. Yields what moves the text encoders off the device, for when all prompts
+    that are known were encoded; they are back as soon as another is asked for, and at the end.
+
+    Where a pipeline has no `encode_prompt`, or finds its device by its encoders, nothing changes.
+    """
+    encoders = text_encoders(pipeline)
+    encode = getattr(pipeline, "encode_prompt", None)
+    if placement.offload != "none" or placement.device.type == "cpu" or encode is None or not encoders:
+        yield lambda: None
+        return
+    keeper = _Encoded(pipeline, encode, encoders, placement.device)
+    pipeline.encode_prompt = keeper
+    try:
+        yield keeper.leave
+    finally:
+        del pipeline.encode_prompt
+        keeper.come_back()
+
+
+def text_encoders(pipeline: Any) -> list[nn.Module]:
+    """The pipeline's text encoders, as they are on its own device."""
+    named = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
+    trunk = transformer_of(pipeline, type(pipeline).__name__)
+    return [part for part in named.values() if isinstance(part, nn.Module) and part is not trunk]
+
+
+class _Encoded:
+    """`encode_prompt` with what it has made so far."""
+
+    def __init__(self, pipeline: Any, encode: Any, encoders: list[nn.Module], device: torch.device) -> None:
+        self.pipeline, self.encode, self.encoders, self.device = pipeline, encode, encoders, device
+        self.signature = inspect.signature(encode)
+        self.made: dict[str, Any] = {}
+        self.away = False
+        self.__signature__ = self.signature  # pipelines, and what reads their calls, may ask for it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        key = self._key(args, kwargs)
+        if key is None or key not in self.made:
+            self.come_back()
+            made = self.encode(*args, **kwargs)
+            if key is None:
+                return made
+            self.made[key] = tree_map(_away, made)
+        return tree_map(_back, self.made[key])
+
+    def _key(self, args: Any, kwargs: Any) -> str | None:
+        """None for a call with tensors, pictures or the like."""
+        bound = self.signature.bind(*args, **kwargs).arguments
+        values = [each for value in bound.values() for each in (value if isinstance(value, list) else [value])]
+        return repr(sorted(bound.items())) if all(isinstance(value, PLAIN) for value in values) else None
+
+    def leave(self) -> None:
+        """Move the encoders to the CPU, unless the pipeline would then run there."""
+        for encoder in self.encoders:
+            encoder.to("cpu")
+        self.away = True
+        if torch.device(self.pipeline._execution_device).type != self.device.type:
+            self.come_back()
+
+    def come_back(self) -> None:
+        """Move the encoders to the device."""
+        if self.away:
+            for encoder in self.encoders:
+                encoder.to(self.device)
+        self.away = False

@@ -33,7 +33,7 @@ def _build_output(bench: Bench, budget: int) -> Built:
 
 METHODS = (
     ProgramMethod(
-        name="graph + taylor, residuals", group="schedule", source=SOURCE, build=_build_residual, uses_own=True
+        name="graph + taylor (residuals)", group="schedule", source=SOURCE, build=_build_residual, uses_own=True
     ),
-    ProgramMethod(name="graph + taylor, outputs", group="schedule", source=SOURCE, build=_build_output, uses_own=True),
+    ProgramMethod(name="graph + taylor (outputs)", group="schedule", source=SOURCE, build=_build_output, uses_own=True),
 )

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..schedules.payloads import squared_errors_of
-from .lemica import reuse_program
 from .method import Bench, Built, ProgramMethod
+from .residual_forecasts import reuse_program
 
 PROMPTS = 2
 

@@ -43,6 +43,8 @@ class Cell:
     budget: int
     nfe_mean: float
     nfe_worst: float
+    blocks_mean: float
+    """Blocks that were run, in full runs of all of them: more than the evaluations where some run at every step."""
     psnr_db: Spread
     ssim: Spread
     lpips: float | None

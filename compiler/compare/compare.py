@@ -17,6 +17,7 @@ from . import (
     budcache,
     cache_dit,
     diffusers_caches,
+    graph_taylor,
     lemica,
     meancache,
     paper,
@@ -45,6 +46,7 @@ MODULES = (
     meancache,
     lemica,
     budcache,
+    graph_taylor,
     paper,
 )
 
@@ -86,7 +88,7 @@ def compare(
     reporter = reporter or Reporter()
     prepared = prepare(options, reporter)
     found = search_schedules(prepared)
-    bench = bench_of(prepared)
+    bench = bench_of(prepared, found)
     default = default_method(found)
     cells: list[Cell] = []
     skipped: list[Skipped] = []

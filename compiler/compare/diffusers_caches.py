@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -39,37 +39,67 @@ LAYERS = (r".*blocks\.\d+\.(attn|ff|ff_context|img_mlp|txt_mlp|proj_mlp|proj_out
 """Attention and feed-forward layers of every block: what FORA and TaylorSeer cache."""
 
 
+INTERVALS = 4
+"""So many intervals are tried, the shortest ones that keep the budget."""
+
+
+def interval_schedule(warmup: int, interval: int, num_inference_steps: int) -> tuple[int, ...]:
+    """Computed steps as FORA and TaylorSeer release them: the first `warmup`, then every `interval`-th after the last.
+
+    >>> interval_schedule(2, 4, 12)
+    (0, 1, 5, 9)
+    """
+    return (*range(warmup), *range(warmup - 1 + interval, num_inference_steps, interval))
+
+
 def _intervals(order: int) -> Callable[[Bench, int], list[Setting]]:
-    """Warm-ups of one to three steps with the shortest interval that keeps the budget."""
+    """The shortest intervals with which the budget is kept, each with the longest warm-up that leaves room for it."""
 
     def settings(bench: Bench, budget: int) -> list[Setting]:
-        total, found = bench.table.num_inference_steps, []
-        for warmup in (1, 2, 3):
-            for interval in range(1, total + 1):
-                computed = [step for step in range(total) if step < warmup or (step - warmup - 1) % interval == 0]
-                if len(computed) <= budget:
-                    text = f"interval {interval} after {warmup} steps"
-                    found.append(Setting(text=text, values={"warmup": warmup, "interval": interval, "order": order}))
-                    break
-        return found
+        total = bench.table.num_inference_steps
+        found: dict[tuple[int, ...], Setting] = {}
+        for interval in range(1, total + 1):
+            kept = [
+                (warmup, schedule)
+                for warmup in range(1, budget + 1)
+                if len(schedule := interval_schedule(warmup, interval, total)) <= budget
+            ]
+            if kept and len(found) < INTERVALS:
+                warmup, schedule = kept[-1]
+                text = f"interval {interval} after {warmup} steps"
+                found.setdefault(schedule, Setting(text=text, values={"schedule": list(schedule), "order": order}))
+        return list(found.values())
 
     return settings
 
 
-def _taylor(pipeline: Any, setting: Setting) -> contextlib.AbstractContextManager[None]:
-    from diffusers import TaylorSeerCacheConfig
+@contextlib.contextmanager
+def _taylor(pipeline: Any, setting: Setting) -> Iterator[None]:
+    """diffusers' hook of TaylorSeer at the setting's steps.
 
-    values = setting.values
-    return diffusers_cache(
-        pipeline,
-        TaylorSeerCacheConfig(
-            cache_interval=values["interval"],
-            disable_cache_before_step=values["warmup"],
-            max_order=values["order"],
-            taylor_factors_dtype=torch.float32,
-            cache_identifiers=list(LAYERS),
-        ),
+    By itself the hook computes the step after the one that follows its warm-up, and wastes that evaluation; the papers'
+    own code waits for a whole interval.
+    """
+    from diffusers import TaylorSeerCacheConfig
+    from diffusers.hooks.taylorseer_cache import TaylorSeerCacheHook
+
+    schedule, hooks = set(setting.values["schedule"]), cast(Any, TaylorSeerCacheHook)
+    decide = hooks._measure_should_compute
+
+    def at_steps(hook: Any) -> tuple[bool, Any]:
+        state = hook.state_manager.get_state()
+        state.current_step += 1
+        return state.current_step in schedule, state
+
+    config = TaylorSeerCacheConfig(
+        max_order=setting.values["order"], taylor_factors_dtype=torch.float32, cache_identifiers=list(LAYERS)
     )
+    with diffusers_cache(pipeline, config):
+        hooks._measure_should_compute = at_steps
+        try:
+            yield
+        finally:
+            hooks._measure_should_compute = decide
 
 
 def _first_block(pipeline: Any, setting: Setting) -> contextlib.AbstractContextManager[None]:

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import torch
 
-from otcache.schemas.program import Program
-
 from ..calibration.batch import Batch
 from ..calibration.rollout import StagedModel
 from ..calibration.samples import Rows
-from ..programs.residual import residual_program
 from ..programs.solver_table import SolverTable, program_from_table
 from ..programs.update import apply_step
 from ..schedules.reference import Minimax, end_to_end_edge_errors, shortest_schedule
 from .method import Bench, Built, NotApplicable, ProgramMethod
+from .residual_forecasts import reuse_program
 
 PROMPTS = 2
 SPAN = 25
 """Longest jump whose end-to-end error is replayed."""
-
-
-def reuse_program(table: SolverTable, schedule: Sequence[int]) -> Program:
-    """The full sampler with the blocks' residual reused where it is not computed."""
-    total = table.num_inference_steps
-    return residual_program(table, tuple(schedule), "reuse", np.zeros((total, total)))
 
 
 def jump_evaluations(start: int, num_inference_steps: int) -> int:

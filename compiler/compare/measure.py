@@ -28,8 +28,11 @@ INTACT = 1e-2
 _LOG = logging.getLogger(__name__)
 
 
-def bench_of(prepared: Prepared) -> Bench:
-    """What every method is given."""
+def bench_of(prepared: Prepared, found: Found | None = None) -> Bench:
+    """What every method is given.
+
+    found: what this compile came to: its schedules are given to libraries that take any.
+    """
     session, options = prepared.session, prepared.session.options
     return Bench(
         pipeline=session.model.pipeline,
@@ -47,6 +50,7 @@ def bench_of(prepared: Prepared) -> Bench:
         key=[session.key, list(prepared.held_out)],
         set_timesteps=prepared.set_timesteps,
         seed=options.seed,
+        own={} if found is None else {budget: trials[0].schedule for budget, trials in found.trials.items()},
     )
 
 
@@ -73,6 +77,8 @@ def measure_cell(bench: Bench, method: Method, budget: int) -> Cell | Skipped:
     made_of = method.made_of.get(budget) if isinstance(method, ProgramMethod) else None
     name = "compare-" + "".join(c if c.isalnum() else "-" for c in method.name)
     key = [bench.key, method.name, budget, made_of and made_of.model_dump(mode="json")]
+    if method.uses_own:
+        key.append(list(bench.own.get(budget, ())))
 
     def compute() -> dict[str, Any]:
         return asdict(_cell_from_outcome(method, budget, method.run(bench, budget)))
@@ -112,6 +118,7 @@ def _cell_from_outcome(method: Method, budget: int, outcome: Outcome) -> Cell:
         budget=budget,
         nfe_mean=float(outcome.nfe.mean()),
         nfe_worst=float(outcome.nfe.max()),
+        blocks_mean=float(outcome.blocks.mean()),
         psnr_db=Spread.of(scores["psnr_db"]),
         ssim=Spread.of(scores["ssim"]),
         lpips=float(scores["lpips"].mean()) if "lpips" in scores else None,

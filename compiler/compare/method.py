@@ -6,9 +6,9 @@ Shapes: n samples of a set, m of a batch, T steps of the full sampler.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -26,7 +26,11 @@ from ..workspace.workspace import Workspace
 from .cells import Group
 
 TUNING_PROMPTS = 8
-"""Calibration prompts on which every method's free settings are chosen, of those that there are."""
+"""Calibration prompts on which all of a method's settings are tried, and thresholds are searched."""
+FINALISTS = 4
+"""So many of the best settings are tried on all calibration prompts, as many as the default is calibrated on."""
+
+T = TypeVar("T")
 
 
 class NotApplicable(Exception):
@@ -55,6 +59,8 @@ class Bench:
     """What everything above depends on, for the workspace."""
     set_timesteps: Callable[[Any, int], None]
     seed: int = 0
+    own: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """The default's own schedules by budget, for libraries that take any (`uses_own`)."""
 
     @property
     def count(self) -> int:
@@ -63,13 +69,32 @@ class Bench:
 
     @property
     def tuning(self) -> slice:
-        """The calibration samples on which methods choose their settings."""
+        """The first calibration samples, on which all settings are tried."""
         return slice(min(TUNING_PROMPTS, self.calibration.count))
+
+    def calibrated_psnr_db(self, answer: Callable[[Batch], Rows], rows: slice) -> float:
+        """Mean PSNR of what `answer` comes to on some calibration samples."""
+        return float(self.calibration.samples.map(answer, rows)["psnr_db"].mean())
 
     def check_residuals(self) -> None:
         """Raises NotApplicable where the model has no residuals to cache."""
         if not self.calibration.samples.caches_residuals:
             raise NotApplicable("the blocks turn no tensor into one of its shape: there is no residual to reuse")
+
+
+def choose(bench: Bench, candidates: Sequence[T], score: Callable[[T, slice], float]) -> T:
+    """The candidate with the highest score on calibration samples: all are tried on the first, `FINALISTS` on all.
+
+    Args:
+        bench: says which samples those are.
+        candidates: at least one.
+        score: of a candidate on the samples of a slice.
+    """
+    ranked = sorted(candidates, key=lambda each: -score(each, bench.tuning)) if len(candidates) > 1 else candidates
+    everything = slice(bench.calibration.count)
+    if len(ranked) == 1 or bench.tuning == everything:
+        return ranked[0]
+    return max(ranked[:FINALISTS], key=lambda each: score(each, everything))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +105,8 @@ class Outcome:
     """`scoring.scores_from_latents`, (n,) each."""
     nfe: np.ndarray
     """Full runs of the blocks for each prompt, float64 (n,)."""
+    blocks: np.ndarray
+    """The blocks that were run for each prompt, in full runs of all of them, float64 (n,)."""
     setting: str
     """What was chosen for this budget: a schedule, a threshold."""
     seconds: float
@@ -104,6 +131,10 @@ class Method(Protocol):
     @property
     def adaptive(self) -> bool:
         """Whether evaluations differ between prompts."""
+
+    @property
+    def uses_own(self) -> bool:
+        """Whether it is given the default's own schedules."""
 
     def run(self, bench: Bench, budget: int) -> Outcome:
         """Raises NotApplicable."""
@@ -131,6 +162,7 @@ class ProgramMethod:
     model: type[StagedModel] = StagedModel
     """Runs a residual program, if not the usual one."""
     adaptive: bool = False
+    uses_own: bool = False
     made_of: Mapping[int, Program] = field(default_factory=dict)
     """Programs by budget, of a method that depends on more than the bench."""
 
@@ -146,10 +178,24 @@ class ProgramMethod:
         return Outcome(
             scores=scores,
             nfe=np.full(bench.count, float(program.nfe)),
+            blocks=np.full(bench.count, float(program.nfe)),
             setting=built.setting or schedule_text(program.schedule),
             seconds=float(np.median(singles)),
             full_runs=built.full_runs,
         )
+
+
+def choose_program(bench: Bench, candidates: Sequence[Built], model: type[StagedModel] = StagedModel) -> Built:
+    """The program that is best on calibration samples (`choose`)."""
+
+    def score(built: Built, rows: slice) -> float:
+        def compute() -> float:
+            return bench.calibrated_psnr_db(staged_scores_of(built.program, model), rows)
+
+        key = [bench.key, built.program.model_dump(mode="json"), model.__name__, rows.stop]
+        return float(bench.workspace.json("tune", key, compute))
+
+    return choose(bench, candidates, score)
 
 
 def staged_scores_of(program: Program, model: type[StagedModel]) -> Callable[[Batch], Rows]:

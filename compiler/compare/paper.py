@@ -5,6 +5,7 @@ a graph and an anchor from a search.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from ..schedules.anchor import search_anchor
 from ..schedules.interpolate import interpolated_schedule
 from ..schedules.reference import Power, shortest_schedule
 from ..schedules.search import residual_statistics
-from .lemica import reuse_program
-from .method import Bench, Built, ProgramMethod
+from .method import Bench, Built, ProgramMethod, choose_program
+from .residual_forecasts import forecast_programs, reuse_program
 
 TRIALS = 48
 
@@ -32,7 +33,16 @@ def residual_statistics_of(bench: Bench) -> np.ndarray:
     return bench.workspace.arrays("compare-residuals", [bench.key, bench.tuning.stop], compute)["gram"]
 
 
-def _build(bench: Bench, budget: int) -> Built:
+@dataclass(frozen=True)
+class PaperSchedule:
+    """A schedule between the two policies, and what they took to find, in full runs per prompt."""
+
+    schedule: tuple[int, ...]
+    full_runs: float
+
+
+def paper_schedule(bench: Bench, budget: int) -> PaperSchedule:
+    """The paper's three stages. Raises NotApplicable."""
     calibration, total = bench.calibration, bench.table.num_inference_steps
     errors = residual_edge_errors(bench.table, residual_statistics_of(bench))
     reference_budget, anchor_budget = round(0.4 * total), max(2, round(total / 12))
@@ -59,7 +69,14 @@ def _build(bench: Bench, budget: int) -> Built:
 
     found = bench.workspace.json("paper", [bench.key, bench.seed, bench.tuning.stop], compute)
     schedule = interpolated_schedule(found["reference"], found["anchor"], budget, total)
-    return Built(program=reuse_program(bench.table, schedule), full_runs=found["full_runs"])
+    return PaperSchedule(schedule=tuple(schedule), full_runs=found["full_runs"])
+
+
+def _build(bench: Bench, budget: int) -> Built:
+    """With residuals reused, or forecast to the first or second order, whichever calibration prefers."""
+    found = paper_schedule(bench, budget)
+    best = choose_program(bench, forecast_programs(bench.table, {"": found.schedule}))
+    return Built(program=best.program, setting=best.setting, full_runs=found.full_runs)
 
 
 METHODS = (ProgramMethod(name="otcache (paper)", group="otcache", source="arXiv 2606.31026", build=_build),)

@@ -8,9 +8,11 @@ deep in the blocks, which runs only when they do.
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,9 +30,14 @@ from ..pipelines.call import ABOVE_ONE
 from ..pipelines.invoke import invoke
 from ..pipelines.prompts import prompt_arguments
 from ..pipelines.record import guider_at, record
-from .method import Bench, Group, NotApplicable, Outcome
+from .method import Bench, Group, NotApplicable, Outcome, choose
 
 BISECTIONS = 9
+SLACK = 1e-6
+"""Evaluations by which a mean may exceed a budget: they are counted in fractions of branches."""
+
+_LOG = logging.getLogger(__name__)
+
 Wrap = Callable[[Any, "Setting"], contextlib.AbstractContextManager[None]]
 """(pipeline, setting) → the pipeline runs the method while the context lasts."""
 
@@ -43,6 +50,23 @@ class Setting:
     values: dict[str, Any]
     threshold: float | None = None
     """Searched so that the budget is kept, where the method has one."""
+    lower: float = 0.0
+    """A lower threshold, which `share` of the samples are run with."""
+    share: float = 0.0
+
+    def at_row(self, row: int) -> Setting:
+        """The setting of one sample: those with the lower threshold are spread evenly."""
+        if math.floor((row + 1) * self.share + 1e-9) > math.floor(row * self.share + 1e-9):
+            return at_threshold(self, self.lower)
+        return replace(self, share=0.0)
+
+    @property
+    def description(self) -> str:
+        """As reports show it."""
+        if self.threshold is None:
+            return self.text
+        below = f" ({self.lower:.4g} for {self.share:.0%})" if self.share else ""
+        return f"{self.text} at threshold {self.threshold:.4g}{below}".strip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,51 +83,80 @@ class PipelineMethod:
     """Each picture has its own evaluations, so prompts run one by one."""
     thresholds: tuple[float, float] | None = None
     """Range of the threshold; a larger one computes less."""
+    uses_own: bool = False
 
     def run(self, bench: Bench, budget: int) -> Outcome:
-        """See `Method`."""
-        candidates = []
+        """See `Method`. Raises what its last setting broke with, where none of them ran."""
+        candidates: list[Setting] = []
+        failure: Exception = NotApplicable(f"no setting keeps to {budget} evaluations")
         for setting in self.settings(bench, budget):
-            if self.thresholds:
-                setting = self._within(bench, budget, setting, self.thresholds)
-            rows = bench.calibration.samples.map(self._answer(bench, setting, held_out=False), bench.tuning)
-            if rows["nfe"].mean() <= budget or self.thresholds:  # a threshold is raised below until the budget is kept
-                candidates.append((float(rows["psnr_db"].mean()), setting))
+            try:
+                if self.thresholds:
+                    setting = self._within(bench, budget, setting, self.thresholds)
+                if self._tune(bench, setting, bench.tuning)["nfe"] <= budget + SLACK or self.thresholds:
+                    candidates.append(setting)
+            except NotApplicable as error:
+                failure = error
+            except ModelError as error:  # what the pipeline met with this setting
+                _LOG.info("%s, %s: %s", self.name, setting.text, error)
+                failure = error
         if not candidates:
-            raise NotApplicable(f"no setting keeps to {budget} evaluations")
-        setting = max(candidates, key=lambda pair: pair[0])[1]
+            raise failure
+        setting = choose(bench, candidates, lambda each, rows: self._tune(bench, each, rows)["psnr_db"])
         rows = bench.evaluation.map(self._answer(bench, setting, held_out=True))
-        while rows["nfe"].mean() > budget and setting.threshold is not None and setting.threshold < 1e6:
-            setting = at_threshold(setting, 1.05 * setting.threshold)
+        while rows["nfe"].mean() > budget + SLACK and setting.threshold is not None and setting.threshold < 1e6:
+            setting = replace(setting, share=0.0) if setting.share else at_threshold(setting, 1.05 * setting.threshold)
             rows = bench.evaluation.map(self._answer(bench, setting, held_out=True))
         times = rows["seconds"]
         if not self.adaptive:
             times = bench.evaluation.map(self._answer(bench, setting, held_out=True, singly=True), slice(2))["seconds"]
-        return Outcome(scores=rows, nfe=rows["nfe"], setting=setting.text, seconds=float(np.median(times)))
+        return Outcome(
+            scores=rows,
+            nfe=rows["nfe"],
+            blocks=rows["blocks"],
+            setting=setting.description,
+            seconds=float(np.median(times)),
+        )
+
+    def _tune(self, bench: Bench, setting: Setting, rows: slice) -> dict[str, float]:
+        """Mean `nfe` and `psnr_db` on some calibration samples, from the workspace where they are known."""
+
+        def compute() -> dict[str, float]:
+            found = bench.calibration.samples.map(self._answer(bench, setting, held_out=False), rows)
+            return {name: float(found[name].mean()) for name in ("nfe", "psnr_db")}
+
+        key = [bench.key, self.name, setting.values, setting.threshold, setting.lower, setting.share, rows.stop]
+        found: dict[str, float] = bench.workspace.json("tune", key, compute)
+        return found
 
     def _within(self, bench: Bench, budget: int, setting: Setting, bounds: tuple[float, float]) -> Setting:
-        """The setting at the least threshold that keeps the mean within the budget on the first held-out prompts.
+        """The setting with thresholds that use the whole budget on calibration samples.
 
-        On the prompts that are measured, which favours the method. What a threshold came to is kept: bisections of
-        several budgets begin alike.
+        Evaluations are whole numbers: of the least threshold that keeps the mean within the budget and the next lower one
+        that was tried, each is used for its share of the samples, so that the mean is the budget. What a threshold came
+        to is kept: bisections of several budgets begin alike.
+
+        Raises NotApplicable where the budget is exceeded at any threshold.
         """
-        low, high = np.log(bounds[0]), np.log(bounds[1])
-        few = slice(min(4, bench.count))
 
-        def keeps(threshold: float) -> bool:
+        def evaluations(threshold: float) -> float:
             def mean() -> float:
-                answer = self._answer(bench, at_threshold(setting, threshold), held_out=True, score=False)
-                return float(bench.evaluation.map(answer, few)["nfe"].mean())
+                answer = self._answer(bench, at_threshold(setting, threshold), held_out=False, score=False)
+                return float(bench.calibration.samples.map(answer, bench.tuning)["nfe"].mean())
 
-            key = [bench.key, self.name, setting.values, threshold, few.stop]
-            return float(bench.workspace.json("threshold", key, mean)) <= budget
+            key = [bench.key, self.name, setting.values, threshold, bench.tuning.stop]
+            return float(bench.workspace.json("threshold", key, mean))
 
-        if keeps(bounds[0]):
-            return at_threshold(setting, bounds[0])
+        lower, upper = bounds
+        if evaluations(lower) <= budget + SLACK:
+            return at_threshold(setting, lower)
+        if evaluations(upper) > budget + SLACK:
+            raise NotApplicable(f"it computes more than {budget} steps at any threshold up to {upper:g}")
         for _ in range(BISECTIONS):
-            middle = 0.5 * (low + high)
-            low, high = (low, middle) if keeps(float(np.exp(middle))) else (middle, high)
-        return at_threshold(setting, float(np.exp(high)))
+            middle = math.sqrt(lower * upper)
+            lower, upper = (lower, middle) if evaluations(middle) <= budget + SLACK else (middle, upper)
+        more, fewer = evaluations(lower), evaluations(upper)
+        return replace(at_threshold(setting, upper), lower=lower, share=(budget - fewer) / (more - fewer))
 
     def _answer(
         self, bench: Bench, setting: Setting, *, held_out: bool, singly: bool = False, score: bool = True
@@ -120,11 +173,12 @@ class PipelineMethod:
 
         def answer(batch: Batch) -> Rows:
             everything = list(range(batch.rows.start, batch.rows.stop))
-            parts = [[row] for row in everything] if self.adaptive or singly else [everything]
+            apart = self.adaptive or singly or setting.share > 0
+            parts = [[row] for row in everything] if apart else [everything]
             latents = list[Tensor]()
             nfe, block_runs, seconds = list[float](), list[float](), list[float]()
             for part in parts:  # wrapped anew each time: FirstBlockCache's reset keeps the last run's residual
-                with self.wrap(bench.pipeline, setting), count_evaluations(bench) as counter:
+                with self.wrap(bench.pipeline, setting.at_row(part[0])), count_evaluations(bench) as counter:
                     start = time.perf_counter()
                     latents.append(run_pipeline(bench, part, held_out=held_out))
                     seconds += [time.perf_counter() - start] * len(part)
@@ -140,9 +194,8 @@ class PipelineMethod:
 
 
 def at_threshold(setting: Setting, threshold: float) -> Setting:
-    """The setting with another threshold."""
-    base = setting.text.split(" at threshold")[0].strip()
-    return Setting(text=f"{base} at threshold {threshold:.4g}".strip(), values=setting.values, threshold=threshold)
+    """The setting with one threshold for all samples."""
+    return replace(setting, threshold=threshold, share=0.0)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from otcache.schemas.program import Program
 
 from ..calibration.rollout import StagedModel
 from ..programs.solver_table import SolverTable, program_from_table
-from .method import Bench, Built, NotApplicable, ProgramMethod, staged_scores_of
+from .method import Bench, Built, NotApplicable, ProgramMethod, choose_program
 
 
 class FeatureModel(StagedModel):
@@ -90,13 +90,8 @@ def _build(bench: Bench, budget: int) -> Built:
     if not schedules:
         raise NotApplicable(f"no window of Spectrum's gives {budget} evaluations of {total}")
     spread = sorted(schedules)[:: max(1, len(schedules) // 8)]
-    programs = [spectrum_program(bench.table, schedule) for schedule in spread]
-    return Built(program=max(programs, key=lambda program: _calibrated_psnr_db(bench, program)))
-
-
-def _calibrated_psnr_db(bench: Bench, program: Program) -> float:
-    scores = bench.calibration.samples.map(staged_scores_of(program, FeatureModel), bench.tuning)
-    return float(scores["psnr_db"].mean())
+    programs = [Built(program=spectrum_program(bench.table, schedule)) for schedule in spread]
+    return choose_program(bench, programs, FeatureModel)
 
 
 METHODS = (ProgramMethod(name="spectrum", group="cache", source="arXiv 2603.01623", build=_build, model=FeatureModel),)

@@ -5,21 +5,22 @@ behind.
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from otcache.compiler.compare import diffusers_caches, seacache
-from otcache.compiler.compare.cache_dit import masks
+from otcache.compiler.compare import cache_dit, diffusers_caches, seacache
+from otcache.compiler.compare.cache_dit import CALIBRATORS, mask_from_schedule, preset_schedules
 from otcache.compiler.compare.compare import methods
 from otcache.compiler.compare.method import NotApplicable
 from otcache.compiler.compare.pipeline_method import (
     PipelineMethod,
     Setting,
-    at_threshold,
     block_lists,
     count_evaluations,
+    deep_layer,
     run_pipeline,
 )
 from otcache.compiler.compare.teacache import TeaCache
@@ -116,18 +117,44 @@ def test_teacaches_skipped_step_adds_the_residual_of_the_last_computed_one(bench
 
 
 @pytest.mark.parametrize("budget", [1, 2, 4, 8, 10, 16, 50])
-def test_masks_have_exactly_the_budget(budget):
-    found = masks(budget, 50)
+def test_presets_have_exactly_the_budget(budget):
+    found = preset_schedules(budget, 50)
     assert found
-    for mask in found.values():
-        assert len(mask) == 50 and sum(mask) == budget and mask[0] == 1
+    for schedule in found.values():
+        assert len(set(schedule)) == budget and schedule[0] == 0 and schedule[-1] < 50
 
 
-def test_intervals_keep_the_budget_as_diffusers_counts(bench):
-    for setting in diffusers_caches._intervals(0)(bench, 3):
-        with diffusers_caches._taylor(bench.pipeline, setting), count_evaluations(bench) as counter:
+@pytest.mark.skipif(WITHOUT_CACHE_DIT, reason="cache-dit is not installed")
+@pytest.mark.parametrize("calibrator", CALIBRATORS)
+def test_cache_dit_computes_the_steps_of_its_mask(bench, calibrator):
+    """The first block runs at every step, the others at those of the mask, in both branches."""
+    schedule = (0, 1, 4, 6)
+    common = {"total": T, "apart": True, "first": 1, "calibrator": calibrator}
+    setting = Setting(text="", values={"mask": mask_from_schedule(schedule, T), **common})
+    steps, clock = [], []
+    with cache_dit._masked(bench.pipeline, setting), count_evaluations(bench) as counter:
+        first, second, *others = [block for each in block_lists(bench.pipeline.transformer) for block in each]
+        deep_layer(first).register_forward_hook(lambda *_: clock.append(len(clock)))
+        deep_layer(others[0] if others else second).register_forward_hook(lambda *_: steps.append(clock[-1] // 2))
+        run_pipeline(bench, [0], held_out=True)
+    assert clock == list(range(2 * T)) and tuple(dict.fromkeys(steps)) == schedule
+    assert counter.blocks > len(schedule)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_a_taylor_hook_computes_the_released_steps(bench, order):
+    """FORA's and TaylorSeer's released loops: full steps in the warm-up, then whenever a counter reaches the interval."""
+    for setting in diffusers_caches._intervals(order)(bench, 3):
+        warmup, interval = [int(word) for word in setting.text.split() if word.isdigit()][::-1]
+        released, counter = [], 0
+        for step in range(T):
+            full = step < warmup or counter == interval - 1
+            counter = 0 if full else counter + 1
+            released += [step] if full else []
+        assert setting.values["schedule"] == released
+        with diffusers_caches._taylor(bench.pipeline, setting), count_evaluations(bench) as counted:
             run_pipeline(bench, [0], held_out=True)
-        assert counter.evaluations <= 3
+        assert counted.evaluations == len(released) == 3
 
 
 def test_seacache_sees_every_step_and_the_frames(bench, monkeypatch):
@@ -162,9 +189,15 @@ def test_a_refused_cache_is_not_applicable(bench):
         pass
 
 
-def test_a_threshold_replaces_the_one_before():
-    setting = at_threshold(at_threshold(Setting(text="warm-up 2", values={}), 0.5), 0.25)
-    assert setting.text == "warm-up 2 at threshold 0.25" and setting.threshold == 0.25
+def test_shares_of_two_thresholds_use_the_whole_budget(bench):
+    method = next(each for each in INSIDE if each.name == "first block")
+    (setting,) = method.settings(bench, 4)
+    found = method._within(bench, 4, setting, method.thresholds)
+    assert 0 <= found.share < 1 and (found.share == 0 or found.lower < found.threshold)
+    mean = method._tune(bench, found, slice(bench.calibration.count))["nfe"]
+    assert mean <= 4 + 1e-6
+    used = [replace(found, lower=1.0, threshold=2.0, share=0.4).at_row(row).threshold for row in range(10)]
+    assert used.count(1.0) == 4 and used.count(2.0) == 6
 
 
 def test_what_a_threshold_came_to_is_kept(bench, monkeypatch):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 
 import numpy as np
 import pytest
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otcache.compiler.compare import budcache, lemica, meancache, spectrum
+from otcache.compiler.calibration.scoring import scores_of
+from otcache.compiler.compare import budcache, graph_taylor, lemica, meancache, residual_forecasts, spectrum
+from otcache.compiler.compare.candidates import candidate_schedules
 from otcache.compiler.pipelines.denoiser import Denoiser
+from otcache.compiler.programs.baselines import uniform_reuse_program
 from otcache.compiler.programs.lower import lower
 from otcache.compiler.programs.residual import residual_program
 from otcache.compiler.programs.solver_table import program_from_table
@@ -217,3 +222,49 @@ def test_evaluations_of_jumps_are_counted(bench, monkeypatch):
     monkeypatch.setattr(Denoiser, "__call__", count)
     bench.calibration.samples.map(lemica.jump_errors(bench.table, start), slice(1))
     assert made[0] == lemica.jump_evaluations(start, bench.table.num_inference_steps) > 1
+
+
+# --- forecasts of residuals
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cache_dit") is None, reason="cache-dit is not installed")
+@settings(max_examples=40, deadline=None)
+@given(st.sets(st.integers(2, 29), max_size=6), st.integers(1, 2))
+def test_taylorseers_forecast_is_that_of_a_library(steps, order):
+    """cache-dit's calibrator is fed the computed values, and asked for those between them."""
+    from cache_dit.caching.cache_contexts.calibrators.taylorseer import TaylorSeerState
+
+    computed = [0, 1, *sorted(steps)]  # the library takes no difference before its step 2
+    values = torch.from_numpy(np.random.default_rng(len(steps)).standard_normal((30, 3)))
+    state, seen = TaylorSeerState(n_derivatives=order), []
+    for step in range(30):
+        state.mark_step_begin()
+        if step in computed:
+            state.update(values[step])
+            seen.append(step)
+        elif len(seen) > order + 2:
+            weights = residual_forecasts.taylorseer_coefs(seen, step, order)
+            kept = values[seen[-len(weights) :]]
+            torch.testing.assert_close(state.approximate(), torch.tensor(weights, dtype=kept.dtype) @ kept)
+
+
+def test_a_forecast_of_the_second_order_is_exact_for_a_parabola():
+    computed, step = [0, 3, 4, 9], 13
+    weights = residual_forecasts.FORECASTS["taylor-2"](computed, step)
+    assert np.dot(weights, np.square(computed[-3:])) == pytest.approx(step**2)
+    other = residual_forecasts.FORECASTS["taylorseer-2"](computed, step)
+    assert sum(other) == pytest.approx(1.0) and np.dot(other, np.square(computed[-3:])) != pytest.approx(step**2)
+
+
+@pytest.mark.parametrize("method", graph_taylor.METHODS, ids=lambda method: method.name)
+def test_a_graph_with_a_forecast_is_the_best_of_its_candidates(bench, method):
+    built = method.build(bench, 3)
+    assert built.program.nfe == 3
+    everything = slice(bench.calibration.count)
+    best = bench.calibrated_psnr_db(scores_of(built.program), everything)
+    for schedule in candidate_schedules(bench, 3).values():
+        held = residual_forecasts.reuse_program(bench.table, schedule)
+        if built.program.payload == "output":
+            held = uniform_reuse_program(bench.table, schedule)
+        assert best >= bench.calibrated_psnr_db(scores_of(held), everything) - 1e-6

@@ -10,12 +10,12 @@ import json
 import os
 from pathlib import Path
 
+import full_size
 import numpy as np
 import pytest
 import torch
 from command import COMPILE, otc
 
-import full_size
 from otcache.runtime.artifact.reader import Artifact
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 
 from otcache.schemas.errors import HostError
 
-from ..pipelines.out_of_memory import error_without_memory, is_out_of_memory
+from ..pipelines.out_of_memory import error_without_memory, is_out_of_memory, release
 
 Notify = Callable[[str], None]
 Answer = TypeVar("Answer")
@@ -60,10 +60,3 @@ class MicroBatch:
             raise error_without_memory("one sample at a time", error) from error
         self.size = min(self.size, tried // 2)
         self.note(f"out of memory on the device: going on with {self.size} samples at a time")
-
-
-def release(device: torch.device) -> None:
-    """Give cached memory of a device back to it."""
-    module = getattr(torch, device.type, None)
-    if module is not None and hasattr(module, "empty_cache"):
-        module.empty_cache()

@@ -152,6 +152,7 @@ def _at_rest(pipeline: Any) -> Iterator[None]:
         for component in components
     ]
     scheduler, bar = pipeline.scheduler, getattr(pipeline, "_progress_bar_config", {})
+    tiles = getattr(getattr(pipeline, "vae", None), "use_tiling", None)
     pipeline.scheduler = copy.deepcopy(scheduler)
     pipeline.set_progress_bar_config(disable=True)
     for component in components:
@@ -160,6 +161,8 @@ def _at_rest(pipeline: Any) -> Iterator[None]:
         yield
     finally:
         pipeline.scheduler, pipeline._progress_bar_config = scheduler, bar
+        if tiles is not None:
+            pipeline.vae.use_tiling = tiles
         for module, mode in modes:
             module.training = mode
         for component, needed in gradients:

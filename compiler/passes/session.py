@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from ..models.load import load_model
 from ..models.model import Model, read_prompts
 from ..options import CompileOptions, split_prompts
 from ..pipelines.call import CallOptions, call_options, short_call
-from ..pipelines.decode import decode_latents
+from ..pipelines.decode import decode_latents, decode_with_tiles
 from ..pipelines.denoiser import denoiser_of, placed
 from ..pipelines.full_run import capture, with_known_negative
 from ..pipelines.interface import Interface
+from ..pipelines.out_of_memory import release
 from ..pipelines.placement import (
     PeakBytes,
     Placement,
@@ -92,20 +94,16 @@ class Session:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents (n, …) → pictures float32 (n, [frames,] height, width, 3) in [0, 1]."""
-        return torch.cat([self._decoded(part).cpu() for part in latents.split(self.micro_batch.size)]).numpy()
+        at_once = self.micro_batch.size if self.placement.device.type == "cpu" else 1
+        vae, note = getattr(self.model.pipeline, "vae", None), self.reporter.note
+        parts = [decode_with_tiles(vae, part, self._decode, note).cpu() for part in latents.split(at_once)]
+        return torch.cat(parts).numpy()
 
-    def _decoded(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor) -> Tensor:
         if self.decoder is None:
             return decode_latents(self.model.pipeline, self.call, latents)
-        pictures: Tensor = self.decoder(latents.to(self.decoder_dtype))
+        pictures: Tensor = self.decoder(latents)
         return pictures.float()
-
-    @property
-    def decoder_dtype(self) -> torch.dtype:
-        """Of the decoder's weights."""
-        return (
-            next((each.dtype for each in self.decoder.parameters()), torch.float32) if self.decoder else torch.float32
-        )
 
     @property
     def producer(self) -> dict[str, str]:
@@ -209,7 +207,10 @@ def _session(
         )
     latents = torch.randn(2, *interface.latents_shape, generator=torch.Generator().manual_seed(0))
     on_device = latents.to(placement.device)
-    pictures = decode_latents(model.pipeline, call, on_device)
+    if placement.device.type != "cpu":
+        on_device = on_device[:1]
+    vae, decode = getattr(model.pipeline, "vae", None), partial(decode_latents, model.pipeline, call)
+    pictures = decode_with_tiles(vae, on_device, decode, reporter.note)
     name = type(model.pipeline).__name__
     expected = (*(() if call.num_frames is None else (call.num_frames,)), call.height, call.width, 3)
     if tuple(pictures.shape[1:]) != expected:
@@ -289,6 +290,7 @@ def _micro_batch(
     denoiser = denoiser_of(model.transformer, placed(interface, device), one.to(device))
     with PeakBytes([*model.transformer.parameters(), *model.transformer.buffers()]) as counted:
         denoiser(one.latents[0].to(device), one.timesteps[0])
+    release(device)  # what the probe has taken counts as free
     return MicroBatch(choose_micro_batch(counted.peak, free_bytes(device)), reporter.note)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .call import CallOptions, short_call
 from .invoke import invoke
+from .out_of_memory import is_out_of_memory, release
 from .prompts import any_prompts
 
 
@@ -37,6 +38,34 @@ def decode_latents(pipeline: Any, options: CallOptions, latents: Tensor) -> Tens
     finally:
         del scheduler.step
     return torch.from_numpy(np.asarray(made[0], np.float32))
+
+
+def decode_with_tiles(
+    vae: Any, latents: Tensor, decode: Callable[[Tensor], Tensor], note: Callable[[str], None]
+) -> Tensor:
+    """What `decode` makes of latents (n, …); of one sample that is too large for the device in tiles from now on.
+
+    Args:
+        vae: the pipeline's autoencoder, or None.
+        latents: final ones.
+        decode: through that autoencoder.
+        note: told where tiles begin.
+
+    Raises what `decode` raises where memory is short for several samples, or tiles are no help.
+    """
+    try:
+        return decode(latents)
+    except Exception as error:
+        tiles = hasattr(vae, "enable_tiling") and not getattr(vae, "use_tiling", False)
+        if len(latents) > 1 or not tiles or not is_out_of_memory(error):
+            raise
+    release(latents.device)  # outside of the handler, whose traceback keeps tensors
+    vae.enable_tiling()
+    note(
+        f"{type(vae).__name__} is out of memory with one sample: it decodes in tiles from now on, whose edges may show; so "
+        "do the pictures that everything is compared with"
+    )
+    return decode(latents)
 
 
 @contextlib.contextmanager

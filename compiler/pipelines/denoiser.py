@@ -68,8 +68,12 @@ def denoiser_of(transformer: Any, interface: Interface, trajectory: Trajectory) 
 
 
 def placed(interface: Interface, device: torch.device | str) -> Interface:
-    """The interface with the tensors among its constants on a device."""
-    return replace(interface, constants={name: _moved(value, device) for name, value in interface.constants.items()})
+    """The interface with the tensors among its constants and tables on a device."""
+    return replace(
+        interface,
+        constants={name: _moved(value, device) for name, value in interface.constants.items()},
+        tables={name: replace(table, value=_moved(table.value, device)) for name, table in interface.tables.items()},
+    )
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:

@@ -30,3 +30,10 @@ def error_without_memory(subject: str, error: Exception) -> HostError:
         f"{subject}: out of memory ({said}): expected more free memory on the device: give a smaller --height and --width, "
         "--offload model or group, or a smaller --precision"
     )
+
+
+def release(device: torch.device) -> None:
+    """Give cached memory of a device back to it."""
+    module = getattr(torch, device.type, None)
+    if module is not None and hasattr(module, "empty_cache"):
+        module.empty_cache()

@@ -115,7 +115,7 @@ def test_every_option_is_taken(pipeline, tmp_path):
         "num_frames": 0,
         "reference_budget": 0,
         "anchor_budget": 0,
-        "trials": 0,
+        "trials": -2,
         "calibration_prompts": 0,
         "evaluation_prompts": 0,
         "revision": "main",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from otcache.schemas.shapes import described
 
 from ..calibration import metrics
 from ..calibration.micro_batch import MicroBatch
+from ..calibration.scoring import DECODED_BYTES
 from ..export.decoder import make_latent_decoder
 from ..export.exportable import unexportable
 from ..export.prompt_steps import with_prompt_steps
@@ -92,7 +94,8 @@ class Session:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents (n, …) → pictures float32 (n, [frames,] height, width, 3) in [0, 1]."""
-        return torch.cat([self._decoded(part).cpu() for part in latents.split(self.micro_batch.size)]).numpy()
+        parts = [self._decoded(part).cpu() for part in latents.split(self.micro_batch.size)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
 
     def _decoded(self, latents: Tensor) -> Tensor:
         if self.decoder is None:
@@ -191,9 +194,11 @@ def _session(
         )
     latents = torch.randn(2, *interface.latents_shape, generator=torch.Generator().manual_seed(0))
     on_device = latents.to(placement.device)
-    pictures = decode_latents(model.pipeline, call, on_device)
     name = type(model.pipeline).__name__
     expected = (*(() if call.num_frames is None else (call.num_frames,)), call.height, call.width, 3)
+    if 2 * 4 * math.prod(expected) > DECODED_BYTES:
+        on_device = on_device[:1]  # such pictures are decoded one by one
+    pictures = decode_latents(model.pipeline, call, on_device)
     if tuple(pictures.shape[1:]) != expected:
         raise UsageError(
             f"{name} draws {tuple(pictures.shape[1:])} where {expected} was asked for (frames, height, width, colours): "

@@ -56,6 +56,7 @@ REDUCED = {
 NOT_RUN = {
     "pip install": "needs a network; that the extras exist is checked",
     "make test": "is this test run",
+    "otc compile ./my-flux-pipeline --device cuda": "needs a GPU: tests/gpu runs it where there is one",
     "uvicorn server:app": "runs until it is stopped: tests/runtime/serving/test_server.py starts it",
     "curl": "needs the server: tests/runtime/serving/test_server.py asks it the same",
     "server.py": "a module of the server: tests/runtime/serving/test_server.py runs it",

@@ -73,9 +73,12 @@ class Batch:
         """The full run's V_0, float32 (m, …)."""
         return self.tensor(self.runs.first_output(self.rows))
 
-    def references(self) -> NDArray[np.float32]:
-        """The full run's pictures, float32 (m, [frames,] height, width, 3)."""
-        return self.runs.pictures(self.rows)
+    def references(self, part: slice = slice(None)) -> NDArray[np.float32]:
+        """The full run's pictures of some of the batch's samples, float32 (m, [frames,] height, width, 3); to be read
+        only.
+        """
+        start, stop, _ = part.indices(self.count)
+        return self.runs.pictures(slice(self.rows.start + start, self.rows.start + stop))
 
     def decode(self, latents: Tensor) -> NDArray[np.float32]:
         """Pictures of final latents (m, …)."""

@@ -98,7 +98,11 @@ class LocalSamples:
         if (known := self._outputs.get(key)) is not None:
             return Output(known, 0)
         if not path and step_index == 0:
-            return Output(self._outputs.put(key, self.runs.first_output(slice(None))), 0)
+            array = self._outputs.new(key, (self.count, *self.runs.latents_shape))
+            for row in range(self.count):
+                array[row] = self.runs.first_output(slice(row, row + 1))[0]
+            self._outputs.keep(key, array)
+            return Output(array, 0)
         array = self._outputs.new(key, (self.count, *self.runs.latents_shape))
         for rows, values in self.batches(evaluate):
             array[rows] = values
@@ -143,13 +147,6 @@ class OutputStore:
         """Know an array that was filled by its key."""
         self._arrays[key] = array
 
-    def put(self, key: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Keep values that are known."""
-        array = self.new(key, values.shape)
-        array[:] = values
-        self.keep(key, array)
-        return array
-
 
 class LocalWalk:
     """See `samples.Walk`."""
@@ -157,8 +154,8 @@ class LocalWalk:
     def __init__(self, samples: LocalSamples, memory: int) -> None:
         self.samples, self.memory = samples, memory
         self.file, self.latents = samples.array((samples.count, *samples.runs.latents_shape))
-        for rows, values in samples.batches(lambda batch: samples.runs.latents(batch.rows, 0)):
-            self.latents[rows] = values
+        for row in range(samples.count):
+            self.latents[row] = samples.runs.latents(slice(row, row + 1), 0)[0]
         self.outputs: list[NDArray[np.float32]] = []
         self.path = ""
 

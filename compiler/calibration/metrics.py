@@ -8,7 +8,7 @@ and windows (some square differences of uint8, which wrap around).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,7 @@ class Quality:
 
 def psnr(images: ArrayLike, references: ArrayLike) -> FloatArray:
     """Peak signal-to-noise ratio in dB, 10 · log10(1 / MSE), at most `PSNR_CAP`; (n,), higher is better."""
-    found, expected = _image_pair(images, references)
-    mse = np.square(found - expected).reshape(len(found), -1).mean(axis=1)
+    mse = _mean_over_frames(images, references, lambda found, expected: float(np.square(found - expected).mean()))
     return np.minimum(-10.0 * np.log10(np.maximum(mse, 1e-300)), PSNR_CAP)
 
 
@@ -66,13 +65,10 @@ def ssim(images: ArrayLike, references: ArrayLike) -> FloatArray:
 
     Images smaller than the window are averaged over a border as wide as they allow.
     """
-    found, expected = _image_pair(images, references)
-    smallest = min(found.shape[-3:-1])
-    window = min(_SSIM_WINDOW, smallest if smallest % 2 else smallest - 1)
-    if window < 1:
-        raise UsageError(f"images have shape {found.shape}, expected at least 1 × 1 pixels for SSIM")
 
     def score(image: FloatArray, reference: FloatArray) -> float:
+        smallest = min(image.shape[:2])
+        window = min(_SSIM_WINDOW, smallest if smallest % 2 else smallest - 1)
         value = structural_similarity(
             image,
             reference,
@@ -85,14 +81,7 @@ def ssim(images: ArrayLike, references: ArrayLike) -> FloatArray:
         )
         return float(value)
 
-    frames, reference_frames = (array.reshape(len(found), -1, *found.shape[-3:]) for array in (found, expected))
-    return np.array(
-        [
-            np.mean([score(image, reference) for image, reference in zip(*sample, strict=True)])
-            for sample in zip(frames, reference_frames, strict=True)
-        ],
-        dtype=np.float64,
-    )
+    return _mean_over_frames(images, references, score)
 
 
 def relative_latent_error(latents: ArrayLike, references: ArrayLike) -> FloatArray:
@@ -109,7 +98,7 @@ def relative_latent_error(latents: ArrayLike, references: ArrayLike) -> FloatArr
         return np.where(difference == 0.0, 0.0, difference / norm)
 
 
-def lpips_metric(net: str = "alex", *, batch_size: int = 8) -> Metric:
+def lpips_metric(net: str = "alex") -> Metric:
     """LPIPS (arXiv 1801.03924) as a function of (images, references) → (n,), lower is better.
 
     Nothing is downloaded: the `lpips` package and the weights of its backbone have to be on this host.
@@ -138,38 +127,52 @@ def lpips_metric(net: str = "alex", *, batch_size: int = 8) -> Metric:
         )
     model: Any = package.LPIPS(net=net, verbose=False).eval()
 
-    def metric(images: ArrayLike, references: ArrayLike) -> FloatArray:
-        found, expected = _image_pair(images, references)
-        pairs = [
-            torch.from_numpy(array.reshape(-1, *array.shape[-3:]).astype(np.float32)).movedim(-1, 1) * 2.0 - 1.0
-            for array in (found, expected)
-        ]
+    def score(image: FloatArray, reference: FloatArray) -> float:
+        pair = (
+            torch.from_numpy(each.astype(np.float32)).movedim(-1, 0)[None] * 2.0 - 1.0 for each in (image, reference)
+        )
         with torch.inference_mode():
-            scores = [
-                model(image, reference).reshape(-1)
-                for image, reference in zip(*(pair.split(batch_size) for pair in pairs), strict=True)
-            ]
-        return torch.cat(scores).double().numpy().reshape(len(found), -1).mean(axis=1)
+            return float(model(*pair))
 
-    return metric
+    return lambda images, references: _mean_over_frames(images, references, score)
 
 
-def _image_pair(images: Any, references: Any) -> tuple[FloatArray, FloatArray]:
-    """Both as float64 arrays of the same shape (n, …, height, width, 3) in [0, 1], or UsageError."""
-    found, expected = float64_from_array(images), float64_from_array(references)
-    if found.shape != expected.shape:
+def _mean_over_frames(images: Any, references: Any, score: Callable[[FloatArray, FloatArray], float]) -> FloatArray:
+    """Mean score (n,) of each sample's frames. One frame at a time is in float64: a whole video would be gigabytes.
+
+    Args:
+        images: (n, [frames,] height, width, 3) in [0, 1].
+        references: of the same shape.
+        score: of a frame and its reference, float64 (height, width, 3) each.
+
+    Raises UsageError for other shapes and values.
+    """
+    found, expected = (each if hasattr(each, "detach") else np.asarray(each) for each in (images, references))
+    shape = tuple(found.shape)
+    if shape != tuple(expected.shape):
         raise UsageError(
-            f"images of shape {found.shape} against references of shape {expected.shape}: expected the same shape"
+            f"images of shape {shape} against references of shape {tuple(expected.shape)}: expected the same shape"
         )
-    if found.ndim not in (4, 5) or found.shape[-1] != 3 or not found.size:
+    if len(shape) not in (4, 5) or shape[-1] != 3 or 0 in shape:
+        raise UsageError(f"images have shape {shape}, expected (n, height, width, 3) or (n, frames, height, width, 3)")
+
+    def frames(array: Any, row: int, name: str) -> Iterator[FloatArray]:
+        for index in range(shape[1]) if len(shape) == 5 else [...]:
+            frame = float64_from_array(array[row][index])
+            _check_range(frame, name)
+            yield frame
+
+    def mean(row: int) -> float:
+        pairs = zip(frames(found, row, "images"), frames(expected, row, "references"), strict=True)
+        return float(np.mean([score(*pair) for pair in pairs]))
+
+    return np.array([mean(row) for row in range(shape[0])], dtype=np.float64)
+
+
+def _check_range(frame: FloatArray, name: str) -> None:
+    low, high = float(frame.min()), float(frame.max())
+    if not (low >= -_RANGE_SLACK and high <= 1.0 + _RANGE_SLACK):  # false for NaN as well
         raise UsageError(
-            f"images have shape {found.shape}, expected (n, height, width, 3) or (n, frames, height, width, 3)"
+            f"{name} span {low:g} … {high:g}, expected finite values in [0, 1]. Divide 8-bit images by 255; map "
+            f"[-1, 1] with x / 2 + 0.5; clip."
         )
-    for name, array in (("images", found), ("references", expected)):
-        low, high = float(array.min()), float(array.max())
-        if not (low >= -_RANGE_SLACK and high <= 1.0 + _RANGE_SLACK):  # false for NaN as well
-            raise UsageError(
-                f"{name} span {low:g} … {high:g}, expected finite values in [0, 1]. Divide 8-bit images by 255; map "
-                f"[-1, 1] with x / 2 + 0.5; clip."
-            )
-    return found, expected

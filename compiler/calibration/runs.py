@@ -9,6 +9,7 @@ Shapes: T steps, n samples, one sample's latents (…) as the scheduler sees the
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,16 +23,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FloatArray = NDArray[np.float64]
-GRAM_ELEMENTS = 1 << 16
-"""Elements of a sample whose products are summed at a time: 101 rows of them in float64 are 53 MB."""
+GRAM_VALUES = 1 << 21
+"""Numbers whose products are summed at a time, of all rows together: 17 MB in float64, however many rows there are."""
 
 LATENTS, OUTPUTS, FIRST_OUTPUT = "latents.npy", "outputs.npy", "first_output.npy"
 GRAM, PICTURES, SCALARS, CONDITIONING = "gram.npy", "pictures.npy", "run.npz", "conditioning.safetensors"
 
 
 def new_array(path: Path, shape: Sequence[int], dtype: Any = np.float32) -> np.memmap[Any, Any]:
-    """A writable array in a new `.npy` file."""
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(shape))
+    """A writable array in a new `.npy` file, whose room on the disk is taken at once.
+
+    Raises OSError where the disk has no room for it: a write into a page that finds none would end the process.
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(shape))
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def mapped_array(path: Path) -> NDArray[Any]:
@@ -50,8 +58,9 @@ def gram_from_rows(rows: NDArray[np.float32], others: NDArray[np.float32] | None
     parts = [rows] if others is None else [rows, others]
     size = sum(len(part) for part in parts)
     gram = np.zeros((size, size))
-    for start in range(0, rows.shape[1], GRAM_ELEMENTS):
-        block = np.concatenate([part[:, start : start + GRAM_ELEMENTS] for part in parts]).astype(np.float64)
+    elements = max(1, GRAM_VALUES // max(1, size))
+    for start in range(0, rows.shape[1], elements):
+        block = np.concatenate([part[:, start : start + elements] for part in parts], dtype=np.float64)
         gram += block @ block.T
     return gram
 
@@ -87,12 +96,14 @@ class RunWriter:
             self.folder / CONDITIONING,
         )
         np.savez(self.folder / SCALARS, timesteps=self.timesteps, guidance=np.asarray(guidance, dtype=np.float32))
-        np.save(self.folder / FIRST_OUTPUT, self.outputs[:, 0])
+        first = new_array(self.folder / FIRST_OUTPUT, (self.count, *self.outputs.shape[2:]))
         total = self.latents.shape[1] + self.outputs.shape[1]
         gram = new_array(self.folder / GRAM, (self.count, total, total), np.float64)
         for row in range(self.count):
+            first[row] = self.outputs[row, 0]
             latents, outputs = (part[row].reshape(part.shape[1], -1) for part in (self.latents, self.outputs))
             gram[row] = gram_from_rows(latents, outputs)
+        first.flush()
         gram.flush()
         self.latents.flush()
         del self.outputs
@@ -186,8 +197,13 @@ class Runs:
         return self._gathered(rows, lambda chunk, part: chunk.gram[part])
 
     def pictures(self, rows: slice) -> NDArray[np.float32]:
-        """Float32 (m, [frames,] height, width, 3) in [0, 1]."""
-        return self._gathered(rows, lambda chunk, part: chunk.pictures[part])
+        """Float32 (m, [frames,] height, width, 3) in [0, 1]; those of one chunk are read where they are touched."""
+        return self._gathered(rows, lambda chunk, part: chunk.pictures[part], copy=False)
+
+    @property
+    def picture_bytes(self) -> int:
+        """Of one sample."""
+        return self.chunks[0].pictures[:1].nbytes
 
     def guidance(self, rows: slice = slice(None)) -> NDArray[np.float32]:
         """Float32 (m,)."""
@@ -208,6 +224,8 @@ class Runs:
             if start < last and stop > first
         ]
 
-    def _gathered(self, rows: slice, read: Any) -> NDArray[Any]:
+    def _gathered(self, rows: slice, read: Any, *, copy: bool = True) -> NDArray[Any]:
         parts = [np.asarray(read(chunk, part)) for chunk, part in self._parts(rows)]
-        return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
+        if len(parts) > 1:
+            return np.concatenate(parts)
+        return parts[0].copy() if copy else parts[0]

@@ -7,7 +7,7 @@ Shapes: m samples of a batch; latents (m, …) float32; pictures float32 (m, [fr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +21,37 @@ from .batch import Batch
 from .rollout import roll_out
 from .samples import Rows
 
+DECODED_BYTES = 64 << 20
+"""Of pictures that are decoded at once, one sample's at least: a video of 129 frames at 720p has 1.4 GB."""
+
 
 def scores_from_latents(batch: Batch, latents: Tensor) -> Rows:
     """`psnr_db`, `ssim` and `latent_error`, and `lpips` where it is asked for: float64 (m,) each."""
-    pictures, references = batch.decode(latents), batch.references()
-    scores = {
-        "psnr_db": metrics.psnr(pictures, references),
-        "ssim": metrics.ssim(pictures, references),
-        "latent_error": metrics.relative_latent_error(latents, batch.latents(-1)),
-    }
-    if batch.evaluator.lpips is not None:
-        scores["lpips"] = batch.evaluator.lpips(pictures, references)
-    return scores
+    parts: list[Rows] = []
+    for part, pictures in decoded_parts(batch, latents):
+        references = batch.references(part)
+        scores = {
+            "psnr_db": metrics.psnr(pictures, references),
+            "ssim": metrics.ssim(pictures, references),
+            "latent_error": metrics.relative_latent_error(latents[part], batch.latents(-1)[part]),
+        }
+        if batch.evaluator.lpips is not None:
+            scores["lpips"] = batch.evaluator.lpips(pictures, references)
+        parts.append(scores)
+        del pictures
+    return _joined(parts)
+
+
+def decoded_parts(batch: Batch, latents: Tensor) -> Iterator[tuple[slice, np.ndarray]]:
+    """(samples of the batch, their pictures), so many at a time as `DECODED_BYTES` holds."""
+    size = max(1, DECODED_BYTES // batch.runs.picture_bytes)
+    for start in range(0, batch.count, size):
+        part = slice(start, min(start + size, batch.count))
+        yield part, batch.decode(latents[part])
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def final_latents(program: Program, batch: Batch) -> Tensor:
@@ -86,7 +105,12 @@ def kept_latents(program: Program) -> Callable[[Batch], Rows]:
 
 def kept_pictures(program: Program) -> Callable[[Batch], Rows]:
     """`pictures` uint8 (m, height, width, 3) of what `measure` has kept of a program."""
-    return lambda batch: {"pictures": eight_bits(batch.decode(batch.tensor(_read(batch, program))))}
+
+    def answer(batch: Batch) -> Rows:
+        latents = batch.tensor(_read(batch, program))
+        return _joined([{"pictures": eight_bits(pictures)} for _, pictures in decoded_parts(batch, latents)])
+
+    return answer
 
 
 def reference_pictures(batch: Batch) -> Rows:

@@ -17,7 +17,10 @@ from torch import Tensor
 from otcache.schemas.arithmetic import mean_over_positions, weighted_sum
 from otcache.schemas.program import position_axes
 
-from .runs import GRAM_ELEMENTS, FloatArray
+from .runs import FloatArray
+
+GRAM_ELEMENTS = 1 << 16
+"""Elements of a sample whose products are summed at a time."""
 
 
 def combine(weights: NDArray[np.float32], values: Sequence[Tensor]) -> Tensor:

@@ -43,8 +43,6 @@ class Cell:
     budget: int
     nfe_mean: float
     nfe_worst: float
-    blocks_mean: float
-    """Blocks that were run, in full runs of all of them: more than the evaluations where some run at every step."""
     psnr_db: Spread
     ssim: Spread
     lpips: float | None
@@ -52,6 +50,9 @@ class Cell:
     setting: str
     full_runs: float
     """What a search for this method took, in full runs per prompt it used; 0 where there is none."""
+    blocks_mean: float | None = None
+    """Blocks that were run, in full runs of all of them: more than the evaluations where some run at every step. None in
+    results that were measured before it was counted."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from otcache.schemas.shapes import described
 
 from ..calibration import metrics
 from ..calibration.micro_batch import MicroBatch
+from ..calibration.scoring import DECODED_BYTES
 from ..export.decoder import make_latent_decoder
 from ..export.exportable import unexportable
 from ..export.prompt_steps import with_prompt_steps
@@ -97,7 +99,7 @@ class Session:
         at_once = self.micro_batch.size if self.placement.device.type == "cpu" else 1
         vae, note = getattr(self.model.pipeline, "vae", None), self.reporter.note
         parts = [decode_with_tiles(vae, part, self._decode, note).cpu() for part in latents.split(at_once)]
-        return torch.cat(parts).numpy()
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self.decoder is None:
@@ -207,12 +209,12 @@ def _session(
         )
     latents = torch.randn(2, *interface.latents_shape, generator=torch.Generator().manual_seed(0))
     on_device = latents.to(placement.device)
-    if placement.device.type != "cpu":
-        on_device = on_device[:1]
-    vae, decode = getattr(model.pipeline, "vae", None), partial(decode_latents, model.pipeline, call)
-    pictures = decode_with_tiles(vae, on_device, decode, reporter.note)
     name = type(model.pipeline).__name__
     expected = (*(() if call.num_frames is None else (call.num_frames,)), call.height, call.width, 3)
+    if placement.device.type != "cpu" or 2 * 4 * math.prod(expected) > DECODED_BYTES:
+        on_device = on_device[:1]  # such pictures are decoded one by one
+    vae, decode = getattr(model.pipeline, "vae", None), partial(decode_latents, model.pipeline, call)
+    pictures = decode_with_tiles(vae, on_device, decode, reporter.note)
     if tuple(pictures.shape[1:]) != expected:
         raise UsageError(
             f"{name} draws {tuple(pictures.shape[1:])} where {expected} was asked for (frames, height, width, colours): "

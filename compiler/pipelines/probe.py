@@ -93,8 +93,10 @@ def _record_probes(
     prompts = probe_prompts(pipeline, prompts, 2 * PROBE_SAMPLES)
     short = short_call(pipeline, options, at_least=3)
     with record_noise() as drawn:
-        first = record_run(pipeline, short, guidance_scale, prompts[:PROBE_SAMPLES], range(PROBE_SAMPLES))
-        second = record_run(pipeline, short, guidance_scale, prompts[PROBE_SAMPLES:], range(100, 100 + PROBE_SAMPLES))
+        first, second = (
+            record_run(pipeline, short, guidance_scale, own, range(seed, seed + PROBE_SAMPLES), keep_steps=1)
+            for own, seed in ((prompts[:PROBE_SAMPLES], 0), (prompts[PROBE_SAMPLES:], 100))
+        )
     count = len(first.calls[0])
     if count not in (1, 2):
         raise ModelError(f"{name} calls its transformer {count} times a step: one or two (guidance) can be compiled")
@@ -138,7 +140,7 @@ def interface_at(
     """The interface at another size of the request: other constants, latents and noise, everything else the same."""
     short, repeated = short_call(pipeline, options), (list(prompts) * PROBE_SAMPLES)[:PROBE_SAMPLES]
     with record_noise() as drawn:
-        tape = record_run(pipeline, short, guidance_scale, repeated, range(PROBE_SAMPLES))
+        tape = record_run(pipeline, short, guidance_scale, repeated, range(PROBE_SAMPLES), keep_steps=1)
     sample, call = tape.samples[0], tape.calls[0][0]
 
     def constant(name: str, value: Any) -> Any:

@@ -48,11 +48,21 @@ class Tape:
 
 @contextlib.contextmanager
 def record(
-    pipeline: Any, *, keep_calls: int = 2, progress: Progress | None = None, on_step: OnStep | None = None
+    pipeline: Any,
+    *,
+    keep_calls: int = 2,
+    keep_steps: int | None = None,
+    progress: Progress | None = None,
+    on_step: OnStep | None = None,
 ) -> Iterator[Tape]:
-    """Record what a pipeline does while the context lasts. The calls of the first `keep_calls` steps are kept.
+    """Record what a pipeline does while the context lasts.
 
-    on_step: takes latents and outputs of every step in the place of the tape, which then keeps none.
+    Args:
+        pipeline: that is called in the context.
+        keep_calls: steps, the first ones, whose calls of the transformer are kept.
+        keep_steps: steps, the first ones, whose latents and outputs are kept; None for all.
+        progress: told of every step.
+        on_step: takes latents and outputs of every step in the place of the tape, which then keeps none.
     """
     tape = Tape()
     transformer = transformer_of(pipeline, type(pipeline).__name__)
@@ -78,8 +88,9 @@ def record(
         if on_step:
             on_step(len(tape.timesteps), float(timestep), before, output, after)
         else:
-            tape.samples.append(before)
-            tape.guided.append(output)
+            if keep_steps is None or len(tape.samples) < keep_steps:
+                tape.samples.append(before)
+                tape.guided.append(output)
             tape.final = [after]
         tape.timesteps.append(float(timestep))
         if len(tape.timesteps) < keep_calls:
@@ -157,6 +168,7 @@ def record_run(
     seeds: Sequence[int],
     progress: Progress | None = None,
     on_step: OnStep | None = None,
+    keep_steps: int | None = None,
 ) -> Tape:
     """Run a pipeline with a prompt and a seed for each of n samples, and record what it does. See `record`."""
     count = len(prompts)
@@ -165,7 +177,8 @@ def record_run(
         assert on_step is not None
         on_step(step_index, timestep, *(value[:count] for value in tensors))
 
-    with record(pipeline, progress=progress, on_step=None if on_step is None else first_branch) as tape:
+    take = None if on_step is None else first_branch
+    with record(pipeline, progress=progress, on_step=take, keep_steps=keep_steps) as tape:
         _run(pipeline, options, guidance_scale, prompts, seeds)
     both = tape.samples and len(tape.samples[0]) == 2 * count  # branches, with the same latents, went to the scheduler
     if both:

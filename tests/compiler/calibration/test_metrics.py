@@ -208,7 +208,7 @@ def test_lpips_needs_its_weights_and_downloads_nothing(tmp_path: Path, monkeypat
         lpips_metric()
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth").touch()
-    metric = lpips_metric(batch_size=2)
+    metric = lpips_metric()
     found, expected = images(3, 8, 8, 3)
     oracle = 2 * np.abs(found - expected).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(metric(found, expected), oracle, rtol=1e-5)

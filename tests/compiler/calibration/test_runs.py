@@ -104,7 +104,7 @@ def test_inner_products_are_numpys_whatever_the_blocks(rows, others, elements, s
     random = np.random.default_rng(seed)
     first = random.normal(size=(rows, elements)).astype(np.float32)
     second = random.normal(size=(others, elements)).astype(np.float32)
-    with patch.object(module, "GRAM_ELEMENTS", block):
+    with patch.object(module, "GRAM_VALUES", block):
         found = gram_from_rows(first, second)
     both = np.concatenate([first, second]).astype(np.float64)
     assert found == pytest.approx(both @ both.T, rel=1e-12, abs=1e-12)

@@ -180,7 +180,45 @@ def default_prompts() -> list[str]:
 def _session(
     options: CompileOptions, model: Model, placement: Placement, prompts: Sequence[str], reporter: Reporter
 ) -> Session:
-    own = model.call
+    """Probe the pipeline, and put together what the passes share."""
+    options, call, interface = _probe(options, model, prompts, reporter)
+    exports = options.engines == "onnx" and placement.exportable
+    encoders = _served_encoders(model.pipeline, interface, call, prompts, reporter) if exports else None
+    decoder, latents = _find_decoder(model, call, interface, placement, reporter)
+    if exports and decoder is None:
+        reporter.note(f"{type(model.pipeline).__name__} has no export of its decoder: the artifact makes latents")
+    micro_batch = _micro_batch(options, model, call, interface, placement, prompts, reporter)
+    key = _calibration_key(options, model, call, placement, micro_batch, prompts)
+    workspace = Workspace(
+        (options.workspace or default_workspace()) / digest_of_value(key)[7:23],
+        on_reuse=lambda name: None if name in (ATTEMPT, "capture", "evaluate") else reporter.reused(name),
+    )
+    others = wanted_from_options(
+        own_point(call), sizes=options.sizes, frame_counts=options.frame_counts, text_lengths=options.text_lengths
+    )
+    return Session(
+        options=options,
+        model=model,
+        call=call,
+        interface=interface,
+        workspace=workspace,
+        reporter=reporter,
+        placement=placement,
+        micro_batch=micro_batch,
+        key=key,
+        decoder=decoder,
+        decoder_example={"latents": latents},
+        encoders=encoders,
+        wanted=others,
+        seen=_see_sizes(options, model, call, interface, others, prompts),
+    )
+
+
+def _probe(
+    options: CompileOptions, model: Model, prompts: Sequence[str], reporter: Reporter
+) -> tuple[CompileOptions, CallOptions, Interface]:
+    """How the pipeline is called and calls its transformer; the options with the range of guidance that it has."""
+    own, name = model.call, type(model.pipeline).__name__
     call = call_options(
         model.pipeline,
         num_inference_steps=options.num_inference_steps,
@@ -190,26 +228,32 @@ def _session(
         max_sequence_length=options.max_sequence_length or own.max_sequence_length,
         negative_prompt=own.negative_prompt if options.negative_prompt is None else options.negative_prompt,
     )
-    others = wanted_from_options(
-        own_point(call), sizes=options.sizes, frame_counts=options.frame_counts, text_lengths=options.text_lengths
-    )
-    exports = options.engines == "onnx" and placement.exportable
     low, high = options.guidance_scale
     scale = options.nominal_scale if options.nominal_scale > 1 or low == high else high
     interface = probe(model.pipeline, call, scale, prompts)
+    if not interface.guided and low != high:
+        raise UsageError(f"--guidance-scale is a range, but {name} runs one branch here: expected one number")
     if interface.guided and low < 1 < high:
         options = replace(options, guidance_scale=(1.0, high))
-        reporter.note(f"{type(model.pipeline).__name__} guides above scale 1 only: the range is 1:{high:g}")
+        reporter.note(f"{name} guides above scale 1 only: the range is 1:{high:g}")
     call = with_known_negative(model.pipeline, interface, call, options.nominal_scale, prompts)
-    encoders = _served_encoders(model.pipeline, interface, call, prompts, reporter) if exports else None
     if interface.guided and call.scale_offset:
         reporter.note(
-            f"{type(model.pipeline).__name__} counts guidance from another number: scale {options.nominal_scale:g} is its "
+            f"{name} counts guidance from another number: scale {options.nominal_scale:g} is its "
             f"{call.guidance_argument} {options.nominal_scale + call.scale_offset:g}"
         )
+    return options, call, interface
+
+
+def _find_decoder(
+    model: Model, call: CallOptions, interface: Interface, placement: Placement, reporter: Reporter
+) -> tuple[torch.nn.Module | None, Tensor]:
+    """The pipeline's decoder as a module, None for one of its own way; and latents (2, …) float32 to trace it with.
+
+    Raises UsageError for a size that the pipeline does not draw as it is.
+    """
     latents = torch.randn(2, *interface.latents_shape, generator=torch.Generator().manual_seed(0))
-    on_device = latents.to(placement.device)
-    name = type(model.pipeline).__name__
+    on_device, name = latents.to(placement.device), type(model.pipeline).__name__
     expected = (*(() if call.num_frames is None else (call.num_frames,)), call.height, call.width, 3)
     if placement.device.type != "cpu" or 2 * 4 * math.prod(expected) > DECODED_BYTES:
         on_device = on_device[:1]  # such pictures are decoded one by one
@@ -220,15 +264,19 @@ def _session(
             f"{name} draws {tuple(pictures.shape[1:])} where {expected} was asked for (frames, height, width, colours): "
             "give a --height, --width and --num-frames that it accepts as they are"
         )
-    decoder = make_latent_decoder(model.pipeline, on_device, pictures, call.height, call.width)
-    if exports and decoder is None:
-        reporter.note(f"{name} has no export of its decoder: the artifact makes latents")
-    if not interface.guided and options.guidance_scale[0] != options.guidance_scale[1]:
-        raise UsageError(
-            f"--guidance-scale is a range, but {type(model.pipeline).__name__} runs one branch here: expected one number"
-        )
-    micro_batch = _micro_batch(options, model, call, interface, placement, prompts, reporter)
-    key = {
+    return make_latent_decoder(model.pipeline, on_device, pictures, call.height, call.width), latents
+
+
+def _calibration_key(
+    options: CompileOptions,
+    model: Model,
+    call: CallOptions,
+    placement: Placement,
+    micro_batch: MicroBatch,
+    prompts: Sequence[str],
+) -> dict[str, Any]:
+    """Everything that a calibration depends on, as a JSON value."""
+    return {
         "config": model.config_digest,
         "weights": model.weights_digest,
         "versions": versions(),
@@ -246,33 +294,25 @@ def _session(
             "micro batch": micro_batch.size,
         },
     }
-    workspace = Workspace(
-        (options.workspace or default_workspace()) / digest_of_value(key)[7:23],
-        on_reuse=lambda name: None if name in (ATTEMPT, "capture", "evaluate") else reporter.reused(name),
-    )
+
+
+def _see_sizes(
+    options: CompileOptions,
+    model: Model,
+    call: CallOptions,
+    interface: Interface,
+    others: Wanted,
+    prompts: Sequence[str],
+) -> tuple[Seen, ...]:
+    """What the pipeline passes at the wanted sizes. Raises UsageError for a range across which its sampler changes."""
     points = others.probed(own_point(call)) if others.axes else ()
     seen = tuple(see(model.pipeline, interface, call, options.nominal_scale, prompts, point) for point in points)
     if not others.listed and (odd := [each for each in seen if programs_differ(each.table, seen[0].table)]):
         raise UsageError(
-            f"sizes are a range, but the sampler of {name} is another at {described(odd[0].point)}: expected a list, so that each "
-            "size gets programs of its own"
+            f"sizes are a range, but the sampler of {type(model.pipeline).__name__} is another at "
+            f"{described(odd[0].point)}: expected a list, so that each size gets programs of its own"
         )
-    return Session(
-        options=options,
-        model=model,
-        call=call,
-        interface=interface,
-        workspace=workspace,
-        reporter=reporter,
-        placement=placement,
-        micro_batch=micro_batch,
-        key=key,
-        decoder=decoder,
-        decoder_example={"latents": latents},
-        encoders=encoders,
-        wanted=others,
-        seen=seen,
-    )
+    return seen
 
 
 def _micro_batch(

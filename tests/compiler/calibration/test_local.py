@@ -156,15 +156,23 @@ def test_outputs_make_room_for_others_and_results_stay(tmp_path):
     assert made[0] < made[1], "what made room is evaluated again"
 
 
+def put(store, key, values):
+    """A filled array that the store knows."""
+    array = store.new(key, values.shape)
+    array[:] = values
+    store.keep(key, array)
+    return array
+
+
 def test_an_array_that_made_room_stays_readable(tmp_path):
     store = OutputStore(tmp_path, 3 * 40)
-    held = [store.put(str(value), np.full(10, value, np.float32)) for value in range(3)]
+    held = [put(store, str(value), np.full(10, value, np.float32)) for value in range(3)]
     assert np.array_equal(store.get("0"), held[0]), "used: 1 is now the oldest"
-    store.put("3", np.full(10, 3, np.float32))
+    put(store, "3", np.full(10, 3, np.float32))
     assert store.get("1") is None and not (tmp_path / "1.npy").exists()
     assert [store.get(key)[0] for key in ("0", "2", "3")] == [0.0, 2.0, 3.0]
     assert np.array_equal(held[1], np.full(10, 1.0, np.float32))
-    store.put("large", np.zeros(100, np.float32))
+    put(store, "large", np.zeros(100, np.float32))
     assert [path.name for path in tmp_path.iterdir()] == ["large.npy"], "the newest one is there whatever it takes"
 
 

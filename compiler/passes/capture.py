@@ -66,13 +66,16 @@ def full_runs(
 
             def compute(folder: Path) -> None:
                 advance.facts["evaluations"] += steps * len(own)
-                _encode_chunk(session, own, scales[rows])
-                leave()
                 _write_chunk(folder, session, table, own, seed + rows.start, scales[rows], advance, rows, len(prompts))
 
             return Chunk(session.workspace.tree(name, key, compute))
 
         with encoders_aside(session.model.pipeline, session.placement) as leave:
+            for rows in capture_chunks(session, len(prompts)):
+                key = capture_key(session, list(prompts[rows]), seed + rows.start, scales[rows])
+                if not session.workspace.has(name, key, ""):
+                    _encode_chunk(session, list(prompts[rows]), scales[rows])
+            leave()
             chunks = [chunk(rows) for rows in capture_chunks(session, len(prompts))]
             if len({tuple(sorted(each.conditioning_shapes().items())) for each in chunks}) > 1:
                 # A pipeline that pads prompts to the longest one of a call: they have to be in one call.

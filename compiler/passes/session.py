@@ -178,8 +178,44 @@ def default_prompts() -> list[str]:
 def _session(
     options: CompileOptions, model: Model, placement: Placement, prompts: Sequence[str], reporter: Reporter
 ) -> Session:
+    call = _call(options, model)
+    others = wanted_from_options(
+        own_point(call), sizes=options.sizes, frame_counts=options.frame_counts, text_lengths=options.text_lengths
+    )
+    exports = options.engines == "onnx" and placement.exportable
+    options, call, interface = _probe(options, model, call, prompts, reporter)
+    encoders = _served_encoders(model.pipeline, interface, call, prompts, reporter) if exports else None
+    latents = torch.randn(2, *interface.latents_shape, generator=torch.Generator().manual_seed(0))
+    decoder = _decoder(model.pipeline, call, latents, placement.device, reporter)
+    if exports and decoder is None:
+        reporter.note(f"{type(model.pipeline).__name__} has no export of its decoder: the artifact makes latents")
+    micro_batch = _micro_batch(options, model, call, interface, placement, prompts, reporter)
+    key = _key(options, model, call, placement, micro_batch, prompts)
+    return Session(
+        options=options,
+        model=model,
+        call=call,
+        interface=interface,
+        workspace=Workspace(
+            (options.workspace or default_workspace()) / digest_of_value(key)[7:23],
+            on_reuse=lambda name: None if name in (ATTEMPT, "capture", "evaluate") else reporter.reused(name),
+        ),
+        reporter=reporter,
+        placement=placement,
+        micro_batch=micro_batch,
+        key=key,
+        decoder=decoder,
+        decoder_example={"latents": latents},
+        encoders=encoders,
+        wanted=others,
+        seen=_seen(model.pipeline, interface, call, options.nominal_scale, prompts, others),
+    )
+
+
+def _call(options: CompileOptions, model: Model) -> CallOptions:
+    """How the pipeline is called: by the options, else by the model's own call, else by its class."""
     own = model.call
-    call = call_options(
+    return call_options(
         model.pipeline,
         num_inference_steps=options.num_inference_steps,
         height=options.height or own.height,
@@ -188,45 +224,58 @@ def _session(
         max_sequence_length=options.max_sequence_length or own.max_sequence_length,
         negative_prompt=own.negative_prompt if options.negative_prompt is None else options.negative_prompt,
     )
-    others = wanted_from_options(
-        own_point(call), sizes=options.sizes, frame_counts=options.frame_counts, text_lengths=options.text_lengths
-    )
-    exports = options.engines == "onnx" and placement.exportable
-    low, high = options.guidance_scale
+
+
+def _probe(
+    options: CompileOptions, model: Model, call: CallOptions, prompts: Sequence[str], reporter: Reporter
+) -> tuple[CompileOptions, CallOptions, Interface]:
+    """How the pipeline calls its model, with the options' scales and the call as they then are.
+
+    Raises UsageError for a range of scales of a pipeline that runs one branch.
+    """
+    name, (low, high) = type(model.pipeline).__name__, options.guidance_scale
     scale = options.nominal_scale if options.nominal_scale > 1 or low == high else high
     interface = probe(model.pipeline, call, scale, prompts)
     if interface.guided and low < 1 < high:
         options = replace(options, guidance_scale=(1.0, high))
-        reporter.note(f"{type(model.pipeline).__name__} guides above scale 1 only: the range is 1:{high:g}")
+        reporter.note(f"{name} guides above scale 1 only: the range is 1:{high:g}")
+    if not interface.guided and low != high:
+        raise UsageError(f"--guidance-scale is a range, but {name} runs one branch here: expected one number")
     call = with_known_negative(model.pipeline, interface, call, options.nominal_scale, prompts)
-    encoders = _served_encoders(model.pipeline, interface, call, prompts, reporter) if exports else None
     if interface.guided and call.scale_offset:
         reporter.note(
-            f"{type(model.pipeline).__name__} counts guidance from another number: scale {options.nominal_scale:g} is its "
+            f"{name} counts guidance from another number: scale {options.nominal_scale:g} is its "
             f"{call.guidance_argument} {options.nominal_scale + call.scale_offset:g}"
         )
-    latents = torch.randn(2, *interface.latents_shape, generator=torch.Generator().manual_seed(0))
-    on_device = latents.to(placement.device)
-    if placement.device.type != "cpu":
-        on_device = on_device[:1]
-    vae, decode = getattr(model.pipeline, "vae", None), partial(decode_latents, model.pipeline, call)
-    pictures = decode_with_tiles(vae, on_device, decode, reporter.note)
-    name = type(model.pipeline).__name__
+    return options, call, interface
+
+
+def _decoder(
+    pipeline: Any, call: CallOptions, latents: Tensor, device: torch.device, reporter: Reporter
+) -> torch.nn.Module | None:
+    """The pipeline's decoder as one module, or None. Raises UsageError where its pictures are not of the size asked for."""
+    examples = (latents if device.type == "cpu" else latents[:1]).to(device)
+    vae, decode = getattr(pipeline, "vae", None), partial(decode_latents, pipeline, call)
+    pictures = decode_with_tiles(vae, examples, decode, reporter.note)
     expected = (*(() if call.num_frames is None else (call.num_frames,)), call.height, call.width, 3)
     if tuple(pictures.shape[1:]) != expected:
         raise UsageError(
-            f"{name} draws {tuple(pictures.shape[1:])} where {expected} was asked for (frames, height, width, colours): "
-            "give a --height, --width and --num-frames that it accepts as they are"
+            f"{type(pipeline).__name__} draws {tuple(pictures.shape[1:])} where {expected} was asked for (frames, height, "
+            "width, colours): give a --height, --width and --num-frames that it accepts as they are"
         )
-    decoder = make_latent_decoder(model.pipeline, on_device, pictures, call.height, call.width)
-    if exports and decoder is None:
-        reporter.note(f"{name} has no export of its decoder: the artifact makes latents")
-    if not interface.guided and options.guidance_scale[0] != options.guidance_scale[1]:
-        raise UsageError(
-            f"--guidance-scale is a range, but {type(model.pipeline).__name__} runs one branch here: expected one number"
-        )
-    micro_batch = _micro_batch(options, model, call, interface, placement, prompts, reporter)
-    key = {
+    return make_latent_decoder(pipeline, examples, pictures, call.height, call.width)
+
+
+def _key(
+    options: CompileOptions,
+    model: Model,
+    call: CallOptions,
+    placement: Placement,
+    micro_batch: MicroBatch,
+    prompts: Sequence[str],
+) -> dict[str, Any]:
+    """Everything that calibration depends on."""
+    return {
         "config": model.config_digest,
         "weights": model.weights_digest,
         "versions": versions(),
@@ -244,33 +293,20 @@ def _session(
             "micro batch": micro_batch.size,
         },
     }
-    workspace = Workspace(
-        (options.workspace or default_workspace()) / digest_of_value(key)[7:23],
-        on_reuse=lambda name: None if name in (ATTEMPT, "capture", "evaluate") else reporter.reused(name),
-    )
+
+
+def _seen(
+    pipeline: Any, interface: Interface, call: CallOptions, scale: float, prompts: Sequence[str], others: Wanted
+) -> tuple[Seen, ...]:
+    """What the pipeline passes at the sizes that are wanted. Raises UsageError for a range whose samplers differ."""
     points = others.probed(own_point(call)) if others.axes else ()
-    seen = tuple(see(model.pipeline, interface, call, options.nominal_scale, prompts, point) for point in points)
+    seen = tuple(see(pipeline, interface, call, scale, prompts, point) for point in points)
     if not others.listed and (odd := [each for each in seen if programs_differ(each.table, seen[0].table)]):
         raise UsageError(
-            f"sizes are a range, but the sampler of {name} is another at {described(odd[0].point)}: expected a list, so that each "
-            "size gets programs of its own"
+            f"sizes are a range, but the sampler of {type(pipeline).__name__} is another at {described(odd[0].point)}: "
+            "expected a list, so that each size gets programs of its own"
         )
-    return Session(
-        options=options,
-        model=model,
-        call=call,
-        interface=interface,
-        workspace=workspace,
-        reporter=reporter,
-        placement=placement,
-        micro_batch=micro_batch,
-        key=key,
-        decoder=decoder,
-        decoder_example={"latents": latents},
-        encoders=encoders,
-        wanted=others,
-        seen=seen,
-    )
+    return seen
 
 
 def _micro_batch(

@@ -181,7 +181,11 @@ def _session(
     options: CompileOptions, model: Model, placement: Placement, prompts: Sequence[str], reporter: Reporter
 ) -> Session:
     """Probe the pipeline, and put together what the passes share."""
-    options, call, interface = _probe(options, model, prompts, reporter)
+    call = _call(options, model)
+    others = wanted_from_options(
+        own_point(call), sizes=options.sizes, frame_counts=options.frame_counts, text_lengths=options.text_lengths
+    )
+    options, call, interface = _probe(options, model, call, prompts, reporter)
     exports = options.engines == "onnx" and placement.exportable
     encoders = _served_encoders(model.pipeline, interface, call, prompts, reporter) if exports else None
     decoder, latents = _find_decoder(model, call, interface, placement, reporter)
@@ -192,9 +196,6 @@ def _session(
     workspace = Workspace(
         (options.workspace or default_workspace()) / digest_of_value(key)[7:23],
         on_reuse=lambda name: None if name in (ATTEMPT, "capture", "evaluate") else reporter.reused(name),
-    )
-    others = wanted_from_options(
-        own_point(call), sizes=options.sizes, frame_counts=options.frame_counts, text_lengths=options.text_lengths
     )
     return Session(
         options=options,
@@ -214,12 +215,10 @@ def _session(
     )
 
 
-def _probe(
-    options: CompileOptions, model: Model, prompts: Sequence[str], reporter: Reporter
-) -> tuple[CompileOptions, CallOptions, Interface]:
-    """How the pipeline is called and calls its transformer; the options with the range of guidance that it has."""
-    own, name = model.call, type(model.pipeline).__name__
-    call = call_options(
+def _call(options: CompileOptions, model: Model) -> CallOptions:
+    """How the pipeline is called: by the options, else by the model's own call, else by its class."""
+    own = model.call
+    return call_options(
         model.pipeline,
         num_inference_steps=options.num_inference_steps,
         height=options.height or own.height,
@@ -228,7 +227,16 @@ def _probe(
         max_sequence_length=options.max_sequence_length or own.max_sequence_length,
         negative_prompt=own.negative_prompt if options.negative_prompt is None else options.negative_prompt,
     )
-    low, high = options.guidance_scale
+
+
+def _probe(
+    options: CompileOptions, model: Model, call: CallOptions, prompts: Sequence[str], reporter: Reporter
+) -> tuple[CompileOptions, CallOptions, Interface]:
+    """How the pipeline calls its transformer; the options with the range of guidance that it has, and the call.
+
+    Raises UsageError for a range of scales of a pipeline that runs one branch.
+    """
+    name, (low, high) = type(model.pipeline).__name__, options.guidance_scale
     scale = options.nominal_scale if options.nominal_scale > 1 or low == high else high
     interface = probe(model.pipeline, call, scale, prompts)
     if not interface.guided and low != high:

@@ -36,7 +36,7 @@ def invoke(pipeline: Any, arguments: Mapping[str, Any]) -> Any:
     except Stop:
         pipeline.maybe_free_model_hooks()  # as at the end of a call: what is offloaded leaves the device
         raise
-    except (OTCacheError, OSError, MemoryError):
+    except (OTCacheError, OSError):
         raise
     except Exception as error:
         if is_out_of_memory(error):

@@ -48,7 +48,7 @@ def weights(program):
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_the_programs_are_those_of_float32(tiny_flux_folder, plain, tmp_path, precision):
     found = compile_in(precision, tiny_flux_folder, tmp_path, "--engines", "none")
-    assert found.producer["precision"] == precision and found.model.denoiser_digest
+    assert found.producer["precision"] == precision
     for own, other in zip(found.programs, plain.programs, strict=True):
         expected = {
             index: pytest.approx(values, abs=COEFFICIENTS[precision]) for index, values in weights(other).items()

@@ -106,7 +106,9 @@ def test_ridge_is_least_squares_on_the_stacked_data(seed, samples, outputs, with
     prior, weights = random.normal(size=1 + outputs), random.uniform(0.1, 1.0, size=samples)
     places = random.uniform(-2.5, 2.5, size=samples) if with_places else None
     found = ridge_on_rows(target, regressors, prior, penalty, weights, places)
-    assert found.coefs == pytest.approx(least_squares(target, regressors, prior, penalty, weights, places), rel=1e-9, abs=1e-9)
+    assert found.coefs == pytest.approx(
+        least_squares(target, regressors, prior, penalty, weights, places), rel=1e-9, abs=1e-9
+    )
     for sample in range(samples):
         others = np.arange(samples) != sample
         alone = least_squares(

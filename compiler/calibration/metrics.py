@@ -128,16 +128,16 @@ def lpips_metric(net: str = "alex") -> Metric:
     model: Any = package.LPIPS(net=net, verbose=False).eval()
 
     def score(image: FloatArray, reference: FloatArray) -> float:
-        pair = (torch.from_numpy(each.astype(np.float32)).movedim(-1, 0)[None] * 2.0 - 1.0 for each in (image, reference))
+        pair = (
+            torch.from_numpy(each.astype(np.float32)).movedim(-1, 0)[None] * 2.0 - 1.0 for each in (image, reference)
+        )
         with torch.inference_mode():
             return float(model(*pair))
 
     return lambda images, references: _mean_over_frames(images, references, score)
 
 
-def _mean_over_frames(
-    images: Any, references: Any, score: Callable[[FloatArray, FloatArray], float]
-) -> FloatArray:
+def _mean_over_frames(images: Any, references: Any, score: Callable[[FloatArray, FloatArray], float]) -> FloatArray:
     """Mean score (n,) of each sample's frames. One frame at a time is in float64: a whole video would be gigabytes.
 
     Args:

@@ -124,3 +124,14 @@ def test_the_memory_of_cut_and_export():
 def test_a_script_that_is_on_no_page_runs(script):
     printed, code = run(f"{PREFIX}{script}")
     assert code == 0 and [json.loads(line) for line in printed.splitlines() if line.startswith("{")], printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_prompts():
+    """Twelve samples more would be 80 MB: a seventh of what this compile takes."""
+    pytest.importorskip("torch")
+    printed, code = run(f"{PREFIX}calibration_memory.py prompts --side 512 --num-inference-steps 8")
+    found = json.loads(printed)
+    assert code == 0 and found["holds"] and found["apart"] <= 0.05, found
+    assert set(found["compiles"]) == {"4", "16"}

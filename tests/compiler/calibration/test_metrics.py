@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -215,3 +217,18 @@ def test_lpips_needs_its_weights_and_downloads_nothing(tmp_path: Path, monkeypat
     video, video_reference = images(2, 3, 8, 8, 3)
     oracle = 2 * np.abs(video - video_reference).mean(axis=(1, 2, 3, 4))
     np.testing.assert_allclose(metric(video, video_reference), oracle, rtol=1e-5)
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim])
+def test_a_video_is_weighed_frame_by_frame(metric: Callable[..., np.ndarray]) -> None:
+    """A video takes the memory of a frame, and its value is the mean over frames of what a picture's is."""
+    found, expected = images(1, 60, 32, 40, 3)
+    tracemalloc.start()
+    value = metric(found, expected)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < found.astype(np.float64).nbytes / 2
+    if metric is ssim:
+        assert value == pytest.approx(metric(found[0], expected[0]).mean(), rel=1e-12)
+    else:
+        assert 10 ** (-value / 10) == pytest.approx((10 ** (-metric(found[0], expected[0]) / 10)).mean(), rel=1e-12)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from unittest.mock import patch
 
 import numpy as np
@@ -108,3 +111,33 @@ def test_inner_products_are_numpys_whatever_the_blocks(rows, others, elements, s
         found = gram_from_rows(first, second)
     both = np.concatenate([first, second]).astype(np.float64)
     assert found == pytest.approx(both @ both.T, rel=1e-12, abs=1e-12)
+
+
+FULL_DISK = """
+import sys
+from pathlib import Path
+from otcache.compiler.calibration.runs import new_array
+from otcache.compiler.workspace.workspace import Workspace
+
+def fill(folder):
+    new_array(folder / "latents.npy", (1 << 20,))[:] = 1.0
+
+try:
+    Workspace(Path(sys.argv[1]) / "w").tree("capture", 1, fill)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_disk_without_room_is_an_error_and_no_signal(tmp_path):
+    """A page of a mapped file that finds no room ends the process by SIGBUS: the room is taken before."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True)
+        assert done.returncode == 0, done
+        assert done.stdout.startswith(f"HostError no space left on the disk of {tmp_path / 'w'} ("), done
+        assert "goes on where it stopped" in done.stdout and list((tmp_path / "w").iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from command import COMPILE
 
 from otcache.compiler.options import CompileOptions
 from otcache.compiler.passes.capture import full_runs
@@ -90,3 +95,23 @@ def test_no_room_for_one_sample_is_one_line(part, tiny_flux_folder, tmp_path):
     with pytest.raises(HostError, match="one sample at a time: out of memory") as error:
         captured(tiny_flux_folder, tmp_path, **part)
     assert "\n" not in str(error.value)
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+from otcache.runtime.cli.main import main
+main(sys.argv[1:], prog_name="otc")
+"""
+
+
+def test_a_disk_without_room_for_full_runs_is_said_in_one_line(tiny_flux_folder, tmp_path):
+    """The kernel refuses the files of the capture (a file size limit), in a process of its own."""
+    command = [sys.executable, "-c", LIMITED, "compile", str(tiny_flux_folder), *COMPILE, "--engines", "none"]
+    environment = {**os.environ, "OTC_CACHE": str(tmp_path / "w")}
+    done = subprocess.run([*command, "-o", str(tmp_path / "a")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 6, done
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert "no space left on the disk" in line and "it goes on where it stopped" in line, line
+    assert not (tmp_path / "a").exists() and not list((tmp_path / "w").glob("*/capture-*"))

@@ -8,15 +8,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otcache.compiler.calibration.scoring import scores_of
-from otcache.compiler.compare import budcache, graph_taylor, lemica, meancache, residual_forecasts, spectrum
+from otcache.compiler.compare import budcache, graph_taylor, lemica, meancache, residual_forecasts, solvers, spectrum
 from otcache.compiler.compare.candidates import candidate_schedules
 from otcache.compiler.pipelines.denoiser import Denoiser
-from otcache.compiler.programs.baselines import uniform_reuse_program
+from otcache.compiler.programs.baselines import baseline_programs, few_step_program, uniform_reuse_program
 from otcache.compiler.programs.lower import lower
 from otcache.compiler.programs.residual import residual_program
 from otcache.compiler.programs.solver_table import program_from_table
@@ -268,3 +268,45 @@ def test_a_graph_with_a_forecast_is_the_best_of_its_candidates(bench, method):
         if built.program.payload == "output":
             held = uniform_reuse_program(bench.table, schedule)
         assert best >= bench.calibrated_psnr_db(scores_of(held), everything) - 1e-6
+
+
+# --- few-step solvers
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["euler", "dpm++2m", "unipc"])
+def test_a_tuned_solver_is_no_worse_than_an_untuned_one_on_calibration(bench, name):
+    method = next(each for each in solvers.METHODS if each.name == name)
+    plain = baseline_programs(bench.pipeline.scheduler, bench.table, 4, bench.set_timesteps)[name]
+    built, everything = method.build(bench, 4), slice(bench.calibration.count)
+    assert built.program.nfe == 4 and built.setting
+    untuned, tuned = (bench.calibrated_psnr_db(scores_of(each), everything) for each in (plain, built.program))
+    assert tuned >= untuned - 1e-6
+
+
+@pytest.mark.parametrize("disabled", [0, 2, 6])
+def test_unipc_without_its_corrector_is_diffusers_own(disabled):
+    """The program of a variant, and diffusers' scheduler itself with the same options, on a model of a formula."""
+    options = {"flow_shift": 2.0, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    variants = solvers.multistep_variants(
+        UniPCMultistepScheduler, {}, lambda budget: [{"disable_corrector": list(range(disabled))}]
+    )
+    base = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    _, solver, prepare = next(each for each in variants(base, 6, 2.0) if "shift 2" in each[0].split(",")[0])
+    program = few_step_program(solver, 6, prepare)
+
+    def model(x, t):
+        return torch.sin(x) * (t / 1000) + 0.3 * x
+
+    own = UniPCMultistepScheduler(disable_corrector=list(range(disabled)), **options)
+    prepare(own, 6)
+    start = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 5))).float()
+    expected = start
+    for t in own.timesteps:
+        expected = own.step(model(expected, float(t)), t, expected).prev_sample
+    x, kept = start, []
+    for step in program.steps:
+        kept.append(model(x * step.input_scale, step.timestep))
+        used = kept[len(kept) - len(step.output_coefs) :]
+        x = step.latent_coef * x + sum(c * v for c, v in zip(step.output_coefs, used, strict=True))
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)

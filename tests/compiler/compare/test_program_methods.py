@@ -74,7 +74,7 @@ def test_chebyshev_coefs_are_the_ridge_forecast(steps, target):
     # Ridge as plain least squares on rows augmented with sqrt(λ)·I: another way to the same minimum.
     augmented = np.concatenate([design, np.sqrt(0.1) * np.eye(5)])
     weights = np.linalg.lstsq(augmented, np.concatenate([features, np.zeros((5, 7))]), rcond=None)[0]
-    found = spectrum.chebyshev_coefs(computed, target, 50) @ features
+    found = spectrum.chebyshev_coefs(computed, target) @ features
     np.testing.assert_allclose(found, row(target) @ weights, atol=1e-8)
 
 
@@ -89,6 +89,25 @@ def test_spectrum_schedule_is_the_released_one():
             cached += 1
     assert spectrum.spectrum_schedule(5, 2.0, 0.75, 50) == tuple(expected)
     assert spectrum.spectrum_schedule(3, 1.0, 0.0, 10) == tuple(range(10))
+    assert spectrum.spectrum_schedule(5, 2.0, 3.0, 50) == (0, 1, 2, 3, 4, 6, 11, 19, 30, 44)  # the authors' at 10
+
+
+@pytest.mark.parametrize("budget", [4, 8, 10, 16])
+def test_the_released_schedules_of_spectrum_are_candidates(budget):
+    found = spectrum.candidate_spectrum_schedules(budget, 50)
+    assert all(len(schedule) == budget for schedule in found)
+    if budget == 10:
+        assert (0, 1, 2, 3, 4, 6, 11, 19, 30, 44) in found
+
+
+@pytest.mark.parametrize("blend", [0.5, 0.8])
+def test_spectrums_blend_is_that_of_a_straight_line_and_the_spectral_forecast(blend):
+    computed, step = [0, 1, 2, 3, 4, 6, 11], 15
+    values = np.random.default_rng(0).standard_normal((7, 3))
+    line = values[-1] + (step - 11) / (11 - 6) * (values[-1] - values[-2])
+    spectral = spectrum.chebyshev_coefs(computed, step) @ values
+    found = spectrum.blended_coefs(computed, step, blend) @ values
+    np.testing.assert_allclose(found, (1 - blend) * line + blend * spectral)
 
 
 # --- MeanCache

@@ -7,7 +7,7 @@ from ..programs.schedule import uniform_schedule
 from ..schedules.gram import statistics_from_grams
 from ..schedules.reference import Minimax, Power, graph_schedules, shortest_schedule
 from .lemica import lemica_edges
-from .meancache import meancache_edges
+from .meancache import meancache_schedules
 from .method import Bench, NotApplicable
 from .paper import paper_schedule, residual_statistics_of
 
@@ -19,7 +19,7 @@ def candidate_schedules(bench: Bench, budget: int) -> dict[str, Schedule]:
 
     Uniform steps; the paths of LeMiCa, of MeanCache, of residuals and of outputs; the paper's; the default's own.
     """
-    ways = (_uniform, _own, _outputs, _residuals, _paper, _lemica, _meancache)
+    ways = (_uniform, _own, _outputs, _residuals, _paper, _lemica, meancache_schedules)
     found: dict[str, Schedule] = {}
     for way in ways:
         try:
@@ -60,9 +60,3 @@ def _paper(bench: Bench, budget: int) -> dict[str, Schedule]:
 
 def _lemica(bench: Bench, budget: int) -> dict[str, Schedule]:
     return {"lemica": shortest_schedule(lemica_edges(bench)[0], budget, Minimax())}
-
-
-def _meancache(bench: Bench, budget: int) -> dict[str, Schedule]:
-    samples = bench.calibration.samples
-    statistics = statistics_from_grams(samples.trajectory_gram(), samples.elements)
-    return {"meancache": shortest_schedule(meancache_edges(bench.table, statistics)[0], budget, Power(4.0))}

@@ -149,21 +149,38 @@ def test_meancache_program_is_the_released_loop(steps, seed):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_meancache_edges_are_the_errors_of_its_forecast(table, trajectory):
+def missed_displacement(table, outputs, start, end, order):
+    """What an edge's forecast misses, step by step along a full run: (n, d)."""
+    moves = np.diff(table.sigmas)
+    rows = meancache.mean_velocity_coefs(table.sigmas, start, end, order, np.eye(start + 1, T))
+    return np.tensordot(moves[start:end] @ (rows[start:end] - np.eye(T)[start:end]), outputs, axes=1)
+
+
+@pytest.mark.parametrize("cap", meancache.CAPS)
+def test_meancaches_edges_are_the_errors_of_its_forecast(table, trajectory, cap):
     latents, outputs = trajectory
     vectors = np.concatenate([latents, outputs]).swapaxes(0, 1)  # (n, 2T + 1, d)
     statistics = statistics_from_grams(vectors @ vectors.swapaxes(1, 2), elements=vectors.shape[2])
-    errors, orders = meancache.meancache_edges(table, statistics)
-    moves = np.diff(table.sigmas)
+    errors, orders = meancache.cheapest_orders(meancache.displacement_costs(table, statistics), cap)
     for start, end in itertools.combinations(range(T + 1), 2):
-        costs = []
-        for order in meancache.JVP_ORDERS if start else (1,):
-            rows = meancache.mean_velocity_coefs(table.sigmas, start, end, order, np.eye(start + 1, T))
-            missed = np.tensordot(moves[start:end] @ (rows[start:end] - np.eye(T)[start:end]), outputs, axes=1)
-            costs.append(np.mean(missed**2))
+        allowed = meancache.orders_at(start, cap)
+        missed = [missed_displacement(table, outputs, start, end, order) for order in allowed]
+        costs = [np.mean(each**2) for each in missed]
         assert errors[start, end] == pytest.approx(min(costs), rel=1e-6, abs=1e-12)
-        assert costs[orders[start, end] - 1] == pytest.approx(min(costs), rel=1e-6, abs=1e-12)
+        assert costs[allowed.index(orders[start, end])] == pytest.approx(min(costs), rel=1e-6, abs=1e-12)
     assert np.allclose(np.diagonal(errors, offset=1), 0.0)
+
+
+def test_meancaches_published_cost_is_the_error_of_the_average_velocity(bench):
+    """From the latents of the recorded runs alone: outputs of an Euler flow are their differences."""
+    samples, sigmas = bench.calibration.samples, bench.table.sigmas
+    total = bench.table.num_inference_steps
+    found = samples.map(meancache.average_velocity_errors(bench.table), slice(2))["errors"]
+    latents = np.stack([samples.runs.latents(slice(2), i).reshape(2, -1) for i in range(total + 1)])
+    start, end, velocities = 2, 5, np.diff(latents, axis=0) / np.diff(sigmas)[:, None, None]
+    true = (latents[end] - latents[start]) / (sigmas[end] - sigmas[start])
+    held = np.abs(true - velocities[start]).mean(axis=1)  # order 1 reuses the last velocity
+    np.testing.assert_allclose(found[:, 0, start, end], held, rtol=1e-4)
 
 
 def test_meancache_with_every_step_is_the_full_run(table, trajectory):

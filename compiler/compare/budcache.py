@@ -12,7 +12,9 @@ from ..schedules.payloads import squared_errors_of
 from .method import Bench, Built, ProgramMethod
 from .residual_forecasts import reuse_program
 
-PROMPTS = 2
+ITERATIONS = 200
+ROUNDS = 20
+"""Of polishing, as released."""
 
 
 def annealed_schedule(
@@ -25,10 +27,10 @@ def annealed_schedule(
     seed: int,
 ) -> tuple[tuple[int, ...], int]:
     """The best schedule, and how many were scored: BudCache's simulated annealing over computed steps, then
-    steepest descent.
+    polishing.
 
     As released: a random start that computes the first budget/4 steps, one step moved at a time (at most three away,
-    seven times in ten), temperatures from 0.05 to 1e-5, then the best neighbour until none is better.
+    seven times in ten), temperatures from 0.05 to 1e-5, then rounds of `polished_schedule` until none is better.
     """
     random = np.random.default_rng(seed)
     prefix = max(1, budget // 4)
@@ -55,17 +57,43 @@ def annealed_schedule(
             current = candidate
         best = min(best, current, key=cost)
     for _ in range(rounds):
-        neighbours = {
-            tuple(sorted({*best, step} - {moved}))
-            for moved in best[prefix:]
-            for step in range(max(prefix, moved - 3), min(num_inference_steps, moved + 4))
-            if step not in best
-        }
-        better = min(neighbours, key=cost, default=best)
-        if cost(better) >= cost(best):
+        better = polished_schedule(best, cost, prefix, num_inference_steps, random)
+        if better == best:
             break
         best = better
     return best, len(known)
+
+
+def polished_schedule(
+    schedule: tuple[int, ...],
+    cost: Callable[[tuple[int, ...]], float],
+    prefix: int,
+    num_inference_steps: int,
+    random: np.random.Generator,
+) -> tuple[int, ...]:
+    """One round: the best schedule with one step moved by at most three; else the first one that is better with a step
+    moved further, in random order; else the same.
+
+    Args:
+        schedule: to start from.
+        cost: of a schedule.
+        prefix: steps at the beginning that stay.
+        num_inference_steps: T.
+        random: of the order.
+    """
+    moves = [
+        (abs(step - moved), tuple(sorted({*schedule, step} - {moved})))
+        for moved in schedule[prefix:]
+        for step in range(prefix, num_inference_steps)
+        if step not in schedule
+    ]
+    near = [neighbour for distance, neighbour in moves if distance <= 3]
+    better = min(near, key=cost, default=schedule)
+    if cost(better) < cost(schedule):
+        return better
+    far = [neighbour for distance, neighbour in moves if distance > 3]
+    order = random.permutation(len(far)).tolist()
+    return next((far[index] for index in order if cost(far[index]) < cost(schedule)), schedule)
 
 
 def _build(bench: Bench, budget: int) -> Built:
@@ -74,13 +102,13 @@ def _build(bench: Bench, budget: int) -> Built:
 
     def loss(schedule: tuple[int, ...]) -> float:
         program = reuse_program(bench.table, schedule)
-        return float(samples.map(squared_errors_of(program, 0), slice(PROMPTS))["squared_error"].mean())
+        return float(samples.map(squared_errors_of(program, 0), bench.tuning)["squared_error"].mean())
 
     def compute() -> Any:
-        schedule, scored = annealed_schedule(loss, budget, total, iterations=200, rounds=4, seed=bench.seed)
+        schedule, scored = annealed_schedule(loss, budget, total, iterations=ITERATIONS, rounds=ROUNDS, seed=bench.seed)
         return {"schedule": schedule, "full_runs": scored * budget / total}
 
-    found = bench.workspace.json("annealing", [bench.key, budget, PROMPTS, bench.seed], compute)
+    found = bench.workspace.json("annealing", [bench.key, budget, bench.tuning.stop, bench.seed], compute)
     return Built(program=reuse_program(bench.table, found["schedule"]), full_runs=found["full_runs"])
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from ..programs.residual import residual_edge_errors
 from ..programs.schedule import uniform_schedule
 from ..schedules.gram import statistics_from_grams
-from ..schedules.reference import Minimax, Power, graph_schedules, shortest_schedule
-from .lemica import lemica_edges
-from .meancache import meancache_edges
+from ..schedules.reference import Power, graph_schedules, shortest_schedule
+from .lemica import lemica_schedules
+from .meancache import meancache_schedules
 from .method import Bench, NotApplicable
 from .paper import paper_schedule, residual_statistics_of
 
@@ -19,7 +19,7 @@ def candidate_schedules(bench: Bench, budget: int) -> dict[str, Schedule]:
 
     Uniform steps; the paths of LeMiCa, of MeanCache, of residuals and of outputs; the paper's; the default's own.
     """
-    ways = (_uniform, _own, _outputs, _residuals, _paper, _lemica, _meancache)
+    ways = (_uniform, _own, _outputs, _residuals, _paper, lemica_schedules, meancache_schedules)
     found: dict[str, Schedule] = {}
     for way in ways:
         try:
@@ -56,13 +56,3 @@ def _residuals(bench: Bench, budget: int) -> dict[str, Schedule]:
 
 def _paper(bench: Bench, budget: int) -> dict[str, Schedule]:
     return {"otcache (paper)": paper_schedule(bench, budget).schedule}
-
-
-def _lemica(bench: Bench, budget: int) -> dict[str, Schedule]:
-    return {"lemica": shortest_schedule(lemica_edges(bench)[0], budget, Minimax())}
-
-
-def _meancache(bench: Bench, budget: int) -> dict[str, Schedule]:
-    samples = bench.calibration.samples
-    statistics = statistics_from_grams(samples.trajectory_gram(), samples.elements)
-    return {"meancache": shortest_schedule(meancache_edges(bench.table, statistics)[0], budget, Power(4.0))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -17,6 +18,8 @@ AHEAD_DB = 0.5
 AIM_DB = 3.0
 FURTHER = 1.5
 """Peers are also measured at this multiple of a budget: how much further otcache carries."""
+SLACK = 1e-3
+"""Full runs that counts of blocks may differ by: they are sums of fractions."""
 WORST_DB = 1.0
 """What the default's worst prompt may be behind the best peer's worst."""
 
@@ -52,7 +55,12 @@ class Cell:
     """What a search for this method took, in full runs per prompt it used; 0 where there is none."""
     blocks_mean: float | None = None
     """Blocks that were run, in full runs of all of them: more than the evaluations where some run at every step. None in
-    results that were measured before it was counted."""
+    results that were kept before they were counted.
+    """
+
+    def within_blocks(self, budget: int) -> bool:
+        """Whether it runs no more blocks than so many full runs do."""
+        return self.blocks_mean is not None and self.blocks_mean <= budget + SLACK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +90,9 @@ class Verdict:
     """PSNR less that of the best peer at `FURTHER` times the budget."""
     must: bool
     aim: bool
+    blocks_peer: str | None = None
+    """The best other method, at whatever budget, that runs no more blocks; None where blocks were not counted."""
+    blocks_ahead_db: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +200,17 @@ def peers_at(cells: Sequence[Cell], budget: int) -> list[Cell]:
     return [cell for cell in cells if cell.budget == budget and cell.method != DEFAULT]
 
 
+def budget_within_blocks(cell: Cell, num_inference_steps: int) -> int | None:
+    """Evaluations with which a method would run no more blocks than its budget has, by what a step that is not computed
+    cost it; None where it kept to them already, or cannot.
+    """
+    if cell.blocks_mean is None or cell.within_blocks(cell.budget) or cell.nfe_mean >= num_inference_steps:
+        return None
+    skipped = (cell.blocks_mean - cell.nfe_mean) / (num_inference_steps - cell.nfe_mean)
+    found = math.floor((cell.budget - skipped * num_inference_steps) / (1.0 - skipped) + SLACK)
+    return found if found >= 1 else None
+
+
 def verdict_at(cells: Sequence[Cell], budget: int) -> Verdict:
     """The default against the best other method at a budget, which has one."""
     own = next(cell for cell in cells if (cell.method, cell.budget) == (DEFAULT, budget))
@@ -199,6 +221,8 @@ def verdict_at(cells: Sequence[Cell], budget: int) -> Verdict:
     ssim_ahead = own.ssim.mean - max(cell.ssim.mean for cell in peers)
     further_ahead = own.psnr_db.mean - further.psnr_db.mean if further else None
     worst = own.psnr_db.worst - best.psnr_db.worst
+    within = [cell for cell in cells if cell.method != DEFAULT and cell.within_blocks(budget)]
+    within_best = max(within, key=lambda cell: cell.psnr_db.mean, default=None)
     return Verdict(
         budget=budget,
         psnr_db=own.psnr_db.mean,
@@ -212,4 +236,6 @@ def verdict_at(cells: Sequence[Cell], budget: int) -> Verdict:
         further_ahead_db=further_ahead,
         must=ahead >= AHEAD_DB and ssim_ahead >= 0,
         aim=ahead >= AIM_DB and further_ahead is not None and further_ahead >= 0,
+        blocks_peer=within_best.method if within_best else None,
+        blocks_ahead_db=own.psnr_db.mean - within_best.psnr_db.mean if within_best else None,
     )

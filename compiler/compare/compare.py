@@ -27,9 +27,9 @@ from . import (
     teacache,
 )
 from . import robustness as elsewhere
-from .cells import FURTHER, Cell, Comparison, Skipped, peers_at, verdict_at
+from .cells import FURTHER, Cell, Comparison, Skipped, budget_within_blocks, peers_at, verdict_at
 from .claims import interpolation_claims
-from .measure import bench_of, default_method, measure_cell
+from .measure import bench_of, default_method, library_versions, measure_cell
 from .method import Method
 
 BEST_PEERS = 3
@@ -111,6 +111,13 @@ def compare(
                 for cell in best:
                     measure(next(m for m in peers if m.name == cell.method), further)
             advance(index + 1, len(options.budgets))
+    with reporter.on("blocks", "methods that run some blocks at every step, at equal blocks") as advance:
+        over = [cell for cell in cells if cell.budget in options.budgets and not cell.within_blocks(cell.budget)]
+        for index, cell in enumerate(over):
+            fewer = budget_within_blocks(cell, bench.table.num_inference_steps)
+            if fewer is not None and (cell.method, fewer) not in {(each.method, each.budget) for each in cells}:
+                measure(next(m for m in peers if m.name == cell.method), fewer)
+            advance(index + 1, len(over))
     claims = interpolation_claims(prepared, bench, found) if claim else ()
     robustness = None
     if robust and elsewhere.BUDGET in options.budgets:
@@ -133,6 +140,6 @@ def compare(
         claims=tuple(claims),
         costs={"capture": 1.0, **found.costs},
         lemica_full_runs=lemica_cost,
-        versions=session.key["versions"],
+        versions={**session.key["versions"], **library_versions()},
         robustness=robustness,
     )

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from .method import Bench, NotApplicable
@@ -109,8 +110,8 @@ def _first_block(pipeline: Any, setting: Setting) -> contextlib.AbstractContextM
 
 
 def _magcache_settings(bench: Bench, budget: int) -> list[Setting]:
-    """Magnitude ratios from MagCache's own calibration run, with one, a quarter or half of the budget kept at the
-    start.
+    """Mean magnitude ratios of MagCache's own calibration, of all calibration prompts and both branches; with one, a
+    quarter or half of the budget kept at the start.
     """
     from diffusers import MagCacheConfig
 
@@ -119,14 +120,16 @@ def _magcache_settings(bench: Bench, budget: int) -> list[Setting]:
     def calibrate() -> list[float]:
         said = io.StringIO()
         config = MagCacheConfig(calibrate=True, num_inference_steps=total)
-        with diffusers_cache(bench.pipeline, config), contextlib.redirect_stdout(said):
-            run_pipeline(bench, [0], held_out=False)
-        listed = re.findall(r"^\[[-\d., e]+\]$", said.getvalue(), flags=re.MULTILINE)
-        return [float(value) for value in listed[0].strip("[]").split(",")] if listed else []
+        for row in range(bench.calibration.count):
+            with diffusers_cache(bench.pipeline, config), contextlib.redirect_stdout(said):
+                run_pipeline(bench, [row], held_out=False)
+        listed = re.findall(r"^\[[-\d., e]+\]$", said.getvalue(), flags=re.MULTILINE)  # a line for each branch
+        ratios = [[float(value) for value in line.strip("[]").split(",")] for line in listed]
+        if {len(line) for line in ratios} != {total}:
+            raise NotApplicable("MagCache's calibration run printed no ratios for this model")
+        return [float(mean) for mean in np.mean(ratios, axis=0)]
 
     ratios = bench.workspace.json("magcache", [bench.key], calibrate)
-    if len(ratios) != total:
-        raise NotApplicable("MagCache's calibration run printed no ratios for this model")
     return [
         Setting(text=f"{kept} steps kept", values={"ratios": ratios, "kept": kept, "total": total})
         for kept in sorted({1, max(1, budget // 4), max(1, budget // 2)})

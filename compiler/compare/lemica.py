@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,12 +15,11 @@ from ..calibration.samples import Rows
 from ..programs.solver_table import SolverTable, program_from_table
 from ..programs.update import apply_step
 from ..schedules.reference import Minimax, end_to_end_edge_errors, shortest_schedule
-from .method import Bench, Built, NotApplicable, ProgramMethod
+from .method import Bench, Built, NotApplicable, ProgramMethod, choose_program, schedule_text
 from .residual_forecasts import reuse_program
 
-PROMPTS = 2
-SPAN = 25
-"""Longest jump whose end-to-end error is replayed."""
+NORMS = ("l2", "l1")
+"""Of the final latents' errors: mean squares, and mean absolute values, as the release weighs its graph."""
 
 
 def jump_evaluations(start: int, num_inference_steps: int) -> int:
@@ -29,27 +28,25 @@ def jump_evaluations(start: int, num_inference_steps: int) -> int:
     >>> jump_evaluations(0, 4)  # ends 2, 3 and 4
     4
     """
-    ends = range(start + 2, min(num_inference_steps, start + SPAN) + 1)
+    ends = range(start + 2, num_inference_steps + 1)
     return 1 + sum(num_inference_steps - end for end in ends) if ends else 0
 
 
 def jump_errors(table: SolverTable, start: int) -> Callable[[Batch], Rows]:
-    """For a batch: `errors` (m, T − start − 1), mean squared errors of the final latents after jumps from `start` to
-    start+2 … T.
+    """For a batch: `l2` and `l1` (m, T − start − 1), errors of the final latents after jumps from `start` to start+2 … T.
 
-    One run reuses the residual of `start` as far as jumps go. What it has come to at each end is carried on with every
-    step computed. Infinite beyond `SPAN`.
+    One run reuses the residual of `start` to the end. What it has come to at each end of a jump is carried on with every
+    step computed.
     """
     total = table.num_inference_steps
-    last = min(total, start + SPAN)
-    reused = reuse_program(table, [index for index in range(total) if not start < index < last])
+    reused = reuse_program(table, range(start + 1))
 
     @torch.no_grad()
     def answer(batch: Batch) -> Rows:
         assert batch.evaluator.stages is not None
-        errors = np.full((batch.count, max(0, total - start - 1)), math.inf)
-        if start + 2 > last:
-            return {"errors": errors}
+        errors = {norm: np.zeros((batch.count, max(0, total - start - 1))) for norm in NORMS}
+        if start + 2 > total:
+            return errors
         model = StagedModel(batch.evaluator.stages, batch.denoiser)
         jumping, landed = batch.latents(start), list[torch.Tensor]()
         for index in range(start, total):
@@ -57,19 +54,21 @@ def jump_errors(table: SolverTable, start: int) -> Callable[[Batch], Rows]:
             landed = [
                 apply_step(step, each, [batch.denoiser(each, step.timestep, step.input_scale)]) for each in landed
             ]
-            if index < last:
-                jumping = apply_step(step, jumping, [model(jumping, step)])
-                landed += [jumping] if index > start else []
+            jumping = apply_step(step, jumping, [model(jumping, step)])
+            landed += [jumping] if index > start else []
         final = batch.latents(-1)
         for position, each in enumerate(landed):
-            errors[:, position] = (each - final).double().square().flatten(1).mean(1).cpu().numpy()
-        return {"errors": errors}
+            difference = (each - final).double().flatten(1)
+            errors["l2"][:, position] = difference.square().mean(1).cpu().numpy()
+            errors["l1"][:, position] = difference.abs().mean(1).cpu().numpy()
+        return errors
 
     return answer
 
 
-def lemica_edges(bench: Bench) -> tuple[np.ndarray, float]:
-    """End-to-end errors (T, T+1) of reusing the residual along each edge, and what they cost in full runs per prompt.
+def lemica_edges(bench: Bench) -> tuple[dict[str, np.ndarray], float]:
+    """By norm, end-to-end errors (T, T+1) of reusing the residual along each edge; and what they cost in full runs per
+    prompt.
 
     The sampler is replayed with one jump, everything else computed.
     """
@@ -80,23 +79,33 @@ def lemica_edges(bench: Bench) -> tuple[np.ndarray, float]:
     total = table.num_inference_steps
 
     def row(start: int) -> dict[str, np.ndarray]:
-        return {"errors": samples.map(jump_errors(table, start), slice(PROMPTS))["errors"].mean(axis=0)}
+        found = samples.map(jump_errors(table, start), bench.tuning)
+        return {norm: found[norm].mean(axis=0) for norm in NORMS}
 
     rows = [
-        bench.workspace.arrays("lemica", [bench.key, PROMPTS, SPAN, start], partial(row, start))["errors"]
+        bench.workspace.arrays("lemica", [bench.key, bench.tuning.stop, start], partial(row, start))
         for start in range(total)
     ]  # one by one: replays take long, and an interrupted comparison goes on with the next row
+
+    def edges(norm: str) -> np.ndarray:
+        return end_to_end_edge_errors(lambda start, end: float(rows[start][norm][end - start - 2]), total)
+
     spent = sum(jump_evaluations(start, total) for start in range(total))
-    return end_to_end_edge_errors(lambda start, end: float(rows[start][end - start - 2]), total), spent / total
+    return {norm: edges(norm) for norm in NORMS}, spent / total
+
+
+def lemica_schedules(bench: Bench, budget: int) -> dict[str, tuple[int, ...]]:
+    """The path of each norm whose largest error is least. Raises NotApplicable."""
+    edges, _ = lemica_edges(bench)
+    return {f"lemica, {norm}": shortest_schedule(errors, budget, Minimax()) for norm, errors in edges.items()}
 
 
 def _build(bench: Bench, budget: int) -> Built:
-    errors, full_runs = lemica_edges(bench)
-    try:
-        schedule = shortest_schedule(errors, budget, Minimax())
-    except ValueError:
-        raise NotApplicable(f"no path of {budget} edges of at most {SPAN} steps") from None
-    return Built(program=reuse_program(bench.table, schedule), full_runs=full_runs)
+    candidates = [
+        Built(program=reuse_program(bench.table, schedule), setting=f"{name}, {schedule_text(schedule)}")
+        for name, schedule in lemica_schedules(bench, budget).items()
+    ]
+    return replace(choose_program(bench, candidates), full_runs=lemica_edges(bench)[1])
 
 
 METHODS = (ProgramMethod(name="lemica", group="schedule", source="arXiv 2511.00090", build=_build),)

@@ -4,6 +4,8 @@ twice.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import logging
 from dataclasses import asdict
 from typing import Any
@@ -22,6 +24,8 @@ from .cells import DEFAULT, Cell, Skipped, Spread
 from .method import Bench, Built, Method, NotApplicable, Outcome, ProgramMethod
 from .pipeline_method import pipeline_error
 
+LIBRARIES = ("cache-dit",)
+"""Beside diffusers, whose version is the compile's as well."""
 INTACT = 1e-2
 """Relative error of a full run's final latents below which a pipeline counts as unchanged, in any precision."""
 
@@ -77,6 +81,8 @@ def measure_cell(bench: Bench, method: Method, budget: int) -> Cell | Skipped:
     made_of = method.made_of.get(budget) if isinstance(method, ProgramMethod) else None
     name = "compare-" + "".join(c if c.isalnum() else "-" for c in method.name)
     key = [bench.key, method.name, budget, made_of and made_of.model_dump(mode="json")]
+    if method.group == "library":
+        key.append(library_versions())
     if method.uses_own:
         key.append(list(bench.own.get(budget, ())))
 
@@ -98,6 +104,15 @@ def measure_cell(bench: Bench, method: Method, budget: int) -> Cell | Skipped:
         return TypeAdapter(Cell).validate_python(value)
     _LOG.info("%s at %d: %s", method.name, budget, reason)
     return Skipped(method=method.name, budget=budget, reason=reason)
+
+
+def library_versions() -> dict[str, str]:
+    """Of the libraries that are compared with, those that are installed."""
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def check_intact(bench: Bench, name: str) -> None:

@@ -29,6 +29,12 @@ def markdown(comparison: Comparison) -> str:
         "Against the best other method at each budget:",
         verdict_table(comparison),
     ]
+    if any(cell.blocks_mean is not None for cell in comparison.cells):
+        parts += [
+            "What a picture costs: full runs of the blocks, of which some methods compute a few at every step, and seconds of "
+            "sampling one picture:",
+            cost_table(comparison),
+        ]
     if comparison.claims:
         parts += [
             "Schedules of several ways, each with the same closed-loop fit, on the held-out prompts:",
@@ -72,20 +78,40 @@ def fidelity_table(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def verdict_table(comparison: Comparison) -> str:
-    """Whether the default is ahead, budget by budget."""
+def cost_table(comparison: Comparison) -> str:
+    """A row per method: blocks that it runs, in full runs of all of them, and seconds a picture."""
     lines = [
-        f"| budget | {DEFAULT} | best other | ahead by | SSIM ahead by | worst prompt | best other at {FURTHER:g}·B | must | aim | worst within {WORST_DB:g} dB |",
-        "|---:|---:|---|---:|---:|---:|---|---|---|---|",
+        "| method | " + " | ".join(f"B = {budget}" for budget in comparison.budgets) + " |",
+        "|---|" + "---:|" * len(comparison.budgets),
     ]
-    for v in comparison.verdicts:
-        further = "–" if v.further_ahead_db is None else f"{v.further_ahead_db:+.1f} dB to {v.further_peer}"
-        lines.append(
-            f"| {v.budget} | {v.psnr_db:.1f} | {v.best_peer} {v.best_peer_psnr_db:.1f} | {v.ahead_db:+.1f} dB | "
-            f"{v.ssim_ahead:+.4f} | {v.worst_prompt_db:+.1f} dB | {further} | "
-            f"{_yes(v.must)} | {_yes(v.aim)} | {_yes(v.worst_within)} |"
-        )
+    for method in dict.fromkeys(cell.method for cell in comparison.cells):
+        cells = [comparison.cell(method, budget) for budget in comparison.budgets]
+        row = [f"**{method}**" if method == DEFAULT else method]
+        row += ["–" if c is None or c.blocks_mean is None else f"{c.blocks_mean:.1f}, {c.seconds:.2f} s" for c in cells]
+        lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def verdict_table(comparison: Comparison) -> str:
+    """Whether the default is ahead, budget by budget; at equal blocks as well, where these were counted."""
+    columns = ["budget", DEFAULT, "best other", "ahead by", "SSIM ahead by", "worst prompt"]
+    columns += [f"best other at {FURTHER:g}·B", "must", "aim", f"worst within {WORST_DB:g} dB"]
+    rules = ["---:", "---:", "---", "---:", "---:", "---:", "---", "---", "---", "---"]
+    counted = any(verdict.blocks_peer is not None for verdict in comparison.verdicts)
+    if counted:
+        columns, rules = [*columns, "at equal blocks"], [*rules, "---"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(rules) + "|"]
+    for v in comparison.verdicts:
+        row = [f"{v.budget}", f"{v.psnr_db:.1f}", f"{v.best_peer} {v.best_peer_psnr_db:.1f}", f"{v.ahead_db:+.1f} dB"]
+        row += [f"{v.ssim_ahead:+.4f}", f"{v.worst_prompt_db:+.1f} dB", _gap(v.further_ahead_db, v.further_peer)]
+        row += [_yes(v.must), _yes(v.aim), _yes(v.worst_within)]
+        row += [_gap(v.blocks_ahead_db, v.blocks_peer)] if counted else []
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _gap(ahead_db: float | None, peer: str | None) -> str:
+    return "–" if ahead_db is None else f"{ahead_db:+.1f} dB to {peer}"
 
 
 def _yes(value: bool) -> str:

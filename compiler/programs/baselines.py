@@ -260,10 +260,10 @@ def _multistep(
         use_dynamic_shifting=False,
         **options,
     )
-    return solver, _prepare_flow
+    return solver, prepare_flow
 
 
-def _prepare_flow(solver: Any, num_steps: int) -> None:
+def prepare_flow(solver: Any, num_steps: int) -> None:
     """Timesteps that agree with the sigmas: diffusers cuts these solvers' timesteps off to integers."""
     solver.set_timesteps(num_steps)
     solver.timesteps = solver.sigmas[:-1].to(torch.float32) * solver.config.num_train_timesteps

@@ -10,7 +10,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from otcache.compiler.compare.cells import AHEAD_DB, DEFAULT, Comparison, Spread, verdict_at
+from otcache.compiler.compare.cells import AHEAD_DB, DEFAULT, Cell, Comparison, Spread, budget_within_blocks, verdict_at
 from otcache.runtime.cli.main import main
 
 AGAINST = "euler,uniform reuse,fora,meancache,otcache (paper)"
@@ -85,6 +85,31 @@ def test_a_method_that_gets_worse_turns_the_verdict(comparison):
     assert verdict.ahead_db == pytest.approx(verdict_at(comparison.cells, 8).ahead_db - 1000.0)
 
 
+def cell(method, budget, psnr_db, blocks):
+    spread = Spread(mean=psnr_db, std=0.0, worst=psnr_db)
+    common = {"group": "cache", "nfe_mean": float(budget), "nfe_worst": float(budget), "lpips": None, "seconds": 1.0}
+    return Cell(
+        method=method,
+        budget=budget,
+        psnr_db=spread,
+        ssim=spread,
+        setting="",
+        full_runs=0.0,
+        blocks_mean=blocks,
+        **common,
+    )
+
+
+def test_blocks_that_run_at_every_step_are_counted():
+    """With 8 blocks, the first of which runs at all 50 steps, 16 evaluations are 20.25 full runs of the blocks."""
+    own, peer = cell(DEFAULT, 16, 50.0, 16.0), cell("cache", 16, 52.0, 16 + 34 / 8)
+    fewer = budget_within_blocks(peer, 50)
+    assert fewer == 11 and fewer + (50 - fewer) / 8 <= 16 < fewer + 1 + (49 - fewer) / 8
+    verdict = verdict_at([own, peer, cell("cache", fewer, 45.0, fewer + (50 - fewer) / 8)], 16)
+    assert verdict.ahead_db == pytest.approx(-2.0) and verdict.blocks_ahead_db == pytest.approx(5.0)
+    assert budget_within_blocks(own, 50) is None and budget_within_blocks(cell("cache", 4, 9.0, 9.75), 50) is None
+
+
 def test_the_claim_has_every_way_at_every_budget(comparison):
     ways = {"interpolated, law in 1/B", "graph", "search, 8 trials", "search, 80 trials"}
     for budget in (3, 8):
@@ -111,6 +136,7 @@ def test_files_are_there_and_say_the_same(comparison, compared):
         if cell.budget in comparison.budgets:
             assert f"{cell.psnr_db.mean:.1f}" in text
     assert "Not measured" in text or not comparison.skipped
+    assert all(cell.blocks_mean is not None for cell in comparison.cells) and "at equal blocks" in text
     assert f"B = 8: {comparison.verdicts[1].ahead_db:+.1f} dB" in printed
 
 

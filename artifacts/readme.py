@@ -112,7 +112,8 @@ def needs_section(evaluations: int) -> str:
     return "\n".join(
         [
             f"A compile at 4, 8 and 16 of {STEPS} steps with 32 + 32 prompts makes at most {evaluations:,} evaluations",
-            "of one sample (`otc compile shapes --dry-run`; of any model as many). The dry run times one on your host and",
+            "of one sample (`otc compile shapes --dry-run`; of any model as many). The dry run times "
+            "one on your host and",
             "says hours and disk. For scale, computed from the models' published shapes, not measured:",
             "",
             "| | " + " | ".join(model.name for model in REAL_MODELS) + " |",

@@ -39,7 +39,8 @@ class CompileOptions:
     """Of a video."""
     max_sequence_length: int | None = None
     search_size: tuple[int, int] | None = None
-    """Height and width at which schedules are found; coefficients are then fitted at the compiled size on few prompts."""
+    """Height and width at which schedules are found; coefficients are then fitted at the compiled size on few prompts.
+    """
     sizes: str | None = None
     """Sizes to serve beside `height` and `width`, as `wanted` reads them; likewise the next two."""
     frame_counts: str | None = None
@@ -113,7 +114,8 @@ class CompileOptions:
             raise UsageError(f"--trials is {self.trials}: expected 0 or more (0 takes the graph's schedule)")
         if self.offload != "none" and self.payload == "residual":
             raise UsageError(
-                f"--offload {self.offload} with --payload residual: residuals run the model in parts, which offloading has "
+                f"--offload {self.offload} with --payload residual: residuals run the model in parts, "
+                "which offloading has "
                 "no hooks for: leave one of them out"
             )
         low, high = self.guidance_scale

@@ -104,7 +104,9 @@ def _from_1_6(value: Value) -> Value:
 
 
 def _from_1_7(value: Value) -> Value:
-    """1.8 has `model.denoiser_digest_float16` and steps of prompts, which 1.7 did not know; and manifests without stages."""
+    """1.8 has `model.denoiser_digest_float16` and steps of prompts, which 1.7 did not know; and manifests without
+    stages.
+    """
     value = _model_without(value, "denoiser_digest_float16")
     tokenizers = value.get("tokenizers")
     if not isinstance(tokenizers, list):

@@ -16,8 +16,8 @@ def apply_steps(text: str, steps: Sequence[PromptStep]) -> str:
     """The text after the steps, one after the other.
 
     `ftfy` repairs it with the package of that name (`ftfy.fix_text`); `unescape` replaces HTML's character references;
-    `collapse` makes every run of Unicode's white space one space; `strip` removes white space at both ends; `lower` makes it lower
-    case.
+    `collapse` makes every run of Unicode's white space one space; `strip` removes white space at both ends; `lower`
+    makes it lower case.
 
     Raises:
         HostError: the package ftfy is needed and not installed.

@@ -163,8 +163,8 @@ class Guidance(Frozen):
     maximum: Coefficient
     """Range of scales that the coefficients were calibrated for."""
     negative_prompt: str | None = ""
-    """Of a request that names none. Since 1.8, None: the pipeline takes something then that no text gives, such as zeros,
-    and the artifact has no text encoder.
+    """Of a request that names none. Since 1.8, None: the pipeline takes something then that no text gives, such as
+    zeros, and the artifact has no text encoder.
     """
 
     @model_validator(mode="after")

@@ -186,10 +186,14 @@ def test_completion_scripts(shell, call):
 def test_bash_completes(tmp_path):
     """In a real bash: the script is read, its function is called as readline calls it."""
     (tmp_path / "otc").write_text(
-        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c \'from otcache.runtime.cli.main import main; main(prog_name="otc")\' "$@"\n'
+        f"#!/bin/sh\nexec {shlex.quote(sys.executable)} "
+        '-c \'from otcache.runtime.cli.main import main; main(prog_name="otc")\' "$@"\n'
     )
     (tmp_path / "otc").chmod(0o755)
-    code = '. <(otc completion bash); COMP_WORDS=(otc ver); COMP_CWORD=1; _otc_completion otc ver otc; echo "${COMPREPLY[*]}"'
+    code = (
+        ". <(otc completion bash); COMP_WORDS=(otc ver); COMP_CWORD=1; _otc_completion otc ver otc; "
+        'echo "${COMPREPLY[*]}"'
+    )
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, env=environment, timeout=60)
     assert done.stdout.strip() == "verify", done.stderr

@@ -181,7 +181,9 @@ def test_everyone_refuses_it_with_the_same_message(kind, tmp_path):
 
 
 def add_report(folder: Path) -> None:
-    """A report with evidence that fits the artifact's programs, as a compile attaches it; golden artifacts have none."""
+    """A report with evidence that fits the artifact's programs, as a compile attaches it; golden artifacts have
+    none.
+    """
     read = read_manifest(folder)
     draw = np.random.default_rng(0)
     total, count = read.manifest.sampler.num_inference_steps, read.manifest.conditions.evaluation_prompts

@@ -113,15 +113,15 @@ def ridge_step(
     whole_crosses = np.einsum("nf,nr->nfr", weighed, crosses).reshape(n, -1)
     penalties = np.repeat([penalty, SLOPE_PENALTY][: len(centre)], count)
 
-    def solved(gram: FloatArray, cross: FloatArray) -> FloatArray:
+    def solve(gram: FloatArray, cross: FloatArray) -> FloatArray:
         weight = np.diag(np.maximum(penalties * np.diag(gram), 1e-300))
         change = np.asarray(np.linalg.lstsq(gram + weight, cross, rcond=1e-15)[0], dtype=np.float64)
         return centre + change.reshape(centre.shape)
 
     gram, cross = whole_grams.sum(axis=0), whole_crosses.sum(axis=0)
-    coefs = solved(gram, cross)
+    coefs = solve(gram, cross)
     others = (
-        [coefs] if n == 1 else [solved(gram - g, cross - c) for g, c in zip(whole_grams, whole_crosses, strict=True)]
+        [coefs] if n == 1 else [solve(gram - g, cross - c) for g, c in zip(whole_grams, whole_crosses, strict=True)]
     )
     return FittedStep(coefs=coefs, crossed=np.stack(others))
 

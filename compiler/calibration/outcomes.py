@@ -48,9 +48,9 @@ def outcome_arrays(
         shown: samples, the first ones, whose pictures are drawn.
         worst: samples, those of the lowest PSNR, whose pictures are drawn as well.
 
-    Returns `psnr_db` and `ssim` (n,), `errors` (k + 1, n) before each computed step and at the end, `positions` (k + 1,)
-    of these on the full timeline, `latents` float32 (…) of the first sample, `pictures` and `worst_pictures` uint8, and
-    `worst`, which samples those are.
+    Returns `psnr_db` and `ssim` (n,), `errors` (k + 1, n) before each computed step and at the end, `positions` (k +
+    1,) of these on the full timeline, `latents` float32 (…) of the first sample, `pictures` and `worst_pictures` uint8,
+    and `worst`, which samples those are.
     """
     scores = samples.map(measure(program))
     lowest = np.argsort(scores["psnr_db"], kind="stable")[:worst]

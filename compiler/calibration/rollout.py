@@ -120,7 +120,8 @@ def residual_gram(
 ) -> FloatArray:
     """Mean inner products float64 (m, T, T) of the blocks' residuals along the full runs of `program`, for each sample.
 
-    Residuals lie in a file while they are weighed. Of more than `positions` positions a fixed, seeded choice is weighed.
+    Residuals lie in a file while they are weighed. Of more than `positions` positions a fixed, seeded choice is
+    weighed.
     """
     stages = batch.evaluator.stages
     assert stages is not None
@@ -133,7 +134,7 @@ def residual_gram(
             outputs = [*outputs, model(latents, step)][-program.output_memory :]
             latents = apply_step(step, latents, outputs)
             for name, residual in model.residuals[-1].items():
-                rows = weighed_positions(residual, positions).unflatten(0, (branches, batch.count)).transpose(0, 1)
+                rows = take_positions(residual, positions).unflatten(0, (branches, batch.count)).transpose(0, 1)
                 rows = rows.reshape(batch.count, -1).float().cpu()
                 if name not in kept:
                     kept[name] = new_array(Path(folder) / f"{len(kept)}.npy", (batch.count, total, rows.shape[1]))
@@ -148,7 +149,7 @@ def residual_gram(
     return grams
 
 
-def weighed_positions(value: Tensor, positions: int = WEIGHED_POSITIONS) -> Tensor:
+def take_positions(value: Tensor, positions: int = WEIGHED_POSITIONS) -> Tensor:
     """(n, …) → (n, d): flattened, with at most so many of its positions (`position_axes`), the same at every call."""
     axes = position_axes(value.ndim)
     count = int(np.prod([value.shape[axis] for axis in axes]))

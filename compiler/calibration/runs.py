@@ -42,7 +42,7 @@ def new_array(path: Path, shape: Sequence[int], dtype: Any = np.float32) -> np.m
     return array
 
 
-def mapped_array(path: Path) -> NDArray[Any]:
+def map_array(path: Path) -> NDArray[Any]:
     """The array of a `.npy` file, read where it is touched."""
     array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
@@ -119,22 +119,22 @@ class Chunk:
     @cached_property
     def latents(self) -> NDArray[np.float32]:
         """X float32 (n, T+1, …)."""
-        return mapped_array(self.folder / LATENTS)
+        return map_array(self.folder / LATENTS)
 
     @cached_property
     def first_output(self) -> NDArray[np.float32]:
         """V_0 float32 (n, …)."""
-        return mapped_array(self.folder / FIRST_OUTPUT)
+        return map_array(self.folder / FIRST_OUTPUT)
 
     @cached_property
     def gram(self) -> FloatArray:
         """Inner products float64 (n, 2T+1, 2T+1) in the order X_0 … X_T, V_0 … V_{T−1}."""
-        return mapped_array(self.folder / GRAM)
+        return map_array(self.folder / GRAM)
 
     @cached_property
     def pictures(self) -> NDArray[np.float32]:
         """Decoded final latents, float32 (n, [frames,] height, width, 3) in [0, 1]."""
-        return mapped_array(self.folder / PICTURES)
+        return map_array(self.folder / PICTURES)
 
     @cached_property
     def scalars(self) -> dict[str, NDArray[Any]]:
@@ -186,19 +186,19 @@ class Runs:
 
     def latents(self, rows: slice, step_index: int) -> NDArray[np.float32]:
         """X_i float32 (m, …) of some of the samples; −1 is the last, X_T."""
-        return self._gathered(rows, lambda chunk, part: chunk.latents[part, step_index])
+        return self._gather(rows, lambda chunk, part: chunk.latents[part, step_index])
 
     def first_output(self, rows: slice) -> NDArray[np.float32]:
         """V_0 float32 (m, …)."""
-        return self._gathered(rows, lambda chunk, part: chunk.first_output[part])
+        return self._gather(rows, lambda chunk, part: chunk.first_output[part])
 
     def gram(self, rows: slice = slice(None)) -> FloatArray:
         """Float64 (m, 2T+1, 2T+1)."""
-        return self._gathered(rows, lambda chunk, part: chunk.gram[part])
+        return self._gather(rows, lambda chunk, part: chunk.gram[part])
 
     def pictures(self, rows: slice) -> NDArray[np.float32]:
         """Float32 (m, [frames,] height, width, 3) in [0, 1]; those of one chunk are read where they are touched."""
-        return self._gathered(rows, lambda chunk, part: chunk.pictures[part], copy=False)
+        return self._gather(rows, lambda chunk, part: chunk.pictures[part], copy=False)
 
     @property
     def picture_bytes(self) -> int:
@@ -207,7 +207,7 @@ class Runs:
 
     def guidance(self, rows: slice = slice(None)) -> NDArray[np.float32]:
         """Float32 (m,)."""
-        return self._gathered(rows, lambda chunk, part: chunk.scalars["guidance"][part])
+        return self._gather(rows, lambda chunk, part: chunk.scalars["guidance"][part])
 
     def conditioning(self, rows: slice) -> dict[str, Tensor]:
         """By name, (branches, m, …)."""
@@ -224,7 +224,7 @@ class Runs:
             if start < last and stop > first
         ]
 
-    def _gathered(self, rows: slice, read: Any, *, copy: bool = True) -> NDArray[Any]:
+    def _gather(self, rows: slice, read: Any, *, copy: bool = True) -> NDArray[Any]:
         parts = [np.asarray(read(chunk, part)) for chunk, part in self._parts(rows)]
         if len(parts) > 1:
             return np.concatenate(parts)

@@ -38,7 +38,7 @@ class Trial:
     drifts: tuple[float, ...] = ()
     """Mean relative error of the latents at each computed step and at the end, of a program that was fitted."""
 
-    def named(self, name: str, weight: float | None) -> Trial:
+    def with_name(self, name: str, weight: float | None) -> Trial:
         """The same measurement under the name of another way that led to its schedule."""
         return replace(self, name=name, weight=weight)
 
@@ -87,13 +87,13 @@ class Calibration:
         """
         schedule = tuple(int(index) for index in schedule)
         if schedule not in self.known:
-            self.known[schedule] = self._fitted(schedule, name, weight, stop)
-        return self.known[schedule].named(name, weight)
+            self.known[schedule] = self._fit_anew(schedule, name, weight, stop)
+        return self.known[schedule].with_name(name, weight)
 
-    def _fitted(self, schedule: Schedule, name: str, weight: float | None, stop: Stop | None) -> Trial:
+    def _fit_anew(self, schedule: Schedule, name: str, weight: float | None, stop: Stop | None) -> Trial:
         reached = [0]
 
-        def asked(position: int, drift: float) -> bool:
+        def ask(position: int, drift: float) -> bool:
             reached[0] = position + 1
             return stop is not None and stop(position, drift)
 
@@ -105,7 +105,7 @@ class Calibration:
                 self.table,
                 memory=self.memory,
                 penalty=self.penalty,
-                stop=asked,
+                stop=ask,
             )
             trial = self.trial_from_scores(name, found.program, found.scores, weight)
             return TRIAL.dump_python(replace(trial, drifts=found.drifts), mode="json"), found.evaluations

@@ -122,7 +122,8 @@ def _masked(pipeline: Any, setting: Setting) -> contextlib.AbstractContextManage
 
 
 def _dynamic_settings(bench: Bench, budget: int) -> list[Setting]:
-    """Warm-ups of one step and half the budget, one block and a quarter of them that decide, residuals reused or extrapolated.
+    """Warm-ups of one step and half the budget, one block and a quarter of them that decide, residuals reused or
+    extrapolated.
 
     A mask of the graph's (SCM, dynamic policy) says which steps have to be computed; others are if they change enough.
     """

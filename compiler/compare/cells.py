@@ -54,8 +54,8 @@ class Cell:
     full_runs: float
     """What a search for this method took, in full runs per prompt it used; 0 where there is none."""
     blocks_mean: float | None = None
-    """Blocks that were run, in full runs of all of them: more than the evaluations where some run at every step. None in
-    results that were kept before they were counted.
+    """Blocks that were run, in full runs of all of them: more than the evaluations where some run at every step. None
+    in results that were kept before they were counted.
     """
 
     def within_blocks(self, budget: int) -> bool:

@@ -33,10 +33,11 @@ def jump_evaluations(start: int, num_inference_steps: int) -> int:
 
 
 def jump_errors(table: SolverTable, start: int) -> Callable[[Batch], Rows]:
-    """For a batch: `l2` and `l1` (m, T − start − 1), errors of the final latents after jumps from `start` to start+2 … T.
+    """For a batch: `l2` and `l1` (m, T − start − 1), errors of the final latents after jumps from `start` to start+2 …
+    T.
 
-    One run reuses the residual of `start` to the end. What it has come to at each end of a jump is carried on with every
-    step computed.
+    One run reuses the residual of `start` to the end. What it has come to at each end of a jump is carried on with
+    every step computed.
     """
     total = table.num_inference_steps
     reused = reuse_program(table, range(start + 1))

@@ -47,8 +47,8 @@ def mean_velocity_coefs(sigmas: np.ndarray, start: int, end: int, order: int, hi
 def forecast_gaps(sigmas: np.ndarray, start: int, order: int) -> np.ndarray:
     """How far MeanCache is from the full run after each step of an edge, float64 (T − start, T) in the outputs V.
 
-    Row e is the weights of V_0 … V_{T−1} in the displacement from `start` to start + 1 + e that is missed, along the full
-    run.
+    Row e is the weights of V_0 … V_{T−1} in the displacement from `start` to start + 1 + e that is missed, along the
+    full run.
     """
     total = len(sigmas) - 1
     rows = mean_velocity_coefs(sigmas, start, total, order, np.eye(start + 1, total))

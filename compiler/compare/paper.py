@@ -1,5 +1,5 @@
-"""OTCache as published (arXiv 2606.31026), with nothing of ours: residuals reused on a schedule between a reference from
-a graph and an anchor from a search.
+"""OTCache as published (arXiv 2606.31026), with nothing of ours: residuals reused on a schedule between a reference
+from a graph and an anchor from a search.
 """
 
 from __future__ import annotations

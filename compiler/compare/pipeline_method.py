@@ -132,9 +132,9 @@ class PipelineMethod:
     def _within(self, bench: Bench, budget: int, setting: Setting, bounds: tuple[float, float]) -> Setting:
         """The setting with thresholds that use the whole budget on calibration samples.
 
-        Evaluations are whole numbers: of the least threshold that keeps the mean within the budget and the next lower one
-        that was tried, each is used for its share of the samples, so that the mean is the budget. What a threshold came
-        to is kept: bisections of several budgets begin alike.
+        Evaluations are whole numbers: of the least threshold that keeps the mean within the budget and the next lower
+        one that was tried, each is used for its share of the samples, so that the mean is the budget. What a threshold
+        came to is kept: bisections of several budgets begin alike.
 
         Raises NotApplicable where the budget is exceeded at any threshold.
         """

@@ -1,7 +1,7 @@
 """Few-step solvers and caches with uniform steps: what a user would do without a caching library.
 
-Users tune what a solver lets them: the shift of a flow's sigmas, the spacing of other timesteps, UniPC's corrector, which
-its documentation advises against on early steps under strong guidance. So do these, on calibration samples.
+Users tune what a solver lets them: the shift of a flow's sigmas, the spacing of other timesteps, UniPC's corrector,
+which its documentation advises against on early steps under strong guidance. So do these, on calibration samples.
 """
 
 from __future__ import annotations

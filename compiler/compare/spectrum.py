@@ -24,7 +24,8 @@ HISTORY = 64
 TIMELINE = 50
 """Steps that the release maps to [−1, 1], however many there are."""
 BLENDS = (0.5, 0.75, 1.0)
-"""Weights of the spectral forecast against a local difference: 1 is the paper's, 0.5 to 1 what the release recommends."""
+"""Weights of the spectral forecast against a local difference: 1 is the paper's, 0.5 to 1 what the release recommends.
+"""
 WARMUP, WINDOW = 5, 2.0
 """As released; the growth of the window is what users choose a speed by."""
 OTHERS = 12
@@ -64,7 +65,8 @@ def chebyshev_coefs(computed: Sequence[int], step_index: int, *, degree: int = 4
 
 
 def blended_coefs(computed: Sequence[int], step_index: int, blend: float) -> np.ndarray:
-    """The spectral forecast, and a first-order one from the last two computed features: blend · one + (1 − blend) · other.
+    """The spectral forecast, and a first-order one from the last two computed features: blend · one + (1 − blend) ·
+    other.
 
     >>> blended_coefs([0, 2], 3, blend=0.0)
     array([-0.5,  1.5])

@@ -18,8 +18,8 @@ _log = logging.getLogger(__name__)
 PICTURES_AGREE = 2e-3
 """Largest difference of a decoder from the pipeline, of a range of 1: half a level of 8 bits."""
 PICTURES_AGREE_HALF = 5e-2
-"""The same of an autoencoder in half precision, whose pictures are of some 2^8 levels and are computed in another order:
-latents are scaled in float32 here, and in half precision by pipelines. A wrong scale is off by 1e-1 and more.
+"""The same of an autoencoder in half precision, whose pictures are of some 2^8 levels and are computed in another
+order: latents are scaled in float32 here, and in half precision by pipelines. A wrong scale is off by 1e-1 and more.
 """
 
 

@@ -1,8 +1,8 @@
 """Part of pass `export`: what a pipeline does to prompts before its tokenizer, found by giving it prompts that show it.
 
 Some pipelines change text in Python: Wan reads HTML's character references, repairs Unicode and collapses white space.
-The runtime has only what the manifest lists, so that steps are tried until the exported encoders give the pipeline's own
-conditioning on prompts where each step shows. A pipeline that does something else is not served from the prompt on.
+The runtime has only what the manifest lists, so that steps are tried until the exported encoders give the pipeline's
+own conditioning on prompts where each step shows. A pipeline that does something else is not served from the prompt on.
 """
 
 from __future__ import annotations

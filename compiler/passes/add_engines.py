@@ -1,6 +1,8 @@
-"""`otc export`: engines for an artifact of programs alone, from the model that it was compiled from, without calibrating.
+"""`otc export`: engines for an artifact of programs alone, from the model that it was compiled from, without
+calibrating.
 
-Consumes the artifact's manifest and the model; produces the artifact with engines in its place. Weights have to be the same.
+Consumes the artifact's manifest and the model; produces the artifact with engines in its place. Weights have to be the
+same.
 """
 
 from __future__ import annotations
@@ -156,7 +158,8 @@ def _check_weights(options: ExportOptions, manifest: schema.Manifest, model: Mod
         stated, found = getattr(manifest.model, name), getattr(model, name)
         if stated != found:
             raise ModelError(
-                f"MODEL {options.model!r} has {name.replace('_', ' ')} {found[:19]}…, but {options.artifact} was compiled "
+                f"MODEL {options.model!r} has {name.replace('_', ' ')} {found[:19]}…, but "
+                f"{options.artifact} was compiled "
                 f"from {stated[:19]}…: give the model that it was compiled from, or compile it again"
             )
 

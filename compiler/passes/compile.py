@@ -26,7 +26,7 @@ from .engines import Engines, exportable_from_prepared, make_engines
 from .evaluate import Evaluated, evaluate
 from .manifest import budget_programs, latents_with_engines, program_fields
 from .prepare import Prepared, calibration_of, prepare
-from .search_small import search_small, served_options
+from .search_small import options_at_served_size, search_small
 from .session import Session
 
 
@@ -46,7 +46,7 @@ def compile_model(
     check_target(target, force=options.force)
     with contextlib.ExitStack() as held:
         held.callback(torch.set_num_threads, torch.get_num_threads())  # `prepare` takes the options' number
-        prepared = prepare(served_options(options), recorder, held, live)
+        prepared = prepare(options_at_served_size(options), recorder, held, live)
         if options.search_size is None:
             found = search_schedules(prepared)
         else:

@@ -119,10 +119,13 @@ class Plan:
                 f"{_size(each.disk_bytes):>11}{kept}"
             )
         lines += [
-            f"{'to do':<22}{'≤ ' + format(self.evaluations, ','):>14}{_time(self.seconds):>10}{_size(self.disk_bytes):>11}",
-            f"An evaluation is one sample through the model; one took {self.evaluation_s:.3g} s, measured on {self.measured}. "
+            f"{'to do':<22}{'≤ ' + format(self.evaluations, ','):>14}"
+            f"{_time(self.seconds):>10}{_size(self.disk_bytes):>11}",
+            f"An evaluation is one sample through the model; one took {self.evaluation_s:.3g} s, "
+            f"measured on {self.measured}. "
             "Times are extrapolated from that and rough; those of searches are upper bounds.",
-            f"artifact: {self.target} ({_size(self.free_bytes)} free); workspace: {self.workspace}; nothing was written",
+            f"artifact: {self.target} ({_size(self.free_bytes)} free); workspace: {self.workspace}; "
+            "nothing was written",
         ]
         return "\n".join(lines)
 

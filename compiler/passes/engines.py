@@ -1,7 +1,7 @@
 """Pass `export` as a whole: a calibrated model → its engines, and what the manifest says of them.
 
-Engines are exported from a model on the CPU in float32. Where the calibration was elsewhere, or in another precision, the
-model is loaded again for it, or brought there and back.
+Engines are exported from a model on the CPU in float32. Where the calibration was elsewhere, or in another precision,
+the model is loaded again for it, or brought there and back.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ class Evaluated:
     outcomes: dict[int, dict[str, np.ndarray]]
     """Of each budget, for the report (`evaluate.Outcome.arrays`)."""
     references: dict[int, np.ndarray]
-    """Pictures of full runs, uint8 (height, width, 3), by sample: of those that are shown, and of each budget's worst."""
+    """Pictures of full runs, uint8 (height, width, 3), by sample: of those that are shown, and of each budget's worst.
+    """
     runs: Runs
     """The full runs."""
     golden: np.ndarray

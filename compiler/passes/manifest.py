@@ -96,7 +96,7 @@ def program_fields(
         "costs": [schema.Cost(name="capture", full_runs=1.0)]
         + [schema.Cost(name=name, full_runs=round(value, 4)) for name, value in found.costs.items()],
     }
-    return {name: _dumped(value) for name, value in parts.items()}
+    return {name: _dump(value) for name, value in parts.items()}
 
 
 def engine_fields(
@@ -128,7 +128,7 @@ def engine_fields(
         "golden": golden,
         "engines": [engine],
     }
-    return {name: _dumped(value) for name, value in parts.items()}
+    return {name: _dump(value) for name, value in parts.items()}
 
 
 def _conditions(prepared: Prepared) -> schema.Conditions:
@@ -166,8 +166,8 @@ def latents_with_engines(latents: dict[str, Any], source: Exportable, exported: 
     return {**latents, "decoded_as": exported.decoded_as, **{name: list(value) for name, value in symbols.items()}}
 
 
-def _dumped(value: Any) -> Any:
+def _dump(value: Any) -> Any:
     """Models inside lists and on their own as JSON values."""
     if isinstance(value, list):
-        return [_dumped(item) for item in value]
+        return [_dump(item) for item in value]
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else value

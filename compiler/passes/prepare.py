@@ -22,7 +22,7 @@ from ..graph.stages import Stages
 from ..models.model import Model
 from ..options import CompileOptions, check_evaluations
 from ..pipelines.call import prepare_scheduler
-from ..pipelines.denoiser import Denoiser, placed
+from ..pipelines.denoiser import Denoiser, place_constants
 from ..programs.lower import lower
 from ..programs.solver_table import SolverTable
 from ..sizes.requested import Wanted
@@ -137,7 +137,7 @@ def evaluator_of(session: Session, table: SolverTable, stages: Stages | None) ->
     """The model on its device, as sets of samples use it."""
     return Evaluator(
         transformer=session.model.transformer,
-        interface=placed(session.interface, session.placement.device),
+        interface=place_constants(session.interface, session.placement.device),
         device=session.placement.device,
         decode=session.decode,
         table=table,
@@ -184,7 +184,7 @@ def cut_stages(session: Session, example: dict[str, Tensor]) -> tuple[Stages, Si
     transformer = session.model.transformer
     own = session.placement.exportable
     session.model.give_back()  # what the full runs have read
-    interface = placed(session.interface, session.placement.device)
+    interface = place_constants(session.interface, session.placement.device)
     with session.reporter.on("cut", type(transformer).__name__):
         stages, sizes = stages_for(
             transformer, interface, example, session.wanted if own else Wanted(), session.seen if own else ()

@@ -21,7 +21,7 @@ FIT_PROMPTS = 8
 """Calibration prompts at the served size, at most: the fewest with which slopes and means are fitted."""
 
 
-def served_options(options: CompileOptions) -> CompileOptions:
+def options_at_served_size(options: CompileOptions) -> CompileOptions:
     """Options of the served size, where few prompts are calibrated on."""
     if options.search_size is None:
         return options
@@ -44,7 +44,8 @@ def search_small(
         held: keeps other compiles out of the small size's workspace until it is closed.
         search: the searches, of a prepared model.
 
-    Returns what was found, with costs of the small size named after it, in full runs at that size for each prompt there.
+    Returns what was found, with costs of the small size named after it, in full runs at that size for each prompt
+    there.
     """
     assert options.search_size is not None
     height, width = options.search_size

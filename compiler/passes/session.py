@@ -30,7 +30,7 @@ from ..models.model import Model, read_prompts
 from ..options import CompileOptions, split_prompts
 from ..pipelines.call import CallOptions, call_options, short_call
 from ..pipelines.decode import decode_latents, decode_with_tiles
-from ..pipelines.denoiser import denoiser_of, placed
+from ..pipelines.denoiser import denoiser_of, place_constants
 from ..pipelines.full_run import capture, with_known_negative
 from ..pipelines.interface import Interface
 from ..pipelines.out_of_memory import release
@@ -115,7 +115,7 @@ class Session:
     @property
     def evaluator_interface(self) -> Interface:
         """The interface with its constants on the device."""
-        return placed(self.interface, self.placement.device)
+        return place_constants(self.interface, self.placement.device)
 
 
 def begin(
@@ -162,7 +162,8 @@ def _check_parts(options: CompileOptions, model: Model, placement: Placement) ->
     """Raise UsageError, ModelError where the options ask for parts of a model that does not come apart."""
     if options.payload == "residual" and placement.offload != "none":
         raise UsageError(
-            f"--payload residual runs the model in parts, and {type(model.transformer).__name__} is offloaded by hooks on the "
+            f"--payload residual runs the model in parts, and {type(model.transformer).__name__} is "
+            "offloaded by hooks on the "
             "whole: give --payload output, or leave offloading out"
         )
     if (options.engines == "onnx" or options.payload == "residual") and (
@@ -187,7 +188,7 @@ def _session(
     )
     options, call, interface = _probe(options, model, call, prompts, reporter)
     exports = options.engines == "onnx" and placement.exportable
-    encoders = _served_encoders(model.pipeline, interface, call, prompts, reporter) if exports else None
+    encoders = _find_encoders(model.pipeline, interface, call, prompts, reporter) if exports else None
     decoder, latents = _find_decoder(model, call, interface, placement, reporter)
     if exports and decoder is None:
         reporter.note(f"{type(model.pipeline).__name__} has no export of its decoder: the artifact makes latents")
@@ -269,7 +270,8 @@ def _find_decoder(
     pictures = decode_with_tiles(vae, on_device, decode, reporter.note)
     if tuple(pictures.shape[1:]) != expected:
         raise UsageError(
-            f"{name} draws {tuple(pictures.shape[1:])} where {expected} was asked for (frames, height, width, colours): "
+            f"{name} draws {tuple(pictures.shape[1:])} where {expected} was asked for (frames, "
+            "height, width, colours): "
             "give a --height, --width and --num-frames that it accepts as they are"
         )
     return make_latent_decoder(model.pipeline, on_device, pictures, call.height, call.width), latents
@@ -337,17 +339,19 @@ def _micro_batch(
         return MicroBatch(options.micro_batch, reporter.note)
     device, short = placement.device, short_call(model.pipeline, call)
     one = capture(model.pipeline, interface, short, prompts[:1], [0], [options.nominal_scale])
-    denoiser = denoiser_of(model.transformer, placed(interface, device), one.to(device))
+    denoiser = denoiser_of(model.transformer, place_constants(interface, device), one.to(device))
     with PeakBytes([*model.transformer.parameters(), *model.transformer.buffers()]) as counted:
         denoiser(one.latents[0].to(device), one.timesteps[0])
     release(device)  # what the probe has taken counts as free
     return MicroBatch(choose_micro_batch(counted.peak, free_bytes(device)), reporter.note)
 
 
-def _served_encoders(
+def _find_encoders(
     pipeline: Any, interface: Interface, call: CallOptions, prompts: Sequence[str], reporter: Reporter
 ) -> Encoders | None:
-    """The text encoders, if the runtime can make of every prompt what the pipeline makes of it; else a note says why."""
+    """The text encoders, if the runtime can make of every prompt what the pipeline makes of it; else a note
+    says why.
+    """
     encoders = make_text_encoders(pipeline, call.max_sequence_length or 0)
     served = with_prompt_steps(encoders, pipeline, interface, call, prompts) if encoders else None
     reason = "has no export of its text encoders"

@@ -138,11 +138,11 @@ def arguments(inputs: Mapping[str, Tensor], constants: Mapping[str, Any]) -> dic
     flat = {**constants, **inputs}
     for name, constant in constants.items():
         if isinstance(constant, PerSample):
-            flat[name] = repeated(constant.row, batch)
+            flat[name] = repeat_row(constant.row, batch)
         elif isinstance(constant, Spread):
-            flat[name] = repeated(inputs[name], batch)
+            flat[name] = repeat_row(inputs[name], batch)
         elif isinstance(constant, Behind):
-            flat[name] = _followed(inputs[name], constant.channels)
+            flat[name] = _append_channels(inputs[name], constant.channels)
         elif isinstance(constant, InPlaceOf):
             del flat[name]
         elif isinstance(constant, Offset):
@@ -150,7 +150,7 @@ def arguments(inputs: Mapping[str, Tensor], constants: Mapping[str, Any]) -> dic
         elif isinstance(constant, Listed):
             rows = inputs[name] if constant.axis is None else inputs[name].unsqueeze(1 + constant.axis)
             flat[name] = Samples(rows, flat.pop(constant.mask) if constant.mask else None)
-    return _nested(flat)
+    return _nest(flat)
 
 
 def batch_of(inputs: Mapping[str, Tensor]) -> int:
@@ -164,31 +164,31 @@ def tensor_of(constant: Any) -> Tensor:
     return tensor
 
 
-def repeated(row: Tensor, batch: int) -> Tensor:
+def repeat_row(row: Tensor, batch: int) -> Tensor:
     """One row (1, …) for each of `batch` samples."""
     return row.repeat(batch, *[1] * (row.ndim - 1))  # contiguous, as pipelines make it
 
 
-def _followed(value: Tensor, channels: tuple[float, ...]) -> Tensor:
+def _append_channels(value: Tensor, channels: tuple[float, ...]) -> Tensor:
     """(n, c, …) → (n, c + channels, …)."""
     row = value.new_tensor(channels).view(1, -1, *[1] * (value.ndim - 2))
     return torch.cat([value, row.expand(value.shape[0], -1, *value.shape[2:])], dim=1)
 
 
-def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts, and tuples of tensors, as one dict with dotted names; an empty dict is a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, tuple) and value and all(isinstance(each, Tensor) for each in value):
             flat |= {f"{prefix}{key}.{position}": each for position, each in enumerate(value)}
         elif isinstance(value, dict) and value:
-            flat |= flattened(value, f"{prefix}{key}.")
+            flat |= flatten_values(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         *path, last = name.split(".")
@@ -200,7 +200,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_tuples(value: Any) -> Any:
-    """What `flattened` made dicts of, as it was: positions are the names of a tuple's entries."""
+    """What `flatten_values` made dicts of, as it was: positions are the names of a tuple's entries."""
     if not isinstance(value, dict) or not value:
         return value
     found = {name: _with_tuples(each) for name, each in value.items()}

@@ -24,7 +24,7 @@ class Denoiser:
 
     transformer: Any
     interface: Interface
-    """Its constants have to be on that device (`placed`)."""
+    """Its constants have to be on that device (`place_constants`)."""
     conditioning: dict[str, Tensor]
     guidance: Tensor
     """Scale of each sample, float32 (n,)."""
@@ -67,23 +67,23 @@ def denoiser_of(transformer: Any, interface: Interface, trajectory: Trajectory) 
     )
 
 
-def placed(interface: Interface, device: torch.device | str) -> Interface:
+def place_constants(interface: Interface, device: torch.device | str) -> Interface:
     """The interface with the tensors among its constants and tables on a device."""
     return replace(
         interface,
-        constants={name: _moved(value, device) for name, value in interface.constants.items()},
-        tables={name: replace(table, value=_moved(table.value, device)) for name, table in interface.tables.items()},
+        constants={name: _move(value, device) for name, value in interface.constants.items()},
+        tables={name: replace(table, value=_move(table.value, device)) for name, table in interface.tables.items()},
     )
 
 
-def _moved(value: Any, device: torch.device | str) -> Any:
+def _move(value: Any, device: torch.device | str) -> Any:
     """A constant argument, as `arguments` takes it, with its tensors on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, PerSample):
         return PerSample(value.row.to(device))
     if isinstance(value, Mapping):
-        return {key: _moved(each, device) for key, each in value.items()}
+        return {key: _move(each, device) for key, each in value.items()}
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(_moved(each, device) for each in value)
+        return type(value)(_move(each, device) for each in value)
     return value

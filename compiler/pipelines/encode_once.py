@@ -1,8 +1,8 @@
 """Text encoders leave the device while a model's full runs are made there: all prompts of those are encoded before.
 
 What `encode_prompt` made of each call is kept on the CPU, and handed to the pipeline again when it asks for the same;
-it is the same conditioning to the last bit. Only where the encoders are in nobody else's care: a pipeline with offloading
-moves them itself, and on the CPU there is no memory to give back.
+it is the same conditioning to the last bit. Only where the encoders are in nobody else's care: a pipeline with
+offloading moves them itself, and on the CPU there is no memory to give back.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def _back(value: Any) -> Any:
 
 @contextlib.contextmanager
 def encoders_aside(pipeline: Any, placement: Placement) -> Iterator[Callable[[], None]]:
-    """While it lasts, prompts are encoded once. Yields what moves the text encoders off the device, for when all prompts
-    that are known were encoded; they are back as soon as another is asked for, and at the end.
+    """While it lasts, prompts are encoded once. Yields what moves the text encoders off the device, for when all
+    prompts that are known were encoded; they are back as soon as another is asked for, and at the end.
 
     Where a pipeline has no `encode_prompt`, or finds its device by its encoders, nothing changes.
     """

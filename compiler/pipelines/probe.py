@@ -125,7 +125,7 @@ def _find_conditioning(
         options: how the pipeline is called.
         name: its class.
     """
-    conditioning, constants = _sorted_arguments(first, second, varying, rows, name)
+    conditioning, constants = _sort_arguments(first, second, varying, rows, name)
     calls, padded = [*first.calls[0], *second.calls[0]], [key for key, how in listed.items() if how.mask]
     text = _find_text(calls, conditioning, constants, padded, options.max_sequence_length, name)
     if text and text.mask not in conditioning:
@@ -187,7 +187,7 @@ def _find_latents(tape: Tape, other: Tape, name: str) -> tuple[str, bool, tuple[
     )
 
 
-def _sorted_arguments(
+def _sort_arguments(
     first: Tape, second: Tape, varying: tuple[str, ...], rows: int, name: str
 ) -> tuple[list[str], dict[str, Any]]:
     """The arguments that are not `varying` as conditioning and constants. `rows`: batch of a call."""
@@ -266,7 +266,7 @@ def _find_timestep(tape: Tape, name: str) -> tuple[str, float, float]:
             continue
         found = [float(call[0][key].float().flatten()[0]) for call in tape.calls[:2]]
         if value.is_floating_point() and value.dtype.itemsize < 4:
-            scale, offset = _rounded_line(times, found)
+            scale, offset = _fit_rounded_line(times, found)
             misses = [abs(scale * time + offset - seen) for time, seen in zip(times, found, strict=True)]
             if max(misses) <= 1e-2 * max(map(abs, found)):
                 return key, scale, offset
@@ -281,7 +281,7 @@ def _find_timestep(tape: Tape, name: str) -> tuple[str, float, float]:
     raise ModelError(f"{name} passes no argument that follows the scheduler's timestep: not supported")
 
 
-def _rounded_line(times: Sequence[float], found: Sequence[float]) -> tuple[float, float]:
+def _fit_rounded_line(times: Sequence[float], found: Sequence[float]) -> tuple[float, float]:
     """Scale and offset of a line through values that were rounded to half precision: round numbers that explain them.
 
     >>> _rounded_line([1000.0, 857.0], [1.0, 0.8554])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..models.model import transformer_of
-from .arguments import PLAIN, flattened
+from .arguments import PLAIN, flatten_values
 from .call import CallOptions
 from .invoke import Stop, invoke
 from .prompts import prompt_arguments
@@ -72,13 +72,13 @@ def record(
 
     def after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if len(tape.timesteps) < keep_calls:
-            call = flattened(_bound(signature, args, kwargs))
+            call = flatten_values(_bound(signature, args, kwargs))
             tape.calls[-1].append({key: _kept(value) for key, value in call.items()})
             tape.call_outputs[-1].append(_kept(PLAIN(output)))
 
     @functools.wraps(original_step)  # pipelines look at its signature for what to pass, such as eta
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        exact, predicted = latents.before(sample), _unrounded(model_output)
+        exact, predicted = latents.before(sample), _in_float32(model_output)
         before, output = _kept(exact).float(), _kept(predicted).float()
         result, exact = latents.after(original_step(predicted, timestep, exact, *args, **kwargs), sample.dtype)
         after = _kept(exact).float()
@@ -112,8 +112,8 @@ def record(
 class _Latents:
     """Latents of a run, in float32 from step to step, also where a pipeline hands them round in half precision.
 
-    What the model takes is rounded; what steps add up is not, so that a run of few long steps and one of many short ones
-    differ by what they compute.
+    What the model takes is rounded; what steps add up is not, so that a run of few long steps and one of many short
+    ones differ by what they compute.
     """
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ class _Latents:
         known = self._known
         if known is not None and known.shape == sample.shape and torch.equal(known.to(sample.dtype), sample):
             return known
-        return _unrounded(sample)
+        return _in_float32(sample)
 
     def after(self, result: Any, dtype: torch.dtype) -> tuple[Any, Tensor]:
         """A step's result as the pipeline expects it, and its latents unrounded."""
@@ -139,7 +139,7 @@ class _Latents:
         return result, exact
 
 
-def _unrounded(value: Tensor) -> Tensor:
+def _in_float32(value: Tensor) -> Tensor:
     """Half precision as float32; other tensors as they are."""
     return value.float() if value.is_floating_point() and value.dtype.itemsize < torch.float32.itemsize else value
 
@@ -205,13 +205,15 @@ def record_first_step(
 def record_first_call(
     pipeline: Any, options: CallOptions, prompts: Sequence[str], guidance_scale: float = 1.0
 ) -> dict[str, Any]:
-    """The arguments of a pipeline's first call to its transformer, by default without guidance; nothing is evaluated."""
+    """The arguments of a pipeline's first call to its transformer, by default without guidance; nothing is
+    evaluated.
+    """
     transformer = transformer_of(pipeline, type(pipeline).__name__)
     signature = inspect.signature(transformer.forward)
     calls: list[dict[str, Any]] = []
 
     def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = flattened(_bound(signature, args, kwargs))
+        call = flatten_values(_bound(signature, args, kwargs))
         calls.append({key: _kept(value) for key, value in call.items()})
         raise Stop
 

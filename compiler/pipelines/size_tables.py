@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import InPlaceOf, PerSample, arguments, batch_of, repeated, tensor_of
+from .arguments import InPlaceOf, PerSample, arguments, batch_of, repeat_row, tensor_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def standing_in(module: nn.Module, inputs: Mapping[str, Tensor], constants: Mapp
     made: dict[str, Any] = {}
     for name, place in constants.items():
         if isinstance(place, InPlaceOf):
-            value = repeated(inputs[name], batch_of(inputs)) if place.spread else inputs[name]
+            value = repeat_row(inputs[name], batch_of(inputs)) if place.spread else inputs[name]
             value = torch.view_as_complex(value) if place.pairs else value
             made[place.part] = value if place.position is None else (*made.get(place.part, ()), value)
     parts = {module.get_submodule(path): value for path, value in made.items()}

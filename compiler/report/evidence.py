@@ -163,17 +163,17 @@ def gather(
         passes=tuple(passes),
     )
     pictures = Shown(
-        full=_stacked(references, range(shown)),
+        full=_stack(references, range(shown)),
         budgets={budget: arrays["pictures"] for budget, arrays in kept.items()},
         worst={
-            budget: (_stacked(references, arrays["worst"].tolist()), arrays["worst_pictures"])
+            budget: (_stack(references, arrays["worst"].tolist()), arrays["worst_pictures"])
             for budget, arrays in kept.items()
         },
     )
     return evidence, pictures
 
 
-def _stacked(references: Mapping[int, np.ndarray] | np.ndarray, rows: Iterable[int]) -> np.ndarray:
+def _stack(references: Mapping[int, np.ndarray] | np.ndarray, rows: Iterable[int]) -> np.ndarray:
     return np.stack([references[row] for row in rows])
 
 

@@ -1,1 +1,3 @@
-"""Which steps are computed: inner products of full runs → schedules, by graph, search and transport, for each payload."""
+"""Which steps are computed: inner products of full runs → schedules, by graph, search and transport, for each
+payload.
+"""

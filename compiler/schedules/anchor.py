@@ -32,7 +32,9 @@ class AnchorResult:
 
 
 def schedule_from_gaps(gaps: Sequence[float], num_inference_steps: int) -> Schedule:
-    """Steps whose distances are in proportion to `gaps` (B positive numbers, the last one up to T), as far as they can."""
+    """Steps whose distances are in proportion to `gaps` (B positive numbers, the last one up to T), as far as
+    they can.
+    """
     budget = len(gaps)
     shares = np.cumsum(gaps) / np.sum(gaps)
     spare = num_inference_steps - budget
@@ -68,8 +70,9 @@ class DriftPruner(optuna.pruners.BasePruner):
 
 
 Score = Callable[[Schedule, Stop], tuple[float, Sequence[float]]]
-"""(schedule, whether to give it up) → its score, higher is better, and how far it drifted at each step, if that is known.
-May raise Stopped."""
+"""(schedule, whether to give it up) → its score, higher is better, and how far it drifted at each step, if that is
+known. May raise Stopped.
+"""
 
 
 def search_anchor(
@@ -102,7 +105,7 @@ def search_anchor(
         raise ValueError(f"trials is {trials}: expected 1 or more")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     record = optuna.create_study(direction="maximize", storage=storage, study_name="anchor", load_if_exists=True)
-    known = _recorded(record)
+    known = _read_record(record)
     study = optuna.create_study(direction="maximize", pruner=DriftPruner())
     space: dict[str, optuna.distributions.BaseDistribution] = {
         f"gap_{k}": optuna.distributions.FloatDistribution(0.0, 1.0) for k in range(budget)
@@ -187,7 +190,7 @@ def _record(
     )
 
 
-def _recorded(record: optuna.Study) -> dict[Schedule, _Outcome]:
+def _read_record(record: optuna.Study) -> dict[Schedule, _Outcome]:
     """What `_record` has kept."""
     states = optuna.trial.TrialState
     return {

@@ -80,7 +80,7 @@ class ResidualFamily:
         self.calibration, self.gram, self.forecasts = calibration, gram, forecasts
         table = calibration.table
         if end_to_end:
-            self.errors = end_to_end_edge_errors(self._replayed, table.num_inference_steps)
+            self.errors = end_to_end_edge_errors(self._replay, table.num_inference_steps)
         else:
             self.errors = residual_edge_errors(table, gram)
         self.tried: dict[tuple[Schedule, Forecast], Trial] = {}
@@ -101,9 +101,9 @@ class ResidualFamily:
             program = residual_program(self.calibration.table, schedule, forecast, self.gram)
             key = ["residual", forecast, list(schedule)]
             self.tried[schedule, forecast] = self.calibration.try_program(key, name, program)
-        return self.tried[schedule, forecast].named(f"{name}, {forecast}", weight)
+        return self.tried[schedule, forecast].with_name(f"{name}, {forecast}", weight)
 
-    def _replayed(self, start: int, end: int) -> float:
+    def _replay(self, start: int, end: int) -> float:
         """LeMiCa's cost of an edge: blocks computed at `start`, reused up to `end`, computed afterwards; latent MSE."""
         calibration, total = self.calibration, self.calibration.table.num_inference_steps
         schedule = [index for index in range(total) if not start < index < end]
@@ -122,7 +122,9 @@ class ResidualFamily:
 
 
 def squared_errors_of(program: Program, start: int) -> Callable[[Batch], Rows]:
-    """`squared_error` float64 (m,): mean squared error of the final latents of a program that begins at step `start`."""
+    """`squared_error` float64 (m,): mean squared error of the final latents of a program that begins at step
+    `start`.
+    """
 
     def answer(batch: Batch) -> Rows:
         final = roll_out(program, batch.denoiser, batch.latents(start), batch.evaluator.stages)

@@ -49,7 +49,9 @@ def edge_errors(statistics: TrajectoryStatistics) -> FloatArray:
 
 
 def pair_edge_errors(statistics: TrajectoryStatistics) -> FloatArray:
-    """Squared errors float64 (T, T, T+1) of X_j ≈ a X_i + w V_i + u V_h, h < i < j the step computed before; else inf."""
+    """Squared errors float64 (T, T, T+1) of X_j ≈ a X_i + w V_i + u V_h, h < i < j the step computed before;
+    else inf.
+    """
     total = statistics.num_inference_steps
     errors = np.full((total, total, total + 1), np.inf)
     for start in range(1, total):
@@ -94,7 +96,7 @@ def shortest_schedule(
     if not 1 <= budget <= total:
         raise ValueError(f"budget is {budget}: expected 1 … {total}")
     if isinstance(objective, Minimax):
-        costs, pair_costs = _ranked(errors, pair_errors, budget)
+        costs, pair_costs = _rank(errors, pair_errors, budget)
     else:
         costs = np.where(
             np.isfinite(errors), np.sqrt(np.where(np.isfinite(errors), errors, 0)) ** objective.exponent, np.inf
@@ -161,7 +163,7 @@ def _power_pair_path(costs: FloatArray, pair_costs: FloatArray, budget: int) -> 
     return tuple(reversed(path))
 
 
-def _ranked(errors: FloatArray, pair_errors: FloatArray | None, budget: int) -> tuple[FloatArray, FloatArray | None]:
+def _rank(errors: FloatArray, pair_errors: FloatArray | None, budget: int) -> tuple[FloatArray, FloatArray | None]:
     """Errors replaced by their ranks among all errors: the order is all that minimax looks at."""
     parts = [errors] if pair_errors is None else [errors, pair_errors]
     values = np.unique(np.concatenate([part[np.isfinite(part)] for part in parts]))

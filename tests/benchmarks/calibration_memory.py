@@ -163,7 +163,9 @@ def video_autoencoder(channels: int) -> Any:
 
 
 def hunyuan(case: Case) -> Any:
-    """HunyuanVideoPipeline with 16 channels at a quarter of the frames and an eighth of the side; patches of 3 × 10 × 10."""
+    """HunyuanVideoPipeline with 16 channels at a quarter of the frames and an eighth of the side; patches of 3 × 10 ×
+    10.
+    """
     import diffusers
 
     from otcache.artifacts.training import video

@@ -1,4 +1,5 @@
-"""A model that is evaluated in half precision: the schedules and, as far as they can be told apart, the figures of float32.
+"""A model that is evaluated in half precision: the schedules and, as far as they can be told apart, the figures of
+float32.
 
 Latents stay in float32 between steps, so that what is rounded is each evaluation's input and output alone.
 """

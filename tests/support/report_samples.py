@@ -1,4 +1,6 @@
-"""Reports beyond what a small compile gives: many budgets and peers, other samplers, hostile text. Numbers are drawn."""
+"""Reports beyond what a small compile gives: many budgets and peers, other samplers, hostile text. Numbers are
+drawn.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from otcache.compiler.calibration.batch import batch_from_rows
-from otcache.compiler.calibration.rollout import WEIGHED_POSITIONS, residual_gram, roll_out, weighed_positions
+from otcache.compiler.calibration.rollout import WEIGHED_POSITIONS, residual_gram, roll_out, take_positions
 from otcache.compiler.calibration.runs import Runs
 from otcache.compiler.calibration.scoring import eight_bits, kept_latents, kept_pictures, measure, scores_of
 from otcache.compiler.graph.stages import StageGraph, Stages
@@ -100,9 +100,9 @@ def test_some_positions_are_an_estimate_of_all(tmp_path):
 )
 def test_weighed_positions_are_the_same_ones_at_every_call(shape, limit):
     value = torch.arange(float(np.prod(shape))).view(shape)
-    found = weighed_positions(value, limit)
-    assert torch.equal(found, weighed_positions(value, limit)), "at every call"
-    shifted = weighed_positions(value + 1000, limit)
+    found = take_positions(value, limit)
+    assert torch.equal(found, take_positions(value, limit)), "at every call"
+    shifted = take_positions(value + 1000, limit)
     assert torch.equal(shifted, found + 1000), "whatever the values are"
     axes = position_axes(len(shape))
     count = int(np.prod([shape[axis] for axis in axes])) if axes else 1
@@ -113,13 +113,13 @@ def test_weighed_positions_are_the_same_ones_at_every_call(shape, limit):
     if axes and limit < count:  # a position is taken with all its channels
         ids = torch.arange(count).view([shape[axis] for axis in axes])
         ids = ids[:, None] if len(shape) == 3 else ids
-        places = weighed_positions(ids.expand(shape).float(), limit)
+        places = take_positions(ids.expand(shape).float(), limit)
         assert all((places == place).sum(dim=1).eq(channels).all() for place in places[0].unique())
 
 
 def test_at_most_the_stated_number_of_positions_is_weighed():
-    assert weighed_positions(torch.zeros(2, WEIGHED_POSITIONS + 1, 3)).shape == (2, WEIGHED_POSITIONS * 3)
-    assert weighed_positions(torch.zeros(2, 3, 65, 65)).shape == (2, WEIGHED_POSITIONS * 3)
+    assert take_positions(torch.zeros(2, WEIGHED_POSITIONS + 1, 3)).shape == (2, WEIGHED_POSITIONS * 3)
+    assert take_positions(torch.zeros(2, 3, 65, 65)).shape == (2, WEIGHED_POSITIONS * 3)
 
 
 def test_the_full_program_ends_where_the_full_run_did(tmp_path):

@@ -1,4 +1,6 @@
-"""What `probe` finds out about pipelines of all kinds, and what it refuses; nothing is exported, so all of it is quick."""
+"""What `probe` finds out about pipelines of all kinds, and what it refuses; nothing is exported, so all of it
+is quick.
+"""
 
 from __future__ import annotations
 

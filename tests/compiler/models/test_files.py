@@ -173,7 +173,9 @@ def fetch(address: str, home: Path, variant: str = "", trust: str = "") -> list[
 
 @pytest.fixture(scope="module")
 def repository(tiny_flux_folder, tmp_path_factory) -> Path:
-    """The tiny pipeline as people upload them: variants, a chat template, a checkpoint in one file, Python, old parts."""
+    """The tiny pipeline as people upload them: variants, a chat template, a checkpoint in one file, Python, old
+    parts.
+    """
     folder = tmp_path_factory.mktemp("hub") / "repository"
     shutil.copytree(tiny_flux_folder, folder)
     for path in [*folder.rglob("*.safetensors")]:

@@ -94,8 +94,8 @@ def test_bounds_follow_the_options(payload):
     ("budgets", "tried"), [((8,), 5), ((4, 8, 16), 5), ((4, 8, 10, 16), 3), ((4, 6, 8, 10, 12), 3)]
 )
 def test_more_budgets_cost_positions_on_the_path_rather_than_more_full_runs(budgets, tried):
-    """By hand: capture 1, residuals 8 / 32, reference 2 · 19 / 50, anchor 20 · 3 / 50; each budget B takes B − 1 for each
-    position and four graphs, and twice B for the other payload.
+    """By hand: capture 1, residuals 8 / 32, reference 2 · 19 / 50, anchor 20 · 3 / 50; each budget B takes B − 1 for
+    each position and four graphs, and twice B for the other payload.
     """
     options = CompileOptions(model="m", budgets=budgets)
     assert 1 + sum(highest_costs(options, 32, 50).values()) <= 10

@@ -1,23 +1,25 @@
-"""A pipeline's call from named tensors: nesting, constants for each sample, offsets, and what is taken of the output."""
+"""A pipeline's call from named tensors: nesting, constants for each sample, offsets, and what is taken of the
+output.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from otcache.compiler.pipelines.arguments import PLAIN, Behind, Offset, Output, PerSample, arguments, flattened
+from otcache.compiler.pipelines.arguments import PLAIN, Behind, Offset, Output, PerSample, arguments, flatten_values
 
 
 def test_names_with_dots_are_nested_and_flattened_again():
     time = torch.ones(3)
     made = arguments({"added.text": time}, {"added.ids": 4, "flag": None, "empty": {}})
     assert made == {"added": {"text": time, "ids": 4}, "flag": None, "empty": {}}
-    assert flattened(made) == {"added.text": time, "added.ids": 4, "flag": None, "empty": {}}
+    assert flatten_values(made) == {"added.text": time, "added.ids": 4, "flag": None, "empty": {}}
 
 
 def test_tuples_of_tensors_are_flattened_and_made_again():
     cos, sin = torch.ones(2), torch.zeros(2)
     call = {"rotary": (cos, sin), "scale": (1.0, 2.0), "added": {"pair": (sin,)}}
-    flat = flattened(call)
+    flat = flatten_values(call)
     assert set(flat) == {"rotary.0", "rotary.1", "scale", "added.pair.0"}
     made = arguments({"rotary.1": sin, "rotary.0": cos}, {"scale": flat["scale"], "added.pair.0": sin})
     assert made["rotary"][0] is cos and made["rotary"][1] is sin

@@ -1,4 +1,6 @@
-"""Where tensors are made and counted: on a GPU that is only pretended, tensors of two devices raise as on a real one."""
+"""Where tensors are made and counted: on a GPU that is only pretended, tensors of two devices raise as on a
+real one.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from otcache.compiler.calibration.rollout import StagedModel
 from otcache.compiler.export.decoder import LatentDecoder
 from otcache.compiler.graph.stages import StageGraph, Stages
-from otcache.compiler.pipelines.denoiser import Denoiser, placed
+from otcache.compiler.pipelines.denoiser import Denoiser, place_constants
 from otcache.compiler.pipelines.interface import Interface
 from otcache.compiler.pipelines.placement import (
     PeakBytes,
@@ -84,7 +86,7 @@ class Transformer(nn.Module):
 
 def test_a_denoiser_stays_on_its_device(gpu):
     model, latents = Transformer(), torch.zeros(3, 4, 16, device=CUDA)
-    output = denoiser(model, placed(interface(), CUDA))(latents, 500.0)
+    output = denoiser(model, place_constants(interface(), CUDA))(latents, 500.0)
     assert output.device == CUDA and output.dtype == torch.float32 and output.shape == latents.shape
     with pytest.raises(RuntimeError, match=OTHER_DEVICE):
         denoiser(model, interface())(latents, 500.0)
@@ -125,7 +127,7 @@ def stages():
 def test_a_model_in_stages_stays_on_its_device_with_its_tables(gpu):
     table = Table(place=InPlaceOf.__new__(InPlaceOf), value=torch.ones(16))
     found = interface(tables={"table": table}, guided=False, dtype=torch.float32)
-    staged = StagedModel(stages(), denoiser(None, placed(found, CUDA)), keep=1)
+    staged = StagedModel(stages(), denoiser(None, place_constants(found, CUDA)), keep=1)
     latents = torch.zeros(3, 4, 16, device=CUDA)
     step = dict(timestep=1.0, input_scale=1.0, residual_coefs=(1.0,), latent_coef=1.0, output_coefs=(1.0,))
     for index, compute in enumerate((True, False)):

@@ -28,7 +28,9 @@ def test_weights_are_affine_in_their_laws_variable(anchor, reference, data):
 @given(st.integers(1, 3), st.floats(0, 1), st.integers(0, 99))
 @settings(max_examples=100, deadline=None)
 def test_schedules_of_equal_budgets_interpolate_step_by_step(factor, weight, seed):
-    """With reference and anchor of the same budget B, step k of B lies between their steps k: no quantiles are needed."""
+    """With reference and anchor of the same budget B, step k of B lies between their steps k: no quantiles are
+    needed.
+    """
     random = np.random.default_rng(seed)
     budget = 4 * factor
     first, second = (

@@ -1,4 +1,6 @@
-"""The searches as a whole, on an equation: interrupted at any moment they end as an undisturbed one, and cost the same."""
+"""The searches as a whole, on an equation: interrupted at any moment they end as an undisturbed one, and cost
+the same.
+"""
 
 from __future__ import annotations
 

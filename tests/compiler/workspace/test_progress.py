@@ -82,7 +82,8 @@ def test_a_reporter_is_chosen_by_the_options_and_the_terminal(monkeypatch):
 
 def test_on_a_terminal_bars_are_drawn():
     script = (
-        "import time\nfrom otcache.compiler.workspace.progress import reporter_for\nr = reporter_for(as_json=False, verbose=False)\n"
+        "import time\nfrom otcache.compiler.workspace.progress import reporter_for\nr = "
+        "reporter_for(as_json=False, verbose=False)\n"
         "with r.on('anchor', '[4] trials') as p:\n    for i in range(1, 5):\n        time.sleep(0.1); p(i, 4)\n"
         "r.reused('export')\nr.close()\nprint('result')"
     )

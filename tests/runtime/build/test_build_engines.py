@@ -1,4 +1,6 @@
-"""`otc build-engines` with the real library for RTX, which needs no GPU: plans, the manifest, interruptions, bad input."""
+"""`otc build-engines` with the real library for RTX, which needs no GPU: plans, the manifest, interruptions,
+bad input.
+"""
 
 from __future__ import annotations
 

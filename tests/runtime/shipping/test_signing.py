@@ -218,8 +218,13 @@ def test_keys_of_openssl(damaged, tmp_path):
 
 
 def test_without_cryptography(damaged, keys):
-    """In a real process whose import of it fails: signing says which pip command helps, plain verifying needs it not."""
-    code = "import sys; sys.modules['cryptography'] = None\nfrom otcache.runtime.cli.main import main; main(prog_name='otc')"
+    """In a real process whose import of it fails: signing says which pip command helps, plain verifying needs
+    it not.
+    """
+    code = (
+        "import sys; sys.modules['cryptography'] = None\n"
+        "from otcache.runtime.cli.main import main; main(prog_name='otc')"
+    )
 
     def run(*arguments):
         line = [sys.executable, "-c", code, *map(str, arguments)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import otc
+from diffusers import FluxTransformer2DModel, TorchAoConfig
 
 from otcache.runtime.artifact.reader import Artifact
 
@@ -68,6 +70,22 @@ def test_memory_that_one_sample_does_not_fit(tiny_flux_folder, tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert "one sample's evaluation takes about " in last and "MB beside the model, and 0.02 MB are free" in last
     assert not list((tmp_path / "cache").glob("*/capture*"))
+
+
+def test_a_quantised_model_with_engines_asked_for(tiny_flux_folder, tmp_path):
+    torchao = pytest.importorskip("torchao.quantization", reason="pip install --no-deps torchao")
+    folder, options = tmp_path / "quantised", TorchAoConfig(torchao.Int8DynamicActivationInt8WeightConfig())
+    shutil.copytree(tiny_flux_folder, folder, ignore=shutil.ignore_patterns("transformer"))
+    transformer = FluxTransformer2DModel.from_pretrained(tiny_flux_folder / "transformer", quantization_config=options)
+    transformer.save_pretrained(folder / "transformer")
+    arguments = ["compile", str(folder), *PLAIN, "--device", "cpu", "-o", str(tmp_path / "a")]
+    result = otc(*arguments, "--engines", "onnx", workspace=tmp_path / "cache")
+    assert result.exit_code == 3
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert "is quantised (torchao: " in line and line.endswith("or leave engines out with --engines none")
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").glob("*/capture*"))
+    assert otc(*arguments, workspace=tmp_path / "cache").exit_code == 0
+    assert not Artifact.open(tmp_path / "a").manifest.stages
 
 
 @pytest.mark.skipif(

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..models.model import transformer_of
 from .placement import Placement
 
 PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
@@ -52,7 +51,7 @@ def encoders_aside(pipeline: Any, placement: Placement) -> Iterator[Callable[[],
     if placement.offload != "none" or placement.device.type == "cpu" or encode is None or not encoders:
         yield lambda: None
         return
-    keeper = _Encoded(pipeline, encode, encoders, placement.device)
+    keeper = _Encoded(pipeline, encode, encoders)
     pipeline.encode_prompt = keeper
     try:
         yield keeper.leave
@@ -62,17 +61,22 @@ def encoders_aside(pipeline: Any, placement: Placement) -> Iterator[Callable[[],
 
 
 def text_encoders(pipeline: Any) -> list[nn.Module]:
-    """The pipeline's text encoders, as they are on its own device."""
-    named = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
-    trunk = transformer_of(pipeline, type(pipeline).__name__)
-    return [part for part in named.values() if isinstance(part, nn.Module) and part is not trunk]
+    """The pipeline's text encoders that may be moved: not those that are quantised, or spread over devices."""
+    named = [part for name, part in pipeline.components.items() if name.startswith("text_encoder")]
+    fixed = ("hf_quantizer", "hf_device_map")
+    return [
+        part
+        for part in named
+        if isinstance(part, nn.Module) and all(getattr(part, name, None) is None for name in fixed)
+    ]
 
 
 class _Encoded:
     """`encode_prompt` with what it has made so far."""
 
-    def __init__(self, pipeline: Any, encode: Any, encoders: list[nn.Module], device: torch.device) -> None:
-        self.pipeline, self.encode, self.encoders, self.device = pipeline, encode, encoders, device
+    def __init__(self, pipeline: Any, encode: Any, encoders: list[nn.Module]) -> None:
+        self.pipeline, self.encode = pipeline, encode
+        self.places = [(encoder, next(encoder.parameters()).device) for encoder in encoders]
         self.signature = inspect.signature(encode)
         self.made: dict[str, Any] = {}
         self.away = False
@@ -96,15 +100,16 @@ class _Encoded:
 
     def leave(self) -> None:
         """Move the encoders to the CPU, unless the pipeline would then run there."""
-        for encoder in self.encoders:
+        before = torch.device(self.pipeline._execution_device)
+        for encoder, _ in self.places:
             encoder.to("cpu")
         self.away = True
-        if torch.device(self.pipeline._execution_device).type != self.device.type:
+        if torch.device(self.pipeline._execution_device) != before:
             self.come_back()
 
     def come_back(self) -> None:
-        """Move the encoders to the device."""
+        """Move the encoders to where they were."""
         if self.away:
-            for encoder in self.encoders:
-                encoder.to(self.device)
+            for encoder, device in self.places:
+                encoder.to(device)  # type: ignore[arg-type]
         self.away = False

@@ -42,7 +42,7 @@ def _back(value: Any) -> Any:
 @contextlib.contextmanager
 def encoders_aside(pipeline: Any, placement: Placement) -> Iterator[Callable[[], None]]:
     """While it lasts, prompts are encoded once. Yields what moves the text encoders off the device, for when all
-    prompts that are known were encoded; they are back as soon as another is asked for, and at the end.
+    prompts that are known were encoded; they come back for as long as another is encoded, and at the end.
 
     Where a pipeline has no `encode_prompt`, or finds its device by its encoders, nothing changes.
     """
@@ -84,13 +84,16 @@ class _Encoded:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         key = self._key(args, kwargs)
-        if key is None or key not in self.made:
-            self.come_back()
-            made = self.encode(*args, **kwargs)
-            if key is None:
-                return made
+        if key is not None and key in self.made:
+            return tree_map(_back, self.made[key])
+        away = self.away
+        self.come_back()
+        made = self.encode(*args, **kwargs)
+        if key is not None:
             self.made[key] = tree_map(_away, made)
-        return tree_map(_back, self.made[key])
+        if away:
+            self.leave()
+        return made
 
     def _key(self, args: Any, kwargs: Any) -> str | None:
         """None for a call with tensors, pictures or the like."""

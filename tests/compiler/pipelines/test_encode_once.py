@@ -53,8 +53,7 @@ with alt_device.Tensors():
         assert torch.equal(run(["a ring"]), expected[0]) and len(calls) == 2, "known from before"
         assert places() == ["cpu", "cpu"]
         assert torch.equal(run(["a star"]), expected[1]) and len(calls) == 4, "another prompt has them come back"
-        assert places() == ["alt", "alt"]
-        leave()
+        assert places() == ["cpu", "cpu"], "and leave again"
     assert places() == ["alt", "alt"] and "encode_prompt" not in vars(pipeline)
 """
 

@@ -156,6 +156,7 @@ def test_every_option_is_taken(pipeline, tmp_path):
         "force",
         "engines",
         "effort",
+        "search_size",
     }
     assert set(refused) | others >= {field.name for field in dataclasses.fields(CompileOptions)}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import sys
@@ -231,9 +230,8 @@ def compile_case(case: Case, workspace: Path) -> dict[str, Any]:
 
 def measure(case: Case, folder: Path | None) -> dict[str, Any]:
     """`compile_case` in a process of its own."""
-    with tempfile.TemporaryDirectory(dir=folder) as workspace:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(compile_case, (case, Path(workspace)))
+    with tempfile.TemporaryDirectory(dir=folder) as workspace, multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(compile_case, (case, Path(workspace)))
 
 
 def main() -> int:

@@ -39,6 +39,6 @@ EFFORTS: dict[EffortName, Effort] = {
         full_runs=10.0, calibration_prompts=32, trials=20, reference_graphs=2, weights=5, graphs=4, residual_samples=8
     ),
     "thorough": Effort(
-        full_runs=25.0, calibration_prompts=64, trials=160, reference_graphs=3, weights=9, graphs=4, residual_samples=16
+        full_runs=25.0, calibration_prompts=64, trials=240, reference_graphs=3, weights=9, graphs=4, residual_samples=16
     ),
 }

@@ -117,10 +117,15 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
 @click.option("--target", "targets", default="", metavar="sm_NN[,…]", help="Compute capabilities to build plans for.")
 @click.option("--force", is_flag=True, help="Replace an existing artifact.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
+@click.option(
+    "--measure", is_flag=True, help="With --dry-run: time one evaluation at the served size; hours of each --effort."
+)
 @click.option("-v", "--verbose", is_flag=True, help="A line per pass on stderr; also with OTC_LOG=info.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, events on stderr.")
 @click.pass_context
-def compile_command(ctx: click.Context, as_json: bool, dry_run: bool, verbose: bool, **choices: Any) -> None:
+def compile_command(
+    ctx: click.Context, as_json: bool, dry_run: bool, measure: bool, verbose: bool, **choices: Any
+) -> None:
     """Compile MODEL (a bundled name, a diffusers folder or a hub id) into an artifact.
 
     \b
@@ -132,7 +137,7 @@ def compile_command(ctx: click.Context, as_json: bool, dry_run: bool, verbose: b
       otc compile shapes --budgets 4,8,12,16 --force     # adds a budget to what the workspace knows
       otc compile shapes --effort quick --engines none   # programs alone, in minutes
       otc compile ./flux --device cuda --precision bfloat16
-      otc compile shapes --dry-run
+      otc compile shapes --dry-run --measure
       otc compile shapes --backend onnx,tensorrt-rtx --target sm_89,sm_120
 
     An interrupted compile goes on where it stopped when it is started again with the same options: Ctrl-C ends it with
@@ -142,7 +147,7 @@ def compile_command(ctx: click.Context, as_json: bool, dry_run: bool, verbose: b
 
     try:
         with interruptible():
-            _compile(as_json, dry_run, verbose, **choices)
+            _compile(as_json, dry_run, measure, verbose, **choices)
     except Interrupted as stop:
         click.echo(f"otc compile was stopped by {stop}: run the same command again to go on where it stopped", err=True)
         ctx.exit(stop.exit_code)
@@ -151,6 +156,7 @@ def compile_command(ctx: click.Context, as_json: bool, dry_run: bool, verbose: b
 def _compile(
     as_json: bool,
     dry_run: bool,
+    measure: bool,
     verbose: bool,
     budgets: str,
     guidance_scale: str,
@@ -161,6 +167,8 @@ def _compile(
     **choices: Any,
 ) -> None:
     check_packages("otc compile")
+    if measure and not dry_run:
+        raise click.UsageError("--measure says what a compile would take: give it with --dry-run")
     from ..export import plans as engines
 
     plans = engines.parse_backends(backends), engines.parse_targets(targets)
@@ -188,7 +196,7 @@ def _compile(
         if dry_run:
             from ..passes.dry_run import plan_compile
 
-            plan = plan_compile(options, reporter)
+            plan = plan_compile(options, reporter, at_size=measure)
             reporter.close()
             click.echo(json.dumps(plan.to_json()) if as_json else plan.text())
             return

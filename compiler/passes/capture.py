@@ -36,6 +36,15 @@ def capture_key(session: Session, prompts: Sequence[str], seed: int, scales: Seq
     return [session.key, list(prompts), seed, list(scales), "mapped files"]
 
 
+def captured(session: Session, name: str, prompts: Sequence[str], seed: int, margin: float = 1.0) -> bool:
+    """Whether all full runs of `prompts` are in the workspace."""
+    scales = calibration_scales(*session.options.guidance_scale, len(prompts), margin)
+    return all(
+        session.workspace.has(name, capture_key(session, list(prompts[rows]), seed + rows.start, scales[rows]), "")
+        for rows in capture_chunks(session, len(prompts))
+    )
+
+
 def capture_chunks(session: Session, count: int) -> list[slice]:
     """How full runs are cut into chunks that are kept one by one."""
     size = min(PASS_CHUNK, int(session.key["placement"]["micro batch"]))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,7 +30,8 @@ from ..sizes.requested import Wanted
 from ..sizes.served import Sizes, sizes_without_stages, stages_for
 from ..workspace.ledger import Ledger
 from ..workspace.progress import Reporter
-from .capture import full_runs
+from .capture import captured, full_runs
+from .disk import check_disk, run_bytes
 from .session import EVALUATION_SEED, Session, begin
 
 
@@ -106,6 +108,7 @@ def prepare(
     with reporter.on("lower", type(session.model.pipeline.scheduler).__name__):
         table = lower_sampler(session)
         check_evaluations(options, table.num_inference_steps, table.scheduler)
+    check_workspace(session, table.num_inference_steps, prompts, held_out)
     runs = full_runs(session, table, "capture", prompts, options.seed, session.margin)
     if like:
         stages, sizes = like.stages, like.sizes
@@ -124,6 +127,14 @@ def prepare(
         prompts=prompts,
         held_out=held_out,
     )
+
+
+def check_workspace(session: Session, steps: int, prompts: Sequence[str], held_out: Sequence[str]) -> None:
+    """Raises HostError where the workspace's disk has no room for the full runs that are not there yet."""
+    seed, one = session.options.seed, run_bytes(session, steps).kept
+    missing = 0 if captured(session, "capture", prompts, seed, session.margin) else len(prompts)
+    missing += 0 if captured(session, "evaluate", held_out, seed + EVALUATION_SEED) else len(held_out)
+    check_disk(session.workspace.folder, missing * one, f"{missing} full runs")
 
 
 def lower_sampler(session: Session) -> SolverTable:

@@ -122,7 +122,7 @@ def begin(
     options: CompileOptions, reporter: Reporter, live: Model | None = None
 ) -> tuple[Session, list[str], list[str]]:
     """The passes that are never kept: load and probe. Returns the prompts of calibration and held-out ones as well."""
-    own = read_prompts(options.prompts) if isinstance(options.prompts, Path) else options.prompts
+    listed_prompts(options)  # where they cannot be read, say so before anything is loaded
     if options.objective == "lpips":
         metrics.lpips_metric()  # where it is missing, say so before anything is loaded
     if options.threads is not None:
@@ -142,10 +142,7 @@ def begin(
         _check_parts(options, model, placement)
         if wanted is not None:
             place(model.pipeline, wanted)
-    classes = class_prompts(model.pipeline)
-    listed = own or model.prompts or classes or default_prompts()
-    split = split_prompts if classes is None else split_labels
-    prompts, held_out = split(listed, options.calibration_prompts, options.evaluation_prompts)
+    prompts, held_out = split_of(options, model)
     with reporter.on("probe", type(model.pipeline).__name__):
         return _session(options, model, placement, prompts, reporter), prompts, held_out
 
@@ -171,6 +168,19 @@ def _check_parts(options: CompileOptions, model: Model, placement: Placement) ->
     ) is not None:
         also = " and --payload output" if options.payload == "residual" else ""
         raise ModelError(reason + also)
+
+
+def listed_prompts(options: CompileOptions) -> Sequence[str] | None:
+    """Prompts that the user gives."""
+    return read_prompts(options.prompts) if isinstance(options.prompts, Path) else options.prompts
+
+
+def split_of(options: CompileOptions, model: Model) -> tuple[list[str], list[str]]:
+    """Prompts of calibration and held-out ones: the user's, else the model's own, its classes, or the default ones."""
+    classes = class_prompts(model.pipeline)
+    listed = listed_prompts(options) or model.prompts or classes or default_prompts()
+    split = split_prompts if classes is None else split_labels
+    return split(listed, options.calibration_prompts, options.evaluation_prompts)
 
 
 def default_prompts() -> list[str]:

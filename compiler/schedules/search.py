@@ -191,6 +191,19 @@ def highest_costs(options: CompileOptions, prompts: int, total: int) -> dict[str
     return _costs(options, prompts, positions(options, prompts, total), total)
 
 
+def highest_walks(options: CompileOptions, prompts: int, total: int) -> dict[str, int]:
+    """Programs that `search` decodes and scores at most, on all calibration prompts, by the same names."""
+    residual, effort = options.payload == "residual", options.limits
+    each = len(FORECASTS) if residual else 1
+    compared = len(AUTO_FORECASTS) if options.payload == "auto" and effort.residual_samples else 0
+    schedules = positions(options, prompts, total) + effort.graphs
+    return {
+        "reference": effort.reference_graphs * each,
+        "anchor": options.trials * each,
+        "interpolate and fit": (schedules * each + compared) * len(options.budgets),
+    }
+
+
 def _costs(options: CompileOptions, prompts: int, weights: int, total: int) -> dict[str, float]:
     """With so many positions on the path."""
     residual, effort = options.payload == "residual", options.limits

@@ -5,7 +5,7 @@
 Models of many tokens are weighed on 4,096 positions (`calibration.rollout.WEIGHED_POSITIONS`); the bundled ones have
 far fewer, so that here a seeded quarter stands for that. Along a few full runs it makes the Gram matrix of the blocks'
 residuals both ways, and compares what follows from it: the graph's schedules at 4, 8 and 16 evaluations, the
-coefficients that are fitted to it, and the PSNR of the programs that are made of both. Prints one JSON object.
+coefficients that are fitted to it, and the PSNR of the programs that are made of both, each with its own schedule. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -88,13 +88,19 @@ def compare(model: str, prompts: int, workspace: Path) -> dict[str, Any]:
             name: [shortest_schedule(residual_edge_errors(table, gram), budget, value) for gram in (whole, part)]
             for name, value in RESIDUAL_GRAPHS.items()
         }
-        schedule = graphs["graph power 4"][0]
-        programs = [residual_program(table, schedule, "fitted", gram) for gram in (whole, part)]
+        schedules = graphs["graph power 4"]
+        first, second = (coefs_of(residual_program(table, schedules[0], "fitted", gram)) for gram in (whole, part))
+        programs = [
+            residual_program(table, schedule, "fitted", gram)
+            for schedule, gram in zip(schedules, (whole, part), strict=True)
+        ]
         psnr = [float(prepared.samples.map(scores_of(program))["psnr_db"].mean()) for program in programs]
-        first, second = map(coefs_of, programs)
         found[str(budget)] = {
             "schedules": {name: {"all": pair[0], "quarter": pair[1]} for name, pair in graphs.items()},
             "same_schedules": sum(pair[0] == pair[1] for pair in graphs.values()),
+            "most_steps_apart": max(
+                abs(step - other) for pair in graphs.values() for step, other in zip(*pair, strict=True)
+            ),
             "coefficients_relative_difference": float(np.linalg.norm(first - second) / np.linalg.norm(first)),
             "psnr_db": {"all": psnr[0], "quarter": psnr[1]},
         }

@@ -13,6 +13,7 @@ from command import COMPILE, otc
 
 from otcache.compiler.effort import EFFORTS
 from otcache.compiler.options import CompileOptions
+from otcache.compiler.passes import disk
 from otcache.compiler.schedules.search import highest_costs, positions
 from otcache.runtime.artifact.reader import Artifact
 
@@ -48,14 +49,23 @@ def test_evaluation_is_counted_exactly(compiled, tiny_flux_folder, workspace, tm
     """Against the events of a real compile whose evaluation is made anew."""
     copy = tmp_path / "w"
     shutil.copytree(workspace, copy)
-    for path in [*copy.glob("*/measured-*"), *copy.glob("*/pictures-*"), *copy.glob("*/evaluate-*")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in [*copy.glob("*/measured-*"), *copy.glob("*/pictures-*")]:
+        path.unlink()
+    for path in copy.glob("*/evaluate-*"):
+        shutil.rmtree(path)
     _, passes = dry_run(tiny_flux_folder, tmp_path / "a", copy)
     result = otc("compile", str(tiny_flux_folder), *COMPILE, "-o", str(tmp_path / "a"), "--json", workspace=copy)
     events = [json.loads(line) for line in result.stderr.splitlines()]
     counted = [event["evaluations"] for event in events if event["event"] == "pass" and event["name"] == "evaluate"]
-    assert counted == [passes["held-out runs"]["evaluations"], passes["evaluate"]["evaluations"]]
-    assert not passes["evaluate"]["kept"] and passes["capture"]["kept"] and passes["anchor"]["kept"]
+    evaluate = passes["programs"]["evaluations"] + passes["peers"]["evaluations"]
+    assert counted == [passes["held-out runs"]["evaluations"], evaluate]
+    assert passes["programs"]["evaluations"] == (2 + 4) * 3, "budgets times held-out prompts"
+    assert (
+        not passes["programs"]["kept"]
+        and not passes["peers"]["kept"]
+        and passes["capture"]["kept"]
+        and passes["anchor"]["kept"]
+    )
 
 
 def test_what_is_in_the_workspace_is_said(compiled, tiny_flux_folder, workspace, tmp_path):
@@ -108,3 +118,62 @@ def test_more_budgets_cost_positions_on_the_path_rather_than_more_full_runs(budg
 def test_the_laws_position_is_always_tried():
     many = CompileOptions(model="m", budgets=(4, 8, 10, 12, 16, 20))
     assert positions(many, 32, 50) == 1 and positions(CompileOptions(model="m", payload="residual"), 32, 50) == 5
+
+
+def test_the_disk_of_full_runs_is_what_they_take(compiled, tiny_flux_folder, workspace, tmp_path):
+    """To the byte, but for headers of files: against the chunk that a compile of 8 prompts wrote."""
+    plan, passes = dry_run(tiny_flux_folder, tmp_path / "a", tmp_path / "none")
+    (chunk,) = workspace.glob("*/capture-*")
+    written = sum(path.stat().st_size for path in chunk.iterdir())
+    assert passes["capture"]["disk_bytes"] == pytest.approx(written, rel=0.02)
+    run = plan["full_run_bytes"]
+    assert passes["capture"]["disk_bytes"] == 8 * sum(value for name, value in run.items() if name != "outputs")
+    assert run["pictures"] == 16 * 16 * 3 * 4 and run["gram"] == 17 * 17 * 8
+    assert plan["workspace_bytes"] > passes["capture"]["disk_bytes"] + plan["scratch_bytes"]
+    assert plan["workspace_free_bytes"] > 0 and "at_size" not in plan
+
+
+def test_measured_at_the_served_size(tiny_flux_folder, tmp_path):
+    """Per pass and for every effort: time, memory and disk, and how many samples fit."""
+    plan, passes = dry_run(tiny_flux_folder, tmp_path / "a", tmp_path / "none", "--measure", "--engines", "none")
+    found = plan["at_size"]
+    assert found["evaluation_s"] == plan["evaluation_s"] > 0 and found["picture_s"] > 0
+    assert found["evaluation_bytes"] > 0 and found["model_bytes"] > 0
+    assert found["peak_bytes"] == found["model_bytes"] + max(found["evaluation_bytes"], found["picture_bytes"])
+    assert passes["capture"]["peak_bytes"] == found["peak_bytes"] and passes["emit"]["peak_bytes"] is None
+    seconds = passes["capture"]["evaluations"] * plan["evaluation_s"] + 8 * found["picture_s"]
+    assert passes["capture"]["seconds"] == pytest.approx(seconds)
+    assert "export" not in passes and 1 <= plan["samples_that_fit"] <= 8
+    quick, standard, thorough = plan["efforts"]
+    assert [each["name"] for each in plan["efforts"]] == ["quick", "standard", "thorough"]
+    assert quick["evaluations"] < standard["evaluations"] <= thorough["evaluations"]
+    assert quick["full_runs"] < standard["full_runs"] <= thorough["full_runs"]
+    assert standard["prompts"] == 8, "what the user chose wins"
+    arguments = [*COMPILE, "-o", str(tmp_path / "a"), "--dry-run", "--measure"]
+    result = otc("compile", str(tiny_flux_folder), *arguments, workspace=tmp_path / "none")
+    assert "thorough" in result.stdout and "samples at once fit" in result.stdout and "inner products" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_measure_goes_with_a_dry_run(tiny_flux_folder):
+    result = otc("compile", str(tiny_flux_folder), "--measure")
+    assert result.exit_code == 2 and "give it with --dry-run" in result.stderr
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_first_run(tiny_flux_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "free_disk", lambda folder: 10_000)
+    arguments = [*COMPILE, "--engines", "none", "-o", str(tmp_path / "a")]
+    result = otc("compile", str(tiny_flux_folder), *arguments, workspace=tmp_path / "w")
+    assert result.exit_code == 6, result.output
+    assert "(0.0 MB free): 11 full runs take 0.2 MB: free some or name another folder in OTC_CACHE" in result.stderr
+    assert not list(tmp_path.glob("w/*/capture-*"))
+
+
+@pytest.mark.parametrize(
+    ("effort", "lowest", "highest"), [("quick", 1.5, 2.5), ("standard", 8, 10), ("thorough", 22, 25)]
+)
+def test_efforts_cost_what_they_say(effort, lowest, highest):
+    """Full runs a prompt in all, for 4, 8 and 16 of 50."""
+    options = CompileOptions(model="m", effort=effort)
+    total = 1 + sum(highest_costs(options, options.calibration_prompts, 50).values())
+    assert lowest <= total <= highest <= EFFORTS[effort].full_runs

@@ -36,8 +36,12 @@ def diffusers_cache(pipeline: Any, config: Any) -> Iterator[None]:
         transformer.disable_cache()
 
 
-LAYERS = (r".*blocks\.\d+\.(attn|ff|ff_context|img_mlp|txt_mlp|proj_mlp|proj_out)",)
-"""Attention and feed-forward layers of every block: what FORA and TaylorSeer cache."""
+_LAYER_NAMES = (
+    *("attn", "attn1", "attn2", "attention", "self_attn", "cross_attn"),
+    *("ff", "ffn", "ff_context", "feed_forward", "mlp", "img_mlp", "txt_mlp", "proj_mlp", "proj_out"),
+)
+LAYERS = (rf".*(blocks|layers)\.\d+\.({'|'.join(_LAYER_NAMES)})",)
+"""Attention and feed-forward layers of every block, as diffusers' classes name them: what FORA and TaylorSeer cache."""
 
 
 INTERVALS = 4

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..passes.compile import search_schedules
 from ..passes.prepare import Prepared, prepare
+from ..schedules.search import Found
 from .cells import DEFAULT, AtScale, Calibrated, Cell, Robustness, peers_at
 from .measure import bench_of, default_method, measure_cell
 from .method import Method
@@ -53,14 +54,14 @@ def _with(prepared: Prepared, **choices: Any) -> Prepared:
 
 
 def _at_scales(prepared: Prepared, rivals: Sequence[Method]) -> tuple[AtScale, ...]:
-    own = default_method(search_schedules(_with(prepared, guidance_scale=GUIDANCE_RANGE)))
-    return tuple(_at_scale(_with(prepared, guidance_scale=(scale, scale)), own, rivals) for scale in SCALES)
+    found = search_schedules(_with(prepared, guidance_scale=GUIDANCE_RANGE))
+    return tuple(_at_scale(_with(prepared, guidance_scale=(scale, scale)), found, rivals) for scale in SCALES)
 
 
-def _at_scale(prepared: Prepared, own: Method, rivals: Sequence[Method]) -> AtScale:
+def _at_scale(prepared: Prepared, found: Found, rivals: Sequence[Method]) -> AtScale:
     """The range's program against peers that are calibrated for this scale, where they calibrate at all."""
     scale = prepared.session.options.nominal_scale
-    bench = bench_of(prepared)
+    bench, own = bench_of(prepared, found), default_method(found)
     with prepared.session.reporter.on("guidance", f"{scale:g}: {DEFAULT} and the {len(rivals)} best peers"):
         cell, *others = [measure_cell(bench, method, BUDGET) for method in (own, *rivals)]
     assert isinstance(cell, Cell)  # a program that is there runs at any scale

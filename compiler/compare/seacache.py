@@ -1,38 +1,108 @@
 """SeaCache (arXiv 2602.18993) through diffusers' `enable_cache`, and why FasterCache has no column.
 
-diffusers wires SeaCache into the pipelines of Wan and Cosmos only. What it asks of others is added here: the step and
-its sigma in the pipeline's `cache_context`, and the latents as frames.
+diffusers wires SeaCache into the pipelines of Wan and Cosmos only, and filters the latents. What it asks of others is
+added here: the step and its sigma in the pipeline's `cache_context`, and the latents as frames. The paper filters the
+first block's modulated input, TeaCache's indicator: that is here as well, with diffusers' filter.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from .diffusers_caches import diffusers_cache
 from .method import Bench, Built, NotApplicable, ProgramMethod
-from .pipeline_method import PipelineMethod, Setting, transformer_of
+from .pipeline_method import PipelineMethod, Setting, branches_apart, transformer_of
+from .teacache import Indicator, TeaCache
 
 MODEST = (1e-3, 100.0)
 """Range of the threshold."""
+PICTURE_POWER, VIDEO_POWER = 2.0, 3.0
+"""Exponents of the spectrum of clean pictures and videos."""
 
 
 def _settings(bench: Bench, budget: int) -> list[Setting]:
-    """Residuals reused or extrapolated; no limit to how many steps in a row, which would keep it from small budgets."""
+    """As published, on TeaCache's indicator; and diffusers' form of it, residuals reused or extrapolated.
+
+    No limit to how many steps in a row, which would keep it from small budgets.
+    """
     transformer = transformer_of(bench.pipeline)
-    if not hasattr(transformer, "cache_context"):
-        raise NotApplicable(f"{type(transformer).__name__} has no cache_context")
-    size = {"height": bench.call.height, "width": bench.call.width}
-    return [Setting(text="extrapolated" if order else "reused", values={"order": order, **size}) for order in (0, 1)]
+    video = bench.call.num_frames is not None
+    common = {"power": VIDEO_POWER if video else PICTURE_POWER}
+    found = []
+    if (grid := token_grid(bench)) is not None:
+        values = {"grid": list(grid), "shares": noise_shares(bench), "branches": 2 if branches_apart(bench) else 1}
+        found.append(Setting(text="of the modulated input", values={**values, **common}))
+    if hasattr(transformer, "cache_context"):
+        size = {"height": bench.call.height, "width": bench.call.width}
+        found += [
+            Setting(text=f"of the latents, {text}", values={"order": order, **size, **common})
+            for order, text in enumerate(("reused", "extrapolated"))
+        ]
+    if not found:
+        raise NotApplicable(f"{type(transformer).__name__} has no cache_context, and its latents no grid that is known")
+    return found
+
+
+def token_grid(bench: Bench) -> tuple[int, int, int] | None:
+    """Frames, rows and columns of the latents in proportion: tokens are as many, or fewer by whole patches."""
+    shape = bench.interface.latents_shape
+    if len(shape) == 4:
+        return shape[1], shape[2], shape[3]
+    if len(shape) == 3:
+        return 1, shape[1], shape[2]
+    return None if bench.call.num_frames is not None else (1, bench.call.height, bench.call.width)
+
+
+def noise_shares(bench: Bench) -> list[float]:
+    """σ of x = (1 − σ) · signal + σ · noise at each step, up to scale."""
+    table, scheduler = bench.table, bench.pipeline.scheduler
+    if table.prediction_type == "flow_prediction" and table.sigmas is not None:
+        return [float(sigma) for sigma in table.sigmas[:-1]]
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise NotApplicable(f"{table.scheduler} does not say how much of its latents is noise")
+    signal = np.interp(table.timesteps, np.arange(len(scheduler.alphas_cumprod)), np.sqrt(scheduler.alphas_cumprod))
+    noise = np.sqrt(1.0 - np.square(signal))
+    return [float(share) for share in noise / (signal + noise)]
+
+
+def sea_indicator(grid: Sequence[int], shares: Sequence[float], power: float) -> Indicator:
+    """The modulated input (m, tokens, d) on its grid of tokens, filtered by diffusers' own SEA filter.
+
+    Raises NotApplicable where the tokens are no such grid, as those of a block that takes texts as well.
+    """
+    from diffusers.hooks.sea_cache import _apply_sea_filter
+
+    def indicator(hidden: Tensor, step: int) -> Tensor:
+        if hidden.ndim == 4:  # (m, d, rows, columns)
+            hidden = hidden.flatten(2).transpose(1, 2)
+        frames, rows, columns = grid
+        per_frame = hidden.shape[1] / frames
+        height = round(math.sqrt(per_frame * rows / columns))
+        width = round(per_frame / max(height, 1))
+        if frames * height * width != hidden.shape[1]:
+            raise NotApplicable(f"{hidden.shape[1]} tokens are no grid of {frames} frames of {rows} : {columns}")
+        samples = hidden.unflatten(1, (frames, height, width)).unbind(0)
+        return torch.stack([_apply_sea_filter(each, sigma=shares[step], power_exp=power) for each in samples])
+
+    return indicator
 
 
 @contextlib.contextmanager
 def _seacache(pipeline: Any, setting: Setting) -> Iterator[None]:
     from diffusers import SeaCacheConfig
+
+    if "grid" in setting.values:
+        with _published(pipeline, setting):
+            yield
+        return
 
     def frames(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         return frames_of(pipeline, kwargs["hidden_states"], setting.values["height"], setting.values["width"])
@@ -41,10 +111,25 @@ def _seacache(pipeline: Any, setting: Setting) -> Iterator[None]:
         threshold=setting.threshold,
         residual_order=setting.values["order"],
         max_consecutive_cached=0,
+        power_exp=setting.values["power"],
         raw_vision_callback=frames,
     )
     with diffusers_cache(pipeline, config), _said_where(pipeline):
         yield
+
+
+def _published(pipeline: Any, setting: Setting) -> contextlib.AbstractContextManager[None]:
+    """TeaCache's mechanics: changes of the filtered indicator are accumulated as they are, residuals are reused."""
+    values = setting.values
+    cache = TeaCache(
+        pipeline,
+        np.array([1.0, 0.0]),
+        float(setting.threshold or 0.0),
+        len(values["shares"]),
+        values["branches"],
+        sea_indicator(values["grid"], values["shares"], values["power"]),
+    )
+    return cache.installed()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,9 @@ from .diffusers_caches import WIDE
 from .method import Bench, NotApplicable
 from .pipeline_method import PipelineMethod, Setting, block_lists, branches_apart, run_pipeline, transformer_of
 
+Indicator = Callable[[Tensor, int], Tensor]
+"""(first block's modulated input, step) → what is compared between steps."""
+
 
 class TeaCache:
     """TeaCache (arXiv 2411.19108): blocks are skipped while the modulated input of the first changes little.
@@ -22,8 +25,24 @@ class TeaCache:
     """
 
     def __init__(
-        self, pipeline: Any, polynomial: np.ndarray | None, threshold: float, total: int, branches: int
+        self,
+        pipeline: Any,
+        polynomial: np.ndarray | None,
+        threshold: float,
+        total: int,
+        branches: int,
+        indicator: Indicator = lambda hidden, step: hidden,
     ) -> None:
+        """A cache for one run of the pipeline, or several of the same length.
+
+        Args:
+            pipeline: a diffusers pipeline.
+            polynomial: highest power first; None computes every step and keeps what is observed.
+            threshold: accumulated change at which the blocks are computed.
+            total: steps of a run.
+            branches: calls of the transformer at each step.
+            indicator: what is compared between steps, of the modulated input.
+        """
         from diffusers.hooks._helpers import TransformerBlockRegistry
 
         self.blocks = [block for blocks in block_lists(transformer_of(pipeline)) for block in blocks]
@@ -32,6 +51,7 @@ class TeaCache:
         except ValueError as error:
             raise NotApplicable(f"a block that diffusers' table does not describe: {error}") from error
         self.polynomial, self.threshold, self.total, self.branches = polynomial, threshold, total, branches
+        self.indicator = indicator
         self.calls = 0
         self.state: list[dict[str, Any]] = [{} for _ in range(branches)]
         self.observed: list[tuple[float, float]] = []
@@ -60,7 +80,9 @@ class TeaCache:
                     metadata.encoder_hidden_states_argument_name, args, kwargs
                 )
             if index == 0:
-                self._decide(modulated_input(block, lambda: original(*args, **kwargs)), hidden, text)
+                step = self.calls // self.branches % self.total
+                modulated = modulated_input(block, lambda: original(*args, **kwargs))
+                self._decide(self.indicator(modulated, step), hidden, text)
             last = index == len(self.blocks) - 1
             if self.skipping:
                 state = self.state[(self.calls - 1) % self.branches]

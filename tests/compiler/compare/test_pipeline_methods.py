@@ -169,7 +169,7 @@ def test_seacache_sees_every_step_and_the_frames(bench, monkeypatch):
         return original(config, metadata)
 
     monkeypatch.setattr(sea_cache, "_build_indicator", indicator)
-    values = {"order": 0, "height": bench.call.height, "width": bench.call.width}
+    values = {"order": 0, "power": 2.0, "height": bench.call.height, "width": bench.call.width}
     setting = Setting(text="", values=values, threshold=1e9)
     with seacache._seacache(bench.pipeline, setting), count_evaluations(bench) as counter:
         run_pipeline(bench, [0], held_out=True)
@@ -179,6 +179,29 @@ def test_seacache_sees_every_step_and_the_frames(bench, monkeypatch):
     assert frames == 1 and channels * height * width == bench.evaluation.elements
     assert counter.evaluations == 2  # the first and the last
     assert "cache_context" not in vars(bench.pipeline.transformer)
+
+
+def test_seacaches_filter_is_wieners_of_a_power_law():
+    """At half noise an axis' gain is ½·S / (¼·S + ¼) of a signal's power S: 2 at rest, 1.6 at the finest frequency, ½."""
+    indicator = seacache.sea_indicator((1, 8, 16), [0.5], 2.0)
+    flat = torch.ones(1, 32, 1)
+    board = torch.tensor([(-1.0) ** (row + column) for row in range(4) for column in range(8)]).reshape(1, 32, 1)
+    passed = [float(indicator(each, 0).abs().mean()) for each in (flat, board)]
+    assert indicator(flat, 0).shape == (1, 1, 4, 8, 1)
+    assert passed[0] / passed[1] == pytest.approx((2.0 / 1.6) ** 2, rel=1e-4)  # both axes are at their finest
+    with pytest.raises(NotApplicable, match="33 tokens are no grid"):
+        indicator(torch.ones(1, 33, 1), 0)
+
+
+def test_seacache_as_published_skips_by_the_modulated_input(bench):
+    setting = next(each for each in seacache._settings(bench, 4) if "grid" in each.values)
+    counts = []
+    for threshold in (0.0, 1e9):
+        at = replace(setting, threshold=threshold)
+        with seacache._seacache(bench.pipeline, at), count_evaluations(bench) as counter:
+            run_pipeline(bench, [0], held_out=True)
+        counts.append(counter.evaluations)
+    assert counts == [T, 2]
 
 
 def test_a_refused_cache_is_not_applicable(bench):

@@ -261,7 +261,7 @@ def plan_compile(options: CompileOptions, reporter: Reporter | None = None, *, a
 def _efforts(session: Session, table: SolverTable, rates: Rates, run: RunBytes) -> Iterator[PlannedEffort]:
     """Every effort, with what the user chose beside it."""
     own, steps = session.options, table.num_inference_steps
-    changes = {
+    changes: dict[str, Any] = {
         name: FROM_EFFORT
         for name in ("trials", "calibration_prompts")
         if getattr(own, name) == getattr(own.limits, name)

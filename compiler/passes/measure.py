@@ -17,7 +17,7 @@ import torch
 
 from ..calibration import metrics
 from ..pipelines.call import short_call
-from ..pipelines.denoiser import denoiser_of, placed
+from ..pipelines.denoiser import denoiser_of, place_constants
 from ..pipelines.full_run import capture
 from ..pipelines.placement import PeakBytes, free_bytes
 from .session import Session
@@ -85,7 +85,7 @@ def _evaluation(session: Session, prompts: Sequence[str]) -> tuple[float, int, t
     pipeline, device, count = session.model.pipeline, session.placement.device, len(prompts)
     scales = [session.options.nominal_scale] * count
     few = capture(pipeline, session.interface, short_call(pipeline, session.call), prompts, range(count), scales)
-    denoiser = denoiser_of(session.model.transformer, placed(session.interface, device), few.to(device))
+    denoiser = denoiser_of(session.model.transformer, place_constants(session.interface, device), few.to(device))
     latents, timestep = few.latents[0].to(device), few.timesteps[0]
     with PeakBytes(_weights(pipeline)) as counted:
         denoiser(latents, timestep)  # the warm-up as well

@@ -30,7 +30,7 @@ from . import robustness as elsewhere
 from .cells import FURTHER, Cell, Comparison, Skipped, budget_within_blocks, peers_at, verdict_at
 from .claims import interpolation_claims
 from .measure import bench_of, default_method, library_versions, measure_cell
-from .method import Method
+from .method import Bench, Method
 
 BEST_PEERS = 3
 """So many of the best peers are measured at `FURTHER` times a budget."""
@@ -68,6 +68,54 @@ def choose_methods(names: Sequence[str] | None) -> list[Method]:
     return [known[name] for name in dict.fromkeys(names)]
 
 
+class Measurements:
+    """Cells of every method, the default first, and why others have none."""
+
+    def __init__(self, bench: Bench, methods: Sequence[Method], budgets: Sequence[int]) -> None:
+        self.bench, self.methods, self.budgets = bench, {method.name: method for method in methods}, budgets
+        self.cells: list[Cell] = []
+        self.skipped: list[Skipped] = []
+
+    def measure(self, name: str, budget: int) -> None:
+        """One method at one budget."""
+        found = measure_cell(self.bench, self.methods[name], budget)
+        if isinstance(found, Cell):
+            self.cells.append(found)
+        else:
+            self.skipped.append(found)
+
+    def measure_budgets(self, reporter: Reporter) -> None:
+        """All methods at all budgets."""
+        pairs = [(name, budget) for name in self.methods for budget in self.budgets]
+        with reporter.on("compare", f"{len(self.methods)} methods at {len(self.budgets)} budgets") as advance:
+            for done, (name, budget) in enumerate(pairs, 1):
+                self.measure(name, budget)
+                advance(done, len(pairs))
+
+    def measure_further(self, reporter: Reporter) -> None:
+        """The best peers at `FURTHER` times each budget."""
+        total = self.bench.table.num_inference_steps
+        with reporter.on("further", f"the best peers at {FURTHER:g} times each budget") as advance:
+            for done, budget in enumerate(self.budgets, 1):
+                further = round(FURTHER * budget)
+                if further <= total and further not in self.budgets:
+                    for cell in sorted(peers_at(self.cells, budget), key=lambda cell: -cell.psnr_db.mean)[:BEST_PEERS]:
+                        self.measure(cell.method, further)
+                advance(done, len(self.budgets))
+
+    def measure_equal_blocks(self, reporter: Reporter) -> None:
+        """Methods that run some blocks at every step, with as many fewer evaluations as that costs."""
+        over = [c for c in self.cells if c.budget in self.budgets and not c.within_blocks(c.budget)]
+        with reporter.on("blocks", "methods that run some blocks at every step, at equal blocks") as advance:
+            for done, cell in enumerate(over, 1):
+                fewer = budget_within_blocks(cell, self.bench.table.num_inference_steps)
+                known = {(each.method, each.budget) for each in self.cells}
+                known |= {(each.method, each.budget) for each in self.skipped}
+                if fewer is not None and (cell.method, fewer) not in known:
+                    self.measure(cell.method, fewer)
+                advance(done, len(over))
+
+
 def compare(
     options: CompileOptions,
     against: Sequence[str] | None = None,
@@ -89,35 +137,11 @@ def compare(
     prepared = prepare(options, reporter)
     found = search_schedules(prepared)
     bench = bench_of(prepared, found)
-    default = default_method(found)
-    cells: list[Cell] = []
-    skipped: list[Skipped] = []
-
-    def measure(method: Method, budget: int) -> None:
-        cell = measure_cell(bench, method, budget)
-        (cells if isinstance(cell, Cell) else skipped).append(cell)  # type: ignore[arg-type]
-
-    everything: list[Method] = [default, *peers]
-    with reporter.on("compare", f"{len(everything)} methods at {len(options.budgets)} budgets") as advance:
-        for position, method in enumerate(everything):
-            for index, budget in enumerate(options.budgets):
-                measure(method, budget)
-                advance(position * len(options.budgets) + index + 1, len(everything) * len(options.budgets))
-    with reporter.on("further", f"the best peers at {FURTHER:g} times each budget") as advance:
-        for index, budget in enumerate(options.budgets):
-            further = round(FURTHER * budget)
-            if further <= bench.table.num_inference_steps and further not in options.budgets:
-                best = sorted(peers_at(cells, budget), key=lambda cell: -cell.psnr_db.mean)[:BEST_PEERS]
-                for cell in best:
-                    measure(next(m for m in peers if m.name == cell.method), further)
-            advance(index + 1, len(options.budgets))
-    with reporter.on("blocks", "methods that run some blocks at every step, at equal blocks") as advance:
-        over = [cell for cell in cells if cell.budget in options.budgets and not cell.within_blocks(cell.budget)]
-        for index, cell in enumerate(over):
-            fewer = budget_within_blocks(cell, bench.table.num_inference_steps)
-            if fewer is not None and (cell.method, fewer) not in {(each.method, each.budget) for each in cells}:
-                measure(next(m for m in peers if m.name == cell.method), fewer)
-            advance(index + 1, len(over))
+    measured = Measurements(bench, [default_method(found), *peers], options.budgets)
+    measured.measure_budgets(reporter)
+    measured.measure_further(reporter)
+    measured.measure_equal_blocks(reporter)
+    cells = measured.cells
     claims = interpolation_claims(prepared, bench, found) if claim else ()
     robustness = None
     if robust and elsewhere.BUDGET in options.budgets:
@@ -135,7 +159,7 @@ def compare(
         size=(session.call.height, session.call.width),
         budgets=options.budgets,
         cells=tuple(cells),
-        skipped=tuple(skipped),
+        skipped=tuple(measured.skipped),
         verdicts=tuple(verdict_at(cells, budget) for budget in options.budgets if peers_at(cells, budget)),
         claims=tuple(claims),
         costs={"capture": 1.0, **found.costs},

@@ -1,4 +1,4 @@
-"""The caches that diffusers itself has: FORA and TaylorSeer by intervals, FirstBlockCache and MagCache by thresholds."""
+"""Caches that diffusers itself has: FORA and TaylorSeer by intervals, FirstBlockCache and MagCache by thresholds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MeanCache (arXiv 2601.19961): velocities between computed steps forecast by average velocities, on a shortest path."""
+"""MeanCache (arXiv 2601.19961): velocities forecast by average velocities, on a shortest path."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def cheapest_orders(costs: Costs, cap: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def meancache_costs(bench: Bench) -> dict[str, Costs]:
-    """Of edges, as squares: of the displacement, and the published one of the average velocity. Raises NotApplicable."""
+    """Of edges, as squares: of the displacement, and the published one, of average velocities. Raises NotApplicable."""
     flow_sigmas(bench.table)
     samples = bench.calibration.samples
     statistics = statistics_from_grams(samples.trajectory_gram(), samples.elements)

@@ -120,8 +120,8 @@ def check_intact(bench: Bench, name: str) -> None:
     error = float(bench.evaluation.map(pipeline_error(bench), slice(1))["latent_error"][0])
     if not error < INTACT:
         raise ModelError(
-            f"{name} broke and left {type(bench.pipeline).__name__} changed: its latents are now {error:.1e} from the recorded "
-            "run's: leave it out with --against, which takes the names of the others"
+            f"{name} broke and left {type(bench.pipeline).__name__} changed: its latents are now {error:.1e} from the "
+            "recorded run's: leave it out with --against, which takes the names of the others"
         )
 
 

@@ -39,7 +39,7 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What every method is given: the model, its full sampler, a calibration set, and held-out prompts with full runs."""
+    """What every method is given: the model, its full sampler, a calibration set, held-out prompts with full runs."""
 
     pipeline: Any
     call: CallOptions

@@ -200,7 +200,7 @@ def at_threshold(setting: Setting, threshold: float) -> Setting:
 
 @torch.no_grad()
 def run_pipeline(bench: Bench, rows: list[int], *, held_out: bool) -> Tensor:
-    """Where the pipeline's own run ends (m, …), on the CPU, with prompts and seeds of some samples of one of the sets."""
+    """Where the pipeline's own run ends (m, …), on the CPU, with prompts and seeds of samples of one of the sets."""
     prompts = bench.prompts if held_out else bench.calibration_prompts
     seeds = bench.seeds if held_out else bench.calibration_seeds
     scale = ABOVE_ONE if bench.interface.guided and bench.guidance_scale == 1 else bench.guidance_scale
@@ -218,7 +218,7 @@ def run_pipeline(bench: Bench, rows: list[int], *, held_out: bool) -> Tensor:
 
 
 def pipeline_error(bench: Bench) -> Callable[[Batch], Rows]:
-    """For a batch of held-out samples: `latent_error` (m,), how far the pipeline as it is now ends from where it did."""
+    """For a batch of held-out samples: `latent_error` (m,), how far the pipeline now ends from where it did."""
 
     def answer(batch: Batch) -> Rows:
         final = run_pipeline(bench, list(range(batch.rows.start, batch.rows.stop)), held_out=True)
@@ -239,7 +239,7 @@ class Count:
 
 @contextlib.contextmanager
 def count_evaluations(bench: Bench) -> Iterator[Count]:
-    """Counts runs of the blocks, on a layer deep in each of them, which every cache of this room skips with its block."""
+    """Counts runs of the blocks, on a layer deep in each, which every cache of this room skips with its block."""
     calls = bench.interface.branches if branches_apart(bench) else 1
     layers = [deep_layer(block) for each in block_lists(transformer_of(bench.pipeline)) for block in each]
     runs = np.zeros(len(layers))

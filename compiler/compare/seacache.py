@@ -163,8 +163,8 @@ def frames_of(pipeline: Any, latents: Tensor, height: int, width: int) -> list[T
 
 def _faster_cache(bench: Bench, budget: int) -> Built:
     raise NotApplicable(
-        "it caches attention and a branch of guidance: the blocks' other layers run at every step, so that there is no number "
-        "of evaluations to compare at; diffusers' form takes both branches in one call only"
+        "it caches attention and a branch of guidance: the blocks' other layers run at every step, so that there is no "
+        "number of evaluations to compare at; diffusers' form takes both branches in one call only"
     )
 
 

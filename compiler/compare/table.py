@@ -23,16 +23,16 @@ def markdown(comparison: Comparison) -> str:
     """Everything that was measured, as Markdown tables."""
     parts = [
         f"PSNR in dB (SSIM) to the full {comparison.num_inference_steps} steps of `{comparison.model}` "
-        f"({comparison.pipeline}, guidance {comparison.guidance_scale:g}), mean over {comparison.prompts} held-out prompts "
-        f"and seeds; {comparison.calibration_prompts} others were calibrated on.",
+        f"({comparison.pipeline}, guidance {comparison.guidance_scale:g}), mean over {comparison.prompts} held-out "
+        f"prompts and seeds; {comparison.calibration_prompts} others were calibrated on.",
         fidelity_table(comparison),
         "Against the best other method at each budget:",
         verdict_table(comparison),
     ]
     if any(cell.blocks_mean is not None for cell in comparison.cells):
         parts += [
-            "What a picture costs: full runs of the blocks, of which some methods compute a few at every step, and seconds of "
-            "sampling one picture:",
+            "What a picture costs: full runs of the blocks, of which some methods compute a few at every step, and seconds "
+            "of sampling one picture:",
             cost_table(comparison),
         ]
     if comparison.claims:
@@ -124,8 +124,8 @@ def robustness_tables(found: Robustness) -> list[str]:
     if found.at_scales:
         low, high = found.guidance_range
         parts.append(
-            f"One program of {found.budget} evaluations, calibrated across guidance {low:g} to {high:g}, against the best peers "
-            "calibrated at the scale itself:"
+            f"One program of {found.budget} evaluations, calibrated across guidance {low:g} to {high:g}, against the best "
+            "peers calibrated at the scale itself:"
         )
         rows = ["| guidance | " + DEFAULT + " | best other | ahead by | worst prompt |", "|---:|---:|---|---:|---:|"]
         rows += [

@@ -181,7 +181,7 @@ def _as_returned(metadata: Any, hidden: Tensor, text: Tensor | None) -> Any:
 
 
 def _settings(bench: Bench, budget: int) -> list[Setting]:
-    """The polynomial of degree 4 fitted on all calibration prompts and both branches, as TeaCache's authors fit theirs."""
+    """The polynomial of degree 4 fitted on all calibration prompts and both branches, as the authors fit theirs."""
     branches, total = (2 if branches_apart(bench) else 1), bench.table.num_inference_steps
 
     def fit() -> list[float]:

@@ -184,10 +184,11 @@ class Plan:
         return "\n".join(lines)
 
     def _workspace_line(self) -> str:
-        run, short = self.run, self.workspace_bytes > self.workspace_free_bytes
+        run = self.run
+        short = ", which is too little" if self.workspace_bytes > self.workspace_free_bytes else ""
         return (
             f"workspace: {_size(self.workspace_bytes)} to come, of which {_size(self.scratch_bytes)} scratch that goes "
-            f"again; {_size(self.workspace_free_bytes)} free{', which is too little' if short else ''}. A full run keeps "
+            f"again; {_size(self.workspace_free_bytes)} free{short}. A full run keeps "
             f"{_size(run.kept)}: latents {_size(run.latents)}, inner products {_size(run.gram)}, conditioning "
             f"{_size(run.conditioning)}, pictures {_size(run.pictures)}."
         )

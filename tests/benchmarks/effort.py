@@ -2,9 +2,9 @@
 
     python tests/benchmarks/effort.py shapes --efforts quick,standard,thorough -o artifacts/results/effort/shapes.json
 
-Compiles with `--engines none`, at 4, 8 and 16 evaluations, measured on the same 16 held-out prompts, and writes what each
-effort spent (full runs a calibration prompt, as the manifest counts them, and evaluations in all) beside the PSNR and
-SSIM that it came to: as JSON, and beside `-o FILE.json` as a curve in FILE.png. An interrupted run goes on in the
+Compiles with `--engines none`, at 4, 8 and 16 evaluations, measured on the same 16 held-out prompts, and writes what
+each effort spent (full runs a calibration prompt, as the manifest counts them, and evaluations in all) beside the PSNR
+and SSIM that it came to: as JSON, and beside `-o FILE.json` as a curve in FILE.png. An interrupted run goes on in the
 workspace (`OTC_CACHE`).
 """
 

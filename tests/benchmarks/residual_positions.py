@@ -5,7 +5,8 @@
 Models of many tokens are weighed on 4,096 positions (`calibration.rollout.WEIGHED_POSITIONS`); the bundled ones have
 far fewer, so that here a seeded quarter stands for that. Along a few full runs it makes the Gram matrix of the blocks'
 residuals both ways, and compares what follows from it: the graph's schedules at 4, 8 and 16 evaluations, the
-coefficients that are fitted to it, and the PSNR of the programs that are made of both, each with its own schedule. Prints one JSON object.
+coefficients that are fitted to it, and the PSNR of the programs that are made of both, each with its own
+schedule. Prints one JSON object.
 """
 
 from __future__ import annotations

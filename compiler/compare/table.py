@@ -31,8 +31,8 @@ def markdown(comparison: Comparison) -> str:
     ]
     if any(cell.blocks_mean is not None for cell in comparison.cells):
         parts += [
-            "What a picture costs: full runs of the blocks, of which some methods compute a few at every step, and seconds "
-            "of sampling one picture:",
+            "What a picture costs: full runs of the blocks, of which some methods compute a few at every step, and "
+            "seconds of sampling one picture:",
             cost_table(comparison),
         ]
     if comparison.claims:
@@ -124,8 +124,8 @@ def robustness_tables(found: Robustness) -> list[str]:
     if found.at_scales:
         low, high = found.guidance_range
         parts.append(
-            f"One program of {found.budget} evaluations, calibrated across guidance {low:g} to {high:g}, against the best "
-            "peers calibrated at the scale itself:"
+            f"One program of {found.budget} evaluations, calibrated across guidance {low:g} to {high:g}, against the "
+            "best peers calibrated at the scale itself:"
         )
         rows = ["| guidance | " + DEFAULT + " | best other | ahead by | worst prompt |", "|---:|---:|---|---:|---:|"]
         rows += [

@@ -25,8 +25,7 @@ SAMPLES, SHAPE = 10, (4, 3)
 SCHEDULE = (0, 2, 5, 9)
 MATRIX = torch.linspace(-1.0, 1.0, 9).view(3, 3)
 ROUNDING = 1e-5
-"""Of coefficients, where a matrix product of other batches rounds otherwise. Observed: 0 (this product's rows do not
-depend on one another), and up to 1e-6 of `shapes`.
+"""Of coefficients: a matrix product of other batches may round otherwise, within float32.
 """
 
 

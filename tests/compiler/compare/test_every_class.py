@@ -1,4 +1,4 @@
-"""`otc compare` on saved pipelines of many classes: what does not apply is named with its reason, the rest is measured."""
+"""`otc compare` on saved pipelines of many classes: what does not apply is named with its reason."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def test_cache_dit_computes_the_steps_of_its_mask(bench, calibrator):
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_a_taylor_hook_computes_the_released_steps(bench, order):
-    """FORA's and TaylorSeer's released loops: full steps in the warm-up, then whenever a counter reaches the interval."""
+    """FORA's and TaylorSeer's released loops: full steps in the warm-up, then whenever a counter is full."""
     for setting in diffusers_caches._intervals(order)(bench, 3):
         warmup, interval = [int(word) for word in setting.text.split() if word.isdigit()][::-1]
         released, counter = [], 0
@@ -182,7 +182,7 @@ def test_seacache_sees_every_step_and_the_frames(bench, monkeypatch):
 
 
 def test_seacaches_filter_is_wieners_of_a_power_law():
-    """At half noise an axis' gain is ½·S / (¼·S + ¼) of a signal's power S: 2 at rest, 1.6 at the finest frequency, ½."""
+    """At half noise an axis' gain is ½·S / (¼·S + ¼) of a signal's power S: 2 at rest, 1.6 at the finest."""
     indicator = seacache.sea_indicator((1, 8, 16), [0.5], 2.0)
     flat = torch.ones(1, 32, 1)
     board = torch.tensor([(-1.0) ** (row + column) for row in range(4) for column in range(8)]).reshape(1, 32, 1)

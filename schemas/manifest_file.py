@@ -30,7 +30,7 @@ from .manifest import (
     Manifest,
     core_digest,
 )
-from .messages import damaged, one_line
+from .messages import damage_error, one_line
 from .migrations import migrate
 from .safe_files import read_small
 from .strict_json import parse_object
@@ -70,11 +70,11 @@ def parse_manifest(data: bytes) -> ManifestFile:
         digest = core_digest(stated)
         if digest != stated.get("digest"):
             expected = f"digest {one_line(stated.get('digest'), 80)} as it states"
-            raise damaged(MANIFEST_NAME, f"digest {digest}", expected)
+            raise damage_error(MANIFEST_NAME, f"digest {digest}", expected)
         migrated = migrate(stated, minor, SCHEMA_MINOR)
         return ManifestFile(data=data, stated=stated, migrated=migrated, manifest=_check_structure(migrated))
     except (MemoryError, RecursionError, ValueError) as error:
-        raise damaged(MANIFEST_NAME, error, "a readable manifest") from None
+        raise damage_error(MANIFEST_NAME, error, "a readable manifest") from None
 
 
 def write_manifest(folder: Path, value: dict[str, Any]) -> ManifestFile:
@@ -121,7 +121,7 @@ def _check_version(version: object) -> int:
     match = _VERSION.match(version) if isinstance(version, str) else None
     if match is None:
         found = f"schema_version {one_line(repr(version), 40)}"
-        raise damaged(MANIFEST_NAME, found, f"a version such as {SCHEMA_VERSION}")
+        raise damage_error(MANIFEST_NAME, found, f"a version such as {SCHEMA_VERSION}")
     if int(match.group(1)) != SCHEMA_MAJOR:
         fix = "pip install --upgrade otcache" if int(match.group(1)) > SCHEMA_MAJOR else "compile it again"
         raise ArtifactError(
@@ -137,4 +137,4 @@ def _check_structure(value: dict[str, Any]) -> Manifest:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "structure"
         problem = one_line(first["msg"].removeprefix("Value error, "))
-        raise damaged(MANIFEST_NAME, f"{one_line(place)}: {problem}", "a valid manifest") from None
+        raise damage_error(MANIFEST_NAME, f"{one_line(place)}: {problem}", "a valid manifest") from None

@@ -14,7 +14,7 @@ def one_line(value: object, limit: int = 240) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def damaged(name: str, found: object, expected: object, fix: str = AGAIN) -> ArtifactError:
+def damage_error(name: str, found: object, expected: object, fix: str = AGAIN) -> ArtifactError:
     """The error of a part of an artifact that is not what it has to be. name, found: may come from outside."""
     return ArtifactError(
         f"artifact is damaged: {one_line(name)}: found {one_line(found)}: expected {one_line(expected)}: {fix}"

@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from .messages import AGAIN, damaged
+from .messages import AGAIN, damage_error
 
 _READ_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 
@@ -34,12 +34,12 @@ def locate(root: Path, name: str, fix: str = AGAIN) -> tuple[Path, os.stat_resul
         try:
             status = os.lstat(path)
         except FileNotFoundError:
-            raise damaged(name, "nothing there", "a file", fix) from None
+            raise damage_error(name, "nothing there", "a file", fix) from None
         except (OSError, ValueError) as error:
-            raise damaged(name, error, "a file", fix) from None
+            raise damage_error(name, error, "a file", fix) from None
         if not (stat.S_ISREG if is_last else stat.S_ISDIR)(status.st_mode):
             expected = "a regular file" if is_last else f"{part} to be a folder"
-            raise damaged(name, f"{_kind(status.st_mode)} at {part}", expected, fix)
+            raise damage_error(name, f"{_kind(status.st_mode)} at {part}", expected, fix)
     return path, status
 
 
@@ -64,12 +64,12 @@ def read_small(root: Path, name: str, limit: int) -> bytes:
     """Content of a file that no digest is known of, of at most `limit` bytes. Raises ArtifactError and nothing else."""
     path, status = locate(root, name)
     if status.st_size > limit:
-        raise damaged(name, f"{status.st_size} bytes", f"at most {limit} bytes")
+        raise damage_error(name, f"{status.st_size} bytes", f"at most {limit} bytes")
     try:
         with open_regular(path) as file:
             data: bytes = file.read(limit + 1)
     except (OSError, MemoryError) as error:
-        raise damaged(name, error, "a readable file") from None
+        raise damage_error(name, error, "a readable file") from None
     if len(data) > limit:
-        raise damaged(name, "a growing file", f"at most {limit} bytes")
+        raise damage_error(name, "a growing file", f"at most {limit} bytes")
     return data

@@ -44,7 +44,7 @@ def name_of(segment: Segment) -> str:
     return segment[0] if len(segment) == 1 else f"{segment[0]}..{segment[-1]}"
 
 
-def coarsened(manifest: M, segments: tuple[Segment, ...]) -> M:
+def coarsen(manifest: M, segments: tuple[Segment, ...]) -> M:
     """The manifest with a stage for every segment in the place of its blocks.
 
     `onnx` of such a stage is its first block's.

@@ -84,7 +84,7 @@ class Symbol(Frozen):
             total += product
         size, rest = divmod(total, self.divisor)
         if rest or not 1 <= size <= 1 << 31:
-            raise ValueError(f"symbol {self.name} ({self}) is {total / self.divisor:g} at {described(request)}")
+            raise ValueError(f"symbol {self.name} ({self}) is {total / self.divisor:g} at {describe_size(request)}")
         return size
 
     def __str__(self) -> str:
@@ -98,10 +98,10 @@ class Symbol(Frozen):
         return f"({text})/{self.divisor}" if len(self.terms) > 1 else f"{text}/{self.divisor}"
 
 
-def described(request: Request) -> str:
+def describe_size(request: Request) -> str:
     """A request in words, with as many of the axes as there are.
 
-    >>> described({"height": 512, "width": 768, "num_frames": 16, "max_sequence_length": 77})
+    >>> describe_size({"height": 512, "width": 768, "num_frames": 16, "max_sequence_length": 77})
     '512x768, 16 frames, 77 tokens'
     """
     parts = []

@@ -1,4 +1,4 @@
-"""An artifact's manifest for another size than its own (`sized`), so that readers know fixed shapes only.
+"""An artifact's manifest for another size than its own (`manifest_at`), so that readers know fixed shapes only.
 
 What a request's size changes: dimensions that follow symbols, the layout of the noise, lengths of tokens, `conditions`,
 and where a listed size has programs of its own, those. A decoder or text encoder that is fixed to the artifact's own
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
 
 from . import consistency
-from .shapes import AxisName, Request, Symbols, corners, described
+from .shapes import AxisName, Request, Symbols, corners, describe_size
 from .structure import Latents, ServedSize, Shapes, Stage, Structure, TensorInfo
 
 M = TypeVar("M", bound=Structure)
@@ -38,7 +38,7 @@ def served_size(manifest: Structure, request: Request) -> ServedSize | None:
     return next((entry for entry in listed if all(request[name] == value for name, value in entry.size.items())), None)
 
 
-def sized(manifest: M, request: Request) -> M:
+def manifest_at(manifest: M, request: Request) -> M:
     """The manifest as it would be had the artifact been compiled for `request`, a value for each axis.
 
     Raises ValueError where shapes do not fit together at that size.
@@ -129,14 +129,14 @@ def check_shapes(manifest: Structure) -> None:
     for symbol in shapes.symbols:
         if odd := {axis for term in symbol.terms for axis in term.axes} - set(own):
             raise ValueError(f"shapes.symbols: {symbol.name} follows {min(odd)}, which is no axis")
-    same = sized(manifest, own)
+    same = manifest_at(manifest, own)
     if (same.latents, same.stages, same.tokenizers) != (manifest.latents, manifest.stages, manifest.tokenizers):
-        raise ValueError(f"shapes: dimensions at {described(own)} are not those of the artifact: compile it again")
+        raise ValueError(f"shapes: dimensions at {describe_size(own)} are not those of the artifact: compile it again")
     if not shapes.sizes:
         if shapes.constants:
             raise ValueError("shapes.constants: there are no sizes that they belong to")
         for corner in corners(shapes.axes):
-            sized(manifest, corner)
+            manifest_at(manifest, corner)
     else:
         _check_sizes(manifest, shapes, own)
 
@@ -147,15 +147,15 @@ def _check_sizes(manifest: Structure, shapes: Shapes, own: Request) -> None:
     Whether dimensions fit together there is checked when one is served: there can be a thousand.
     """
     axes = {axis.name: axis for axis in shapes.axes}
-    held = {tensor.name: tensor for tensor in manifest.held}
+    held = {tensor.name: tensor for tensor in manifest.steady_inputs}
     if odd := sorted(set(shapes.constants) - set(held)):
         raise ValueError(f"shapes.constants: {odd[0]} is no input of the model that stays for all steps")
     seen = set()
     for entry in shapes.sizes:
         if set(entry.size) != set(axes) or any(value not in axes[name] for name, value in entry.size.items()):
-            raise ValueError(f"shapes.sizes: {described(entry.size)} is not within the ranges of {', '.join(axes)}")
+            raise ValueError(f"shapes.sizes: {describe_size(entry.size)} is not within the ranges of {', '.join(axes)}")
         if set(entry.constants) != set(shapes.constants):
-            raise ValueError(f"shapes.sizes: {described(entry.size)} has other constants than {shapes.constants}")
-        seen.add(described(entry.size))
+            raise ValueError(f"shapes.sizes: {describe_size(entry.size)} has other constants than {shapes.constants}")
+        seen.add(describe_size(entry.size))
     if len(seen) != len(shapes.sizes) or served_size(manifest, own) is None:
         raise ValueError("shapes.sizes: expected each size once, and the artifact's own among them")

@@ -11,7 +11,7 @@ import math
 import re
 from typing import Any
 
-from .messages import damaged, one_line
+from .messages import damage_error, one_line
 
 MAX_DEPTH = 32
 """Deepest nesting; written manifests have 8."""
@@ -31,9 +31,9 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise damaged(name, f"byte 0x{data[error.start]:02x} at {error.start}", "UTF-8") from None
+        raise damage_error(name, f"byte 0x{data[error.start]:02x} at {error.start}", "UTF-8") from None
     if sum(map(text.count, ",[{")) > MAX_VALUES:
-        raise damaged(name, f"more than {MAX_VALUES} values", "fewer")
+        raise damage_error(name, f"more than {MAX_VALUES} values", "fewer")
     _check_depth(text, name)
     try:
         value = json.loads(
@@ -44,9 +44,9 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
             parse_int=_integer,
         )
     except ValueError as error:
-        raise damaged(name, one_line(error), "valid JSON") from None
+        raise damage_error(name, one_line(error), "valid JSON") from None
     if not isinstance(value, dict):
-        raise damaged(name, f"a JSON {type(value).__name__}", "a JSON object")
+        raise damage_error(name, f"a JSON {type(value).__name__}", "a JSON object")
     return value
 
 
@@ -61,7 +61,7 @@ def _check_depth(text: str, name: str) -> None:
             depth += 1 if mark in "[{" else -1
             if depth > MAX_DEPTH:
                 found = f"more than {MAX_DEPTH} levels at character {match.start()}"
-                raise damaged(name, found, f"at most {MAX_DEPTH} levels")
+                raise damage_error(name, found, f"at most {MAX_DEPTH} levels")
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

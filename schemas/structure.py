@@ -422,10 +422,10 @@ class Structure(Frozen):
     def conditioning(self) -> tuple[TensorInfo, ...]:
         """The trunk's inputs that a request brings: all but latents, timestep, and constants of the size."""
         constants = self.shapes.constants if self.shapes else ()
-        return tuple(tensor for tensor in self.held if tensor.name not in constants)
+        return tuple(tensor for tensor in self.steady_inputs if tensor.name not in constants)
 
     @property
-    def held(self) -> tuple[TensorInfo, ...]:
+    def steady_inputs(self) -> tuple[TensorInfo, ...]:
         """The trunk's inputs that stay for all steps: conditioning, and constants of the size."""
         produced = {tensor.name for stage in self.trunk for tensor in stage.outputs}
         found: dict[str, TensorInfo] = {}

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from otcache.schemas.arithmetic import log_change
 from otcache.schemas.digest import digest_of_value
 
-from ..workspace.whole_files import part_folder
+from ..workspace.disk import locked_part_folder
 from .batch import Batch, Evaluator, batch_from_rows
 from .micro_batch import MicroBatch
 from .runs import FloatArray, Runs, new_array
@@ -44,7 +44,7 @@ class LocalSamples:
         self.runs, self.evaluator, self.micro_batch = runs, evaluator, micro_batch
         folder.mkdir(parents=True, exist_ok=True)
         stack = contextlib.ExitStack()
-        self.scratch = stack.enter_context(part_folder(folder / "samples"))
+        self.scratch = stack.enter_context(locked_part_folder(folder / "samples"))
         weakref.finalize(self, stack.close)
         self._outputs = OutputStore(self.scratch, output_bytes)
         self._names = 0

@@ -12,7 +12,7 @@ from otcache.schemas import manifest as schema
 from otcache.schemas.arithmetic import noise_from_latents
 from otcache.schemas.digest import digest_of_bytes
 from otcache.schemas.errors import ModelError
-from otcache.schemas.shapes import Symbol, described
+from otcache.schemas.shapes import Symbol, describe_size
 
 from ..pipelines.arguments import tensor_of
 from ..pipelines.decode import decode_latents
@@ -112,7 +112,7 @@ def manifest_shapes(
     for seen in sizes.served():
         size = {axis.name: seen.point[axis.name] for axis in sizes.wanted.axes}
         constants = {name: _constant(seen, name)[0] for name in sizes.constants}
-        own = tuple(programs.get(described(seen.point), ()))
+        own = tuple(programs.get(describe_size(seen.point), ()))
         listed.append(schema.ServedSize(size=size, constants=constants, programs=own))
     return schema.Shapes(
         axes=sizes.wanted.axes,

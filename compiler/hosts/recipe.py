@@ -11,8 +11,8 @@ from otcache.schemas.errors import RequestError
 from otcache.schemas.manifest import Guidance, Manifest, Model, Sampler
 from otcache.schemas.manifest_file import read_manifest
 from otcache.schemas.program import Coefficient, Frozen, Program
-from otcache.schemas.shapes import Axis, AxisName, Symbol, described
-from otcache.schemas.sized import own_size, sized
+from otcache.schemas.shapes import Axis, AxisName, Symbol, describe_size
+from otcache.schemas.sized import manifest_at, own_size
 
 
 class SizeRecipe(Frozen):
@@ -128,14 +128,14 @@ def recipe_from_manifest(manifest: Manifest, budget: int | str) -> Recipe:
 
 def _sizes(manifest: Manifest, budget: int | str) -> tuple[SizeRecipe, ...]:
     """The listed sizes that have a program of the budget, the artifact's own first."""
-    own, sizes = described(own_size(manifest)), []
+    own, sizes = describe_size(own_size(manifest)), []
     for entry in manifest.shapes.sizes if manifest.shapes else ():
-        here = sized(manifest, entry.size)
+        here = manifest_at(manifest, entry.size)
         program = here.program(budget)
         if program is not None:
             kept = program.program if entry.programs else None
             sizes.append(SizeRecipe(size=dict(entry.size), latents_shape=here.latents.shape, program=kept))
-    return tuple(sorted(sizes, key=lambda entry: described(entry.size) != own))
+    return tuple(sorted(sizes, key=lambda entry: describe_size(entry.size) != own))
 
 
 def _ranges(manifest: Manifest) -> tuple[tuple[Axis, ...], tuple[Symbol | None, ...]]:

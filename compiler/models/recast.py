@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..workspace.whole_files import full_disk_named, part_folder, remove_leftovers
+from ..workspace.disk import locked_part_folder, name_full_disk, remove_leftovers
 from ..workspace.workspace import ELSEWHERE, make_folder
 from .files import WEIGHTS, files_in, weight_files
 from .mapped_weights import give_back_all
@@ -44,7 +44,7 @@ def recast_folder(folder: Path, dtype: torch.dtype, scratch: Path) -> Iterator[P
     name = folder.resolve().name
     make_folder(scratch)
     remove_leftovers(scratch, re.escape(name))
-    with full_disk_named(scratch, ELSEWHERE), part_folder(scratch / name) as made:
+    with name_full_disk(scratch, ELSEWHERE), locked_part_folder(scratch / name) as made:
         for path in files_in(folder):
             target = made / name / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -200,9 +200,9 @@ def _make_engines(source: Exportable, artifact: Path, manifest: schema.Manifest)
 
 
 def _place(size: Mapping[Any, int]) -> str:
-    from otcache.schemas.shapes import described
+    from otcache.schemas.shapes import describe_size
 
-    return described(dict(size))
+    return describe_size(dict(size))
 
 
 def _first_request(artifact: Path) -> tuple[str, int] | None:

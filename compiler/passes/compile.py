@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from otcache.schemas import manifest as schema
-from otcache.schemas.shapes import described
+from otcache.schemas.shapes import describe_size
 
 from ..models.model import Model
 from ..options import CompileOptions
@@ -63,7 +63,9 @@ def _compile(prepared: Prepared, found: Found, target: Path, passes: Sequence[Pa
     """The passes after the searches; `passes` grows with them."""
     session = prepared.session
     quality = evaluate(prepared, found)
-    programs = {described(seen.point): _programs_at(prepared, found, seen) for seen in prepared.sizes.own_samplers()}
+    programs = {
+        describe_size(seen.point): _programs_at(prepared, found, seen) for seen in prepared.sizes.own_samplers()
+    }
     fields = program_fields(prepared, found, quality, programs)
     engines: Engines | None = None
     if session.options.engines == "onnx":
@@ -155,7 +157,7 @@ def _programs_at(prepared: Prepared, found: Found, seen: Seen) -> list[schema.Bu
     )  # pictures are the pipeline's own: its decoder is for the size that is compiled
     runs = full_runs(session, seen.table, "capture", prepared.prompts, session.options.seed, session.margin)
     calibration = calibration_of(session, runs, seen.table, prepared.stages)
-    with session.reporter.on("fit", f"schedules at {described(seen.point)}"):
+    with session.reporter.on("fit", f"schedules at {describe_size(seen.point)}"):
         here = refit(found, calibration)
     at_size = replace(prepared, session=session, runs=runs, table=seen.table, calibration=calibration)
     return budget_programs(here, evaluate(at_size, here))

@@ -19,7 +19,7 @@ from otcache.schemas.manifest import MANIFEST_NAME, FileEntry, Manifest
 from otcache.schemas.manifest_file import seal, write_manifest
 from otcache.schemas.whole_files import publish_folder, recover_folder
 
-from ..workspace.whole_files import full_disk_named, part_folder, remove_leftovers
+from ..workspace.disk import locked_part_folder, name_full_disk, remove_leftovers
 
 
 def check_target(target: Path, *, force: bool) -> None:
@@ -59,10 +59,10 @@ def emit(
     recover(target)
     check_target(target, force=force)
     try:
-        with full_disk_named(target.parent, "choose another folder with -o"):
+        with name_full_disk(target.parent, "choose another folder with -o"):
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(target.parent, re.escape(target.name))
-            with part_folder(target) as work:
+            with locked_part_folder(target) as work:
                 fill(work)
                 whole = _finish(work, manifest, attachments)
                 check_target(target, force=force)  # another compile may have finished meanwhile

@@ -101,7 +101,7 @@ def prepare(
     if held:
         folder = session.workspace.folder
         held.enter_context(
-            session.workspace.held(
+            session.workspace.hold(
                 lambda: reporter.note(f"another compile of this model is at work in {folder}: waiting until it ends")
             )
         )

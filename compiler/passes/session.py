@@ -16,7 +16,7 @@ from torch import Tensor
 
 from otcache.schemas.digest import digest_of_value
 from otcache.schemas.errors import ModelError, UsageError
-from otcache.schemas.shapes import described
+from otcache.schemas.shapes import describe_size
 
 from ..calibration import metrics
 from ..calibration.micro_batch import MicroBatch
@@ -206,7 +206,7 @@ def _session(
     key = _calibration_key(options, model, call, placement, micro_batch, prompts)
     workspace = Workspace(
         (options.workspace or default_workspace()) / digest_of_value(key)[7:23],
-        on_reuse=lambda name: None if name in (ATTEMPT, "capture", "evaluate") else reporter.reused(name),
+        on_reuse=lambda name: None if name in (ATTEMPT, "capture", "evaluate") else reporter.report_reuse(name),
     )
     return Session(
         options=options,
@@ -330,7 +330,7 @@ def _see_sizes(
     if not others.listed and (odd := [each for each in seen if programs_differ(each.table, seen[0].table)]):
         raise UsageError(
             f"sizes are a range, but the sampler of {type(model.pipeline).__name__} is another at "
-            f"{described(odd[0].point)}: expected a list, so that each size gets programs of its own"
+            f"{describe_size(odd[0].point)}: expected a list, so that each size gets programs of its own"
         )
     return seen
 

@@ -223,8 +223,8 @@ class Recorder(Reporter):
             seconds = round(current.seconds, 3)
             self.passes.append(PassEvidence(name=name, seconds=seconds, evaluations=counts[0], reused=counts[1]))
 
-    def reused(self, name: str) -> None:
-        self.inner.reused(name)
+    def report_reuse(self, name: str) -> None:
+        self.inner.report_reuse(name)
 
     def note(self, text: str) -> None:
         self.inner.note(text)

@@ -13,7 +13,7 @@ from otcache.schemas.manifest import FileEntry, Manifest
 from otcache.schemas.manifest_file import read_manifest, write_manifest
 from otcache.schemas.whole_files import write_whole
 
-from ..workspace.whole_files import full_disk_named, part_folder
+from ..workspace.disk import locked_part_folder, name_full_disk
 from .data import LATENCY
 from .page import ATTACHMENTS, FOLDER, PAGE, draw_report
 
@@ -27,7 +27,7 @@ def redraw(artifact: Path) -> tuple[Path, list[str]]:
     read = read_manifest(artifact)
     manifest = read.manifest
     try:
-        with full_disk_named(artifact, "free some of it"), part_folder(artifact.absolute()) as work:
+        with name_full_disk(artifact, "free some of it"), locked_part_folder(artifact.absolute()) as work:
             _copy_evidence(artifact, manifest, work)
             draw_report(work, manifest.model_dump(mode="json"))
             drawn = {path.relative_to(work).as_posix(): path for path in work.rglob("*") if path.is_file()}

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from otcache.schemas.errors import ModelError, UsageError
-from otcache.schemas.shapes import AxisName, described
+from otcache.schemas.shapes import AxisName, describe_size
 
 from ..graph.cut import cut
 from ..graph.dimensions import FIXED, SizeCheck, SpecialisedError, Varying
@@ -148,7 +148,9 @@ def see(
         trajectory = capture(pipeline, found, short, prompts[:2], [0, 1], [scale] * 2)
     except (ValueError, RuntimeError, TypeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UsageError(f"{name} does not run at {described(point)} ({reason}): give sizes that it takes") from error
+        raise UsageError(
+            f"{name} does not run at {describe_size(point)} ({reason}): give sizes that it takes"
+        ) from error
     inputs = denoiser_of(transformer_of(pipeline, name), found, trajectory).inputs(
         trajectory.latents[1], trajectory.timesteps[1], 1.0
     )

@@ -14,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 
 from otcache.schemas.errors import ModelError
-from otcache.schemas.shapes import AxisName, Request, Symbol, Term, described
+from otcache.schemas.shapes import AxisName, Request, Symbol, Term, describe_size
 
 MOST_TERMS = 4
 LETTERS: dict[AxisName, str] = {"height": "h", "width": "w", "num_frames": "f", "max_sequence_length": "t"}
@@ -74,7 +74,7 @@ class SymbolBook:
                 rows = [[math.prod(point[name] for name in axes) for axes in chosen] for point in self.points]
                 if _nearly(rows, sizes) and (factors := _solve(rows, sizes)):
                     return dict(zip(chosen, factors, strict=True))
-        seen = "; ".join(f"{size} at {described(point)}" for size, point in zip(sizes, self.points, strict=True))
+        seen = "; ".join(f"{size} at {describe_size(point)}" for size, point in zip(sizes, self.points, strict=True))
         raise ModelError(f"{subject} is {seen}: expected a sum of products of {', '.join(self.axes)}; list fewer sizes")
 
 

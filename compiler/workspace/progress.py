@@ -49,7 +49,7 @@ class Reporter:
         interrupts.check()
         yield Pass()
 
-    def reused(self, name: str) -> None:
+    def report_reuse(self, name: str) -> None:
         """Report a result that was found in the workspace."""
 
     def note(self, text: str) -> None:
@@ -76,7 +76,7 @@ class LineReporter(QuietReporter):
             facts = "".join(f", {value:g} {key.replace('_', ' ')}" for key, value in current.facts.items())
             self.note(f"{name}: {description} ({current.seconds:.1f} s{facts})")
 
-    def reused(self, name: str) -> None:
+    def report_reuse(self, name: str) -> None:
         self.note(f"{name}: from the workspace")
 
 
@@ -112,7 +112,7 @@ class JsonReporter(Reporter):
         yield current
         self._write(event="pass", name=name, seconds=round(current.seconds, 3), **current.facts)
 
-    def reused(self, name: str) -> None:
+    def report_reuse(self, name: str) -> None:
         self._write(event="reused", name=name)
 
     def note(self, text: str) -> None:
@@ -148,7 +148,7 @@ class BarReporter(Reporter):
         yield Pass(lambda done, total: self.bars.update(task, completed=done, total=total))
         self.bars.update(task, completed=self.bars.tasks[task].total)
 
-    def reused(self, name: str) -> None:
+    def report_reuse(self, name: str) -> None:
         self.note(f"{name}: from the workspace")
 
     def note(self, text: str) -> None:

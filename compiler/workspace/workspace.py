@@ -22,7 +22,7 @@ from otcache.schemas.digest import digest_of_value
 from otcache.schemas.errors import HostError
 from otcache.schemas.whole_files import publish_folder, whole_file
 
-from .whole_files import full_disk_named, is_full_disk, locked, part_folder, remove_leftovers
+from .disk import hold_lock, is_full_disk, locked_part_folder, name_full_disk, remove_leftovers
 
 RESULT = r"[a-z-]+-[0-9a-f]{24}(?:\.\w+)?"
 """Names of results, as a regular expression."""
@@ -65,21 +65,21 @@ class Workspace:
         """Names of those whose was not."""
 
     @contextlib.contextmanager
-    def held(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    def hold(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Keep other compiles out of the folder, and remove what killed ones left.
 
         Waits while another one is at work, and calls `on_wait` once then. Raises HostError for a folder that cannot be
         written to, or a disk that is full.
         """
-        with self.full_disk_named():
+        with self.name_full_disk():
             make_folder(self.folder)
-            with locked(self.folder / LOCK, on_wait):
+            with hold_lock(self.folder / LOCK, on_wait):
                 remove_leftovers(self.folder, RESULT)
                 yield
 
-    def full_disk_named(self) -> contextlib.AbstractContextManager[None]:
+    def name_full_disk(self) -> contextlib.AbstractContextManager[None]:
         """Turn what a full disk is behind into a HostError that names this folder (`whole_files`)."""
-        return full_disk_named(self.folder, ELSEWHERE)
+        return name_full_disk(self.folder, ELSEWHERE)
 
     def has(self, name: str, key: Any, suffix: str) -> bool:
         """Whether the result of a pass is kept here."""
@@ -121,9 +121,9 @@ class Workspace:
             self._reuse(name)
             return path
         self.computed.append(name)
-        with self.full_disk_named():
+        with self.name_full_disk():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with part_folder(path) as part:
+            with locked_part_folder(path) as part:
                 compute(part)
                 try:
                     publish_folder(part, path, replace=False)
@@ -147,7 +147,7 @@ class Workspace:
                 self._reuse(name)
                 return value
         self.computed.append(name)
-        with self.full_disk_named():
+        with self.name_full_disk():
             value = compute()
             self.folder.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as part:

@@ -15,7 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from otcache.schemas.messages import damaged, one_line
+from otcache.schemas.messages import damage_error, one_line
 
 MAX_FIELDS = 4_000_000
 """Fields of one file that are looked at: minutes in Python; exported graphs have some ten thousand."""
@@ -52,7 +52,7 @@ def external_locations(path: Path, name: str) -> tuple[str, ...]:
             file.seek(0)
             return tuple(dict.fromkeys(_Walk(file, name).locations(size, "model", 0)))
     except OSError as error:
-        raise damaged(name, one_line(error), "a readable file") from None
+        raise damage_error(name, one_line(error), "a readable file") from None
 
 
 class _Walk:
@@ -64,7 +64,7 @@ class _Walk:
     def locations(self, end: int, kind: str, depth: int) -> Iterator[str]:
         """External paths in the message `kind` between here and `end`."""
         if depth > MAX_DEPTH:
-            raise damaged(self.name, f"more than {MAX_DEPTH} levels of messages", "an ONNX model")
+            raise damage_error(self.name, f"more than {MAX_DEPTH} levels of messages", "an ONNX model")
         for field, size in self.messages(end):
             inside = _INSIDE[kind].get(field)
             after = self.file.tell() + size
@@ -74,7 +74,7 @@ class _Walk:
                 operator = self.file.read(min(size, MAX_TEXT))
                 if operator in _REFUSED:
                     found = f"the operator {one_line(operator.decode())}, which is {_REFUSED[operator]}"
-                    raise damaged(self.name, found, "a graph that stands for itself", "compile it again")
+                    raise damage_error(self.name, found, "a graph that stands for itself", "compile it again")
             elif inside is not None:
                 yield from self.locations(after, inside, depth + 1)
             self.file.seek(after)
@@ -84,22 +84,22 @@ class _Walk:
         while (place := self.file.tell()) < end:
             self.fields += 1
             if self.fields > MAX_FIELDS:
-                raise damaged(self.name, f"more than {MAX_FIELDS} fields", "an ONNX model")
+                raise damage_error(self.name, f"more than {MAX_FIELDS} fields", "an ONNX model")
             tag = self.varint(end)
             field, wire = tag >> 3, tag & 7
             if wire == _BYTES:
                 size = self.varint(end)
                 if self.file.tell() + size > end:
-                    raise damaged(self.name, f"a field beyond its message at byte {place}", "an ONNX model")
+                    raise damage_error(self.name, f"a field beyond its message at byte {place}", "an ONNX model")
                 yield field, size
             elif wire == _VARINT:
                 self.varint(end)
             elif wire in (_FIXED_64, _FIXED_32):
                 self.file.seek(8 if wire == _FIXED_64 else 4, 1)
             else:
-                raise damaged(self.name, f"wire type {wire} at byte {place}", "an ONNX model")
+                raise damage_error(self.name, f"wire type {wire} at byte {place}", "an ONNX model")
             if field == 0 or self.file.tell() > end:
-                raise damaged(self.name, f"a broken field at byte {place}", "an ONNX model")
+                raise damage_error(self.name, f"a broken field at byte {place}", "an ONNX model")
 
     def varint(self, end: int) -> int:
         """The number of up to 64 bits that stands here, in groups of seven bits, the lowest first."""
@@ -111,12 +111,12 @@ class _Walk:
             value |= (byte[0] & 0x7F) << shift
             if byte[0] < 0x80:
                 return value & 0xFFFF_FFFF_FFFF_FFFF
-        raise damaged(self.name, f"a broken number at byte {self.file.tell()}", "an ONNX model")
+        raise damage_error(self.name, f"a broken number at byte {self.file.tell()}", "an ONNX model")
 
     def location(self, size: int) -> list[str]:
         """The values of a key-value pair whose key is `location`; all of them, should there be several."""
         if size > MAX_TEXT:
-            raise damaged(self.name, f"an external path of {size} bytes", f"at most {MAX_TEXT}")
+            raise damage_error(self.name, f"an external path of {size} bytes", f"at most {MAX_TEXT}")
         pair = BytesIO(self.file.read(size))
         inner = _Walk(pair, self.name)
         texts: dict[int, list[bytes]] = {}

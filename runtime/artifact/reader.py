@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from otcache.schemas.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest
 from otcache.schemas.manifest_file import read_manifest
-from otcache.schemas.messages import AGAIN, damaged, one_line
+from otcache.schemas.messages import AGAIN, damage_error, one_line
 from otcache.schemas.safe_files import locate, open_regular
 
 from ..messages import MODULES, build_command
@@ -86,7 +86,7 @@ class Artifact:
             with open_regular(path) as file:
                 data = file.read(entry.size_bytes + 1)
         except (OSError, MemoryError) as error:
-            raise damaged(name, error, "a readable file") from None
+            raise damage_error(name, error, "a readable file") from None
         _compare_digest(entry, hashlib.sha256(data).hexdigest(), self._fix(name))
         return data
 
@@ -97,7 +97,7 @@ class Artifact:
         try:
             return entry, open_regular(path)
         except OSError as error:
-            raise damaged(name, error, "a readable file") from None
+            raise damage_error(name, error, "a readable file") from None
 
     def check_structure(self) -> Verification:
         """Check that every listed file is there with its size; no content is read. Attachments may be absent."""
@@ -133,7 +133,7 @@ class Artifact:
         for location in external_locations(path, name):
             if (f"{folder}/{location}" if folder else location) not in allowed:
                 expected = f"one of {', '.join(sorted(allowed))}" if allowed else "no other file, as the manifest says"
-                raise damaged(name, f"weights that are read from {location!r}", expected, "compile it again")
+                raise damage_error(name, f"weights that are read from {location!r}", expected, "compile it again")
         for other in sorted(allowed):
             self.path(other)
 
@@ -146,14 +146,14 @@ class Artifact:
 
     def _entry(self, name: str) -> FileEntry:
         if name not in self._entries:
-            raise damaged(name, "not listed in the manifest", "a listed file")
+            raise damage_error(name, "not listed in the manifest", "a listed file")
         return self._entries[name]
 
     def _locate(self, entry: FileEntry) -> tuple[Path, os.stat_result]:
         fix = self._fix(entry.path)
         path, status = locate(self.folder, entry.path, fix)
         if status.st_size != entry.size_bytes:
-            raise damaged(entry.path, f"{status.st_size} bytes", f"{entry.size_bytes} bytes", fix)
+            raise damage_error(entry.path, f"{status.st_size} bytes", f"{entry.size_bytes} bytes", fix)
         return path, status
 
     def _find_unlisted(self) -> tuple[str, ...]:
@@ -181,10 +181,10 @@ def _check_digest(entry: FileEntry, path: Path, fix: str) -> None:
                 running.update(piece)
                 left -= len(piece)
     except OSError as error:
-        raise damaged(entry.path, error, "a readable file", fix) from None
+        raise damage_error(entry.path, error, "a readable file", fix) from None
     _compare_digest(entry, running.hexdigest(), fix)
 
 
 def _compare_digest(entry: FileEntry, found: str, fix: str) -> None:
     if f"sha256:{found}" != entry.digest:
-        raise damaged(entry.path, f"digest sha256:{found}", entry.digest, fix)
+        raise damage_error(entry.path, f"digest sha256:{found}", entry.digest, fix)

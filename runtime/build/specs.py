@@ -8,7 +8,7 @@ from pathlib import Path
 from otcache.schemas.combinations import Combination, combinations
 from otcache.schemas.digest import digest_of_value
 from otcache.schemas.manifest import Manifest, Stage
-from otcache.schemas.segments import Granularity, coarsened, name_of, segments
+from otcache.schemas.segments import Granularity, coarsen, name_of, segments
 
 from ..artifact.reader import Artifact
 from ..engines.profiles import BATCH, Profile, Range, Triple, input_shapes
@@ -89,7 +89,7 @@ def _specs_of_stages(artifact: Artifact, choices: Choices) -> list[PlanSpec]:
     members = {name_of(segment): segment for segment in groups}
     stages = {stage.name: stage for stage in manifest.stages}
     specs = []
-    for stage in coarsened(manifest, groups).stages:
+    for stage in coarsen(manifest, groups).stages:
         parts = tuple(stages[name] for name in members.get(stage.name, (stage.name,)))
         rows = _rows_of_stage(manifest, stage, choices.profile[BATCH])
         specs.append(

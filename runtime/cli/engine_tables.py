@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from otcache.schemas.manifest import Engine, Manifest
 from otcache.schemas.messages import one_line
-from otcache.schemas.segments import Granularity, coarsened, segments, segments_of
-from otcache.schemas.shapes import described
+from otcache.schemas.segments import Granularity, coarsen, segments, segments_of
+from otcache.schemas.shapes import describe_size
 from otcache.schemas.sized import whole_size
 
 from ..build.listing import BUILD_TIME
@@ -61,7 +61,7 @@ def memory_summary(manifest: Manifest, samples: int, granularity: Granularity) -
 def memory_tables(manifest: Manifest, samples: int, granularity: Granularity) -> list[Table]:
     """Arena and lower bound of every budget; the addresses of the first and last step of the largest arena."""
     plans = _plans(manifest, samples, granularity)
-    what = f"{described(whole_size(manifest))}, {samples} at once"
+    what = f"{describe_size(whole_size(manifest))}, {samples} at once"
     sizes = _table(f"Device memory beside weights, {what}", ">budget", ">launches", ">arena", ">lower bound")
     for name, plan in plans.items():
         sizes.add_row(
@@ -83,7 +83,7 @@ def memory_tables(manifest: Manifest, samples: int, granularity: Granularity) ->
 
 
 def _plans(manifest: Manifest, samples: int, granularity: Granularity) -> dict[str, AddressPlan]:
-    manifest = coarsened(manifest, segments(manifest, granularity))
+    manifest = coarsen(manifest, segments(manifest, granularity))
     entries = [entry for name in manifest.budgets if (entry := manifest.program(name))]
     return {entry.budget: plan_addresses(manifest, entry.program, samples) for entry in entries}
 
@@ -147,7 +147,7 @@ def size_lines(manifest: Manifest) -> list[str]:
     lines = [f"{axis.name}: {axis}" for axis in shapes.axes]
     lines += [f"{name}: fixed, {reason}" for name, reason in shapes.fixed.items()]
     lines += [
-        f"served: {described(entry.size)}" + (", with programs of its own" if entry.programs else "")
+        f"served: {describe_size(entry.size)}" + (", with programs of its own" if entry.programs else "")
         for entry in shapes.sizes
     ]
     return lines + [f"{symbol.name} = {symbol}" for symbol in shapes.symbols]

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from otcache.schemas.errors import ArtifactError, UsageError
 from otcache.schemas.manifest import Engine, Manifest, TensorInfo
 from otcache.schemas.messages import one_line
-from otcache.schemas.shapes import Axis, Request, corners, described
-from otcache.schemas.sized import own_size, served_size, sized, tensor_at
+from otcache.schemas.shapes import Axis, Request, corners, describe_size
+from otcache.schemas.sized import manifest_at, own_size, served_size, tensor_at
 
 from ..loop.backend import shape_of
 from ..messages import OPTIONS, build_command, profile_text
@@ -43,9 +43,9 @@ def profile_for(manifest: Manifest, asked: Profile) -> dict[str, Triple]:
     profile = {BATCH: USUAL_BATCH, **served, **asked}
     usual = _usual(manifest, profile)
     if manifest.shapes and manifest.shapes.sizes and served_size(manifest, usual) is None:
-        listed = "; ".join(described(entry.size) for entry in manifest.shapes.sizes)
+        listed = "; ".join(describe_size(entry.size) for entry in manifest.shapes.sizes)
         raise UsageError(
-            f"--profile {profile_text(profile)}: its most frequent size is {described(usual)}: expected one of "
+            f"--profile {profile_text(profile)}: its most frequent size is {describe_size(usual)}: expected one of "
             f"{one_line(listed)}: name the other axes as well"
         )
     return profile
@@ -136,7 +136,7 @@ def at_usual_size(plans: Engine, manifest: Manifest) -> tuple[Manifest, int]:
     """
     profile = coverage(plans, manifest)
     try:
-        return sized(manifest, _usual(manifest, profile)), profile[BATCH][1]
+        return manifest_at(manifest, _usual(manifest, profile)), profile[BATCH][1]
     except ValueError as error:
         whole = profile_for(manifest, {BATCH: profile[BATCH]})
         raise ArtifactError(

@@ -16,7 +16,7 @@ from otcache.schemas.errors import ArtifactError, HostError, RequestError
 from otcache.schemas.manifest import Engine as Plans
 from otcache.schemas.manifest import Manifest
 from otcache.schemas.messages import one_line
-from otcache.schemas.segments import coarsened, name_of, segments_of
+from otcache.schemas.segments import coarsen, name_of, segments_of
 
 from ..artifact.reader import Artifact
 from ..loop.address_plan import ITEM_BYTES
@@ -212,5 +212,5 @@ def plan_parts(plans: Plans, manifest: Manifest) -> tuple[Part, ...]:
         )
     segments = segments_of(plans, manifest)
     files = {**plans.stages, **{name_of(segment): plans.stages[segment[0]] for segment in segments}}
-    stages = [Part(stage.name, stage, files[stage.name]) for stage in coarsened(manifest, segments).stages]
+    stages = [Part(stage.name, stage, files[stage.name]) for stage in coarsen(manifest, segments).stages]
     return (*stages, *(Part("@" + one.name, one, plans.combinations[one.name]) for one in needed))

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from otcache.schemas.combinations import combinations
 from otcache.schemas.manifest import Manifest, TensorInfo
 from otcache.schemas.program import Program
-from otcache.schemas.segments import Segment, coarsened
-from otcache.schemas.shapes import described
+from otcache.schemas.segments import Segment, coarsen
+from otcache.schemas.shapes import describe_size
 from otcache.schemas.sized import whole_size
 
 from ..messages import readable_size
@@ -201,7 +201,7 @@ class ResidentLoop:
         final = np.empty(run.latents.shape, np.float32)
         self._device.download(prepared.address(prepared.plan.listing.final), final)
         if self._cuda_graph and prepared.recording is None:  # after one run, in which libraries have set themselves up
-            self._record(prepared, f"budget {run.budget}, {described(whole_size(run.manifest))}, {n} at once")
+            self._record(prepared, f"budget {run.budget}, {describe_size(whole_size(run.manifest))}, {n} at once")
         return final
 
     def origin_of_spoilt(self, run: Run) -> Origin | None:
@@ -249,7 +249,7 @@ class ResidentLoop:
         if key not in self._plans:
             if len(self._plans) >= MOST_PREPARED:
                 self._plans.clear()
-            self._plans[key] = plan_addresses(coarsened(manifest, self._segments), program, n)
+            self._plans[key] = plan_addresses(coarsen(manifest, self._segments), program, n)
         return key, self._plans[key]
 
     def _prepare(self, run: Run, n: int) -> _Prepared:
@@ -263,7 +263,7 @@ class ResidentLoop:
             self._tables.append(base)
             self._device.upload(base, np.frombuffer(content, np.uint8))
             placed = {value: base + offset for value, offset in tables.items()}
-            self._prepared[key] = self._bind(coarsened(run.manifest, self._segments), plan, placed, n)
+            self._prepared[key] = self._bind(coarsen(run.manifest, self._segments), plan, placed, n)
         return self._prepared[key]
 
     def _grow(self, size_bytes: int) -> None:
@@ -295,7 +295,7 @@ class ResidentLoop:
         x, *_ = (value for value in prepared.plan.listing.brought if value.name == "@x")
         self._device.upload(prepared.address(x), np.ascontiguousarray(run.latents, np.float32))
         self._device.upload(prepared.guidance, np.array(run.guidance_weights, np.float32))
-        for tensor in run.manifest.held:
+        for tensor in run.manifest.steady_inputs:
             array = as_type(run.inputs[tensor.name], tensor.dtype)
             self._device.upload(prepared.address(Value(tensor.name, 0)), array)
 
@@ -388,6 +388,6 @@ def resident_denoiser(
 
     manifest, samples: at the size and batch that most requests have.
     """
-    names = {stage.name for stage in coarsened(manifest, segments).trunk}
+    names = {stage.name for stage in coarsen(manifest, segments).trunk}
     needed = {name: engine for name, engine in engines.items() if name in names or name.startswith("@")}
     return ResidentLoop(manifest, needed, device, segments=segments, cuda_graph=cuda_graph, samples=samples)

@@ -87,7 +87,7 @@ class Trunk:
 
     def hold(self, inputs: Mapping[str, Array]) -> None:
         """Put in place what stays for all steps: with a batch (g, n, …), others as the manifest has them."""
-        for tensor in self._manifest.held:
+        for tensor in self._manifest.steady_inputs:
             self._buffers[tensor.name].write(inputs[tensor.name].reshape(self._buffers[tensor.name].shape))
 
     def embed(self, x: Float32, timestep: float) -> None:

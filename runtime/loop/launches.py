@@ -84,7 +84,7 @@ class _Unroller:
         """The value that a trunk tensor has."""
 
     def listing(self) -> Listing:
-        for tensor in self.manifest.held:
+        for tensor in self.manifest.steady_inputs:
             self.now[tensor.name] = self.value(tensor.name, 0, tensor)
         brought = (*self.now.values(), self.value("@x", 0, self.latents))
         forecasts = forecast_steps(self.program)

@@ -17,9 +17,9 @@ import numpy as np
 
 from otcache.schemas.errors import ArtifactError, RequestError
 from otcache.schemas.manifest import Manifest
-from otcache.schemas.messages import damaged, one_line
-from otcache.schemas.shapes import AxisName, described
-from otcache.schemas.sized import own_size, served_size, sized
+from otcache.schemas.messages import damage_error, one_line
+from otcache.schemas.shapes import AxisName, describe_size
+from otcache.schemas.sized import manifest_at, own_size, served_size
 
 from ..artifact.reader import Artifact
 from ..loop.backend import DTYPES, Array, shape_of
@@ -52,7 +52,7 @@ class Sizes:
     def at(self, given: Given) -> AtSize:
         """The artifact at a request's size. Raises RequestError for one that is not served, ArtifactError."""
         size = parse_size(self._artifact.manifest, given)
-        key = described(size)
+        key = describe_size(size)
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = self._make(size)
@@ -63,20 +63,20 @@ class Sizes:
 
     def _make(self, size: dict[AxisName, int]) -> AtSize:
         try:
-            manifest = sized(self._artifact.manifest, size)
+            manifest = manifest_at(self._artifact.manifest, size)
         except ValueError as error:
             raise ArtifactError(
-                f"artifact is damaged: manifest.json: at {described(size)}: {one_line(error)}: compile it again"
+                f"artifact is damaged: manifest.json: at {describe_size(size)}: {one_line(error)}: compile it again"
             ) from None
         entry = served_size(self._artifact.manifest, size)
-        inputs = {tensor.name: tensor for tensor in manifest.held}
+        inputs = {tensor.name: tensor for tensor in manifest.steady_inputs}
         constants = {}
         for name, path in (entry.constants if entry else {}).items():
             data, dtype = self._artifact.read(path), np.dtype(DTYPES[inputs[name].dtype]).newbyteorder("<")
             shape = shape_of(inputs[name], 1)
             expected = math.prod(shape) * dtype.itemsize
             if len(data) != expected:
-                raise damaged(path, f"{len(data)} bytes", f"{expected} bytes for {name} at {described(size)}")
+                raise damage_error(path, f"{len(data)} bytes", f"{expected} bytes for {name} at {describe_size(size)}")
             constants[name] = np.frombuffer(data, dtype).reshape(shape)
         return AtSize(manifest, constants)
 
@@ -106,6 +106,8 @@ def parse_size(manifest: Manifest, given: Given) -> dict[AxisName, int]:
                 )
             size[name] = int(value)
     if shapes and shapes.sizes and served_size(manifest, size) is None:
-        listed = "; ".join(described(entry.size) for entry in shapes.sizes)
-        raise RequestError(f"size is {described(size)}: expected one of {listed}: compile with --sizes that list it")
+        listed = "; ".join(describe_size(entry.size) for entry in shapes.sizes)
+        raise RequestError(
+            f"size is {describe_size(size)}: expected one of {listed}: compile with --sizes that list it"
+        )
     return size

@@ -21,13 +21,13 @@ from typing import BinaryIO
 from otcache.schemas.errors import ArtifactError, HostError, UsageError
 from otcache.schemas.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNATURE_NAME, FileEntry, Manifest
 from otcache.schemas.manifest_file import parse_manifest, read_manifest
-from otcache.schemas.messages import damaged, one_line
+from otcache.schemas.messages import damage_error, one_line
 from otcache.schemas.safe_files import read_small
 from otcache.schemas.signature import MAX_SIGNATURE_BYTES
 from otcache.schemas.whole_files import part_folder, publish_folder, recover_folder, whole_file
 
 from ..artifact.reader import Artifact
-from .signing import compare_signature, load_public_key, not_signed, parse_signature
+from .signing import compare_signature, load_public_key, parse_signature, unsigned_error
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
@@ -138,12 +138,12 @@ def _copy(read: Callable[[int], bytes], entry: FileEntry, write: Callable[[bytes
     while left:
         piece = read(min(left, PIECE))
         if not piece:
-            raise damaged(entry.path, f"{entry.size_bytes - left} bytes", f"{entry.size_bytes} bytes")
+            raise damage_error(entry.path, f"{entry.size_bytes - left} bytes", f"{entry.size_bytes} bytes")
         running.update(piece)
         write(piece)
         left -= len(piece)
     if f"sha256:{running.hexdigest()}" != entry.digest:
-        raise damaged(entry.path, f"digest sha256:{running.hexdigest()}", entry.digest)
+        raise damage_error(entry.path, f"digest sha256:{running.hexdigest()}", entry.digest)
 
 
 def pack_file(artifact: Artifact, target: Path, *, force: bool) -> Packed:
@@ -220,7 +220,7 @@ class _Members:
         self.take(name, size)
         data = self.read(size)
         if len(data) < size:
-            raise damaged(name, f"{len(data)} bytes, then the end of the archive", f"{size} bytes")
+            raise damage_error(name, f"{len(data)} bytes, then the end of the archive", f"{size} bytes")
         self.end_member(size)
         return data
 
@@ -279,7 +279,7 @@ def unpack(stream: BinaryIO, target: Path, *, force: bool = False, public_key: P
             (part / SIGNATURE_NAME).write_bytes(data)
             count += 1
         elif key:
-            raise not_signed("archive")
+            raise unsigned_error("archive")
         signed = count > 1
         for entry in _entries_to_come(manifest, members):
             _extract(part, entry, members)
@@ -288,7 +288,7 @@ def unpack(stream: BinaryIO, target: Path, *, force: bool = False, public_key: P
             raise _broken(f"{_describe(members.peek())} after the last file", "the end of the archive")
         (part / MANIFEST_NAME).write_bytes(read.data)
         if Artifact.open(part).manifest != manifest:
-            raise damaged(MANIFEST_NAME, "another manifest on the disk", "that of the archive")
+            raise damage_error(MANIFEST_NAME, "another manifest on the disk", "that of the archive")
         part.chmod(0o755)
         _check_folder(target, force)
         publish_folder(part, target)

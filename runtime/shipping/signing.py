@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from otcache.schemas.digest import canonical_json
 from otcache.schemas.errors import ArtifactError, HostError, UsageError
 from otcache.schemas.manifest import SIGNATURE_NAME
-from otcache.schemas.messages import damaged, one_line
+from otcache.schemas.messages import damage_error, one_line
 from otcache.schemas.safe_files import read_small
 from otcache.schemas.signature import MAX_SIGNATURE_BYTES, Signature, signed_message
 from otcache.schemas.strict_json import parse_object
@@ -51,7 +51,7 @@ def sign(artifact: Artifact, key: Path, *, force: bool = False) -> Signature:
 def read_signature(artifact: Artifact) -> Signature:
     """The signature beside the manifest, whoever made it. Raises ArtifactError if there is none or it is damaged."""
     if not os.path.lexists(artifact.folder / SIGNATURE_NAME):
-        raise not_signed(artifact.folder)
+        raise unsigned_error(artifact.folder)
     return parse_signature(read_small(artifact.folder, SIGNATURE_NAME, MAX_SIGNATURE_BYTES))
 
 
@@ -62,10 +62,10 @@ def parse_signature(data: bytes) -> Signature:
         signature = Signature.model_validate_json(canonical_json(value), strict=True)
     except (ValidationError, UnicodeEncodeError) as error:
         problem = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
-        raise damaged(SIGNATURE_NAME, problem, "a signature") from None
+        raise damage_error(SIGNATURE_NAME, problem, "a signature") from None
     for text in (signature.public_key, signature.signature):
         if _base64(base64.b64decode(text)) != text:
-            raise damaged(SIGNATURE_NAME, f"base64 with loose bits {text[-4:]}", "its one canonical form")
+            raise damage_error(SIGNATURE_NAME, f"base64 with loose bits {text[-4:]}", "its one canonical form")
     return signature
 
 
@@ -101,7 +101,7 @@ def compare_signature(signature: Signature, digest: str, public: Any, public_key
         )
 
 
-def not_signed(name: object) -> ArtifactError:
+def unsigned_error(name: object) -> ArtifactError:
     """The error of an artifact or archive that has no signature."""
     return ArtifactError(
         f"{one_line(name)} is not signed: found no {SIGNATURE_NAME}: expected one: "

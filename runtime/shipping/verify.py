@@ -17,7 +17,7 @@ import numpy as np
 
 from otcache.schemas.errors import ArtifactError, HostError
 from otcache.schemas.manifest import Golden
-from otcache.schemas.messages import damaged
+from otcache.schemas.messages import damage_error
 
 from ..artifact.reader import Artifact
 from ..engines.plan_hosts import why_not
@@ -154,7 +154,7 @@ def _run_golden(sampler: Sampler, golden: Golden) -> GoldenCheck:
     artifact = sampler.artifact
     expected = np.frombuffer(artifact.read(golden.latents), "<f4").astype(np.float64)
     if not np.isfinite(expected).all() or not expected.any():
-        raise damaged(golden.latents, "zeros alone, or numbers that are not finite", "latents", "compile it again")
+        raise damage_error(golden.latents, "zeros alone, or numbers that are not finite", "latents", "compile it again")
     found = sampler.sample(
         sampler.encode(golden.prompt), budget=golden.budget, seed=golden.seed, guidance_scale=golden.guidance_scale
     )

@@ -28,7 +28,7 @@ from otcache.runtime.loop.backend import Engine, shape_of
 from otcache.runtime.loop.host_loop import Trunk
 from otcache.runtime.serving.bench import versions
 from otcache.runtime.serving.request_size import Sizes
-from otcache.schemas.segments import Granularity, coarsened, name_of, segments
+from otcache.schemas.segments import Granularity, coarsen, name_of, segments
 
 
 def trunk_of(artifact: Artifact, granularity: Granularity, backend: OnnxBackend, folder: Path, images: int) -> Trunk:
@@ -37,7 +37,7 @@ def trunk_of(artifact: Artifact, granularity: Granularity, backend: OnnxBackend,
     stages = {stage.name: stage for stage in manifest.stages}
     held = segments(manifest, granularity)
     members = {name_of(segment): segment for segment in held}
-    coarse = coarsened(manifest, held)
+    coarse = coarsen(manifest, held)
     engines: dict[str, Engine] = {}
     for stage in coarse.trunk:
         parts = tuple(stages[name] for name in members.get(stage.name, (stage.name,)))

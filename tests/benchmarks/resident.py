@@ -48,7 +48,7 @@ from otcache.schemas.digest import canonical_json, digest_of_value
 from otcache.schemas.errors import OTCacheError
 from otcache.schemas.manifest import Manifest
 from otcache.schemas.program import Program
-from otcache.schemas.segments import coarsened, name_of, segments
+from otcache.schemas.segments import coarsen, name_of, segments
 
 NEWEST = max((Path(__file__).parents[1] / "golden").glob("1.*"), key=lambda path: int(path.name[2:])) / "artifact"
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
@@ -318,7 +318,7 @@ def torch_loop(subject: Subject, kind: str, granularity: str, *, cuda_graph: boo
             ),
             device,
         )
-        for stage in coarsened(subject.manifest, held).trunk
+        for stage in coarsen(subject.manifest, held).trunk
     }
     engines |= {"@" + one.name: TorchEngine(one, _sum_run(one), device) for one in combinations(subject.manifest)}
     return ResidentLoop(subject.manifest, engines, device, segments=held, cuda_graph=cuda_graph)
@@ -441,14 +441,14 @@ def host_cost(subject: Subject, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for granularity in GRANULARITIES:
         held = segments(manifest, granularity)
-        names = [stage.name for stage in coarsened(manifest, held).trunk]
+        names = [stage.name for stage in coarsen(manifest, held).trunk]
         device = TorchDevice("cpu")
         engine = IdleEngine()
         engines = {name: engine for name in (*names, *("@" + one.name for one in combinations(manifest)))}
         loop = ResidentLoop(manifest, engines, device, segments=held)
         run = dataclasses.replace(subject.run("full"), manifest=manifest)
         seconds = timed(lambda loop=loop, run=run: loop(run), 20 * rounds, clock=time.process_time)
-        launches = len(list_launches(coarsened(manifest, held), run.program).launches)
+        launches = len(list_launches(coarsen(manifest, held), run.program).launches)
         steps = len(run.program.steps)
         told, requests = engine.told, 20 * rounds + 2
         loop.close()

@@ -6,7 +6,7 @@ import pytest
 
 from otcache.runtime.artifact.reader import Artifact
 from otcache.schemas.consistency import check_wiring
-from otcache.schemas.segments import coarsened, name_of, segments, segments_of
+from otcache.schemas.segments import coarsen, name_of, segments, segments_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -48,7 +48,7 @@ def test_all_blocks_are_in_a_segment(manifest):
 def test_a_coarser_manifest_is_wired_as_the_finer_one(manifest, granularity):
     ten = with_blocks(manifest, 10)
     held = segments(ten, granularity)
-    coarse = coarsened(ten, held)
+    coarse = coarsen(ten, held)
     check_wiring(coarse)
     assert [stage.name for stage in coarse.trunk] == ["embed", *map(name_of, held), "head"]
     assert coarse.conditioning == ten.conditioning and coarse.trunk[-1] == ten.trunk[-1]

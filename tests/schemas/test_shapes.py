@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from otcache.schemas.shapes import Axis, Symbol, Term, corners, described
+from otcache.schemas.shapes import Axis, Symbol, Term, corners, describe_size
 
 NAMES = ("height", "width", "num_frames", "max_sequence_length")
 
@@ -58,5 +58,5 @@ def test_corners_bound_a_symbol(terms, ranges):
 
 def test_sizes_are_named_as_people_write_them():
     size = {"height": 512, "width": 768, "num_frames": 17, "max_sequence_length": 77}
-    assert described(size) == "512x768, 17 frames, 77 tokens"
-    assert described({"height": 512}) == "height 512"
+    assert describe_size(size) == "512x768, 17 frames, 77 tokens"
+    assert describe_size({"height": 512}) == "height 512"

@@ -18,7 +18,7 @@ from otcache.runtime.loop.backend import DTYPES, Part
 from otcache.runtime.loop.device_loop import resident_denoiser
 from otcache.schemas.combinations import COEFS, combinations
 from otcache.schemas.errors import HostError
-from otcache.schemas.segments import coarsened, name_of, segments
+from otcache.schemas.segments import coarsen, name_of, segments
 
 
 class HostDevice:
@@ -206,7 +206,7 @@ class HostBackend:
 
     def parts(self, manifest):
         self.manifest, self.segments = manifest, segments(manifest, self.granularity)
-        stages = [Part(stage.name, stage, stage.onnx) for stage in coarsened(manifest, self.segments).stages]
+        stages = [Part(stage.name, stage, stage.onnx) for stage in coarsen(manifest, self.segments).stages]
         return (*stages, *(Part("@" + one.name, one, "") for one in combinations(manifest)))
 
     def load(self, part, artifact):

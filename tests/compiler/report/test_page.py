@@ -147,7 +147,7 @@ def test_the_recorder_passes_everything_on():
     seen = []
 
     class Inner(Reporter):
-        def reused(self, name):
+        def report_reuse(self, name):
             seen.append(name)
 
         def note(self, text):
@@ -156,7 +156,7 @@ def test_the_recorder_passes_everything_on():
     recorder = Recorder(Inner())
     with recorder.on("capture", "") as current:
         current.facts["evaluations"] = 3
-    recorder.reused("search")
+    recorder.report_reuse("search")
     recorder.note("text")
     assert seen == ["search", "text"]
     assert [(p.name, p.evaluations, p.reused) for p in recorder.passes] == [("capture", 3, 0)]

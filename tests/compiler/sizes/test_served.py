@@ -330,4 +330,4 @@ def test_positions_that_follow_a_size_in_python_numbers(tmp_path):
     sizes = [{}, {"height": 48}, {"height": 48, "max_sequence_length": 16}]
     manifest = check_sizes(name, pipeline, artifact, sizes, pictures=False)
     assert manifest.shapes.constants == ("pos_embed_0", "pos_embed_1") and not manifest.shapes.fixed
-    assert {tensor.name: tensor.shape[-1] for tensor in manifest.held}["pos_embed_0"] == 2
+    assert {tensor.name: tensor.shape[-1] for tensor in manifest.steady_inputs}["pos_embed_0"] == 2

@@ -30,7 +30,7 @@ def work(reporter, total=5):
         for done in range(1, total + 1):
             current(done, total)
         current.facts["evaluations"] = 12
-    reporter.reused("export")
+    reporter.report_reuse("export")
     reporter.note("waiting")
     reporter.close()
 
@@ -85,7 +85,7 @@ def test_on_a_terminal_bars_are_drawn():
         "import time\nfrom otcache.compiler.workspace.progress import reporter_for\nr = "
         "reporter_for(as_json=False, verbose=False)\n"
         "with r.on('anchor', '[4] trials') as p:\n    for i in range(1, 5):\n        time.sleep(0.1); p(i, 4)\n"
-        "r.reused('export')\nr.close()\nprint('result')"
+        "r.report_reuse('export')\nr.close()\nprint('result')"
     )
     ours, theirs = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", script], stderr=theirs, stdout=subprocess.PIPE, text=True)

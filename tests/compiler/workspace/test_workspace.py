@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from otcache.compiler.workspace.disk import is_full_disk, locked_part_folder, remove_leftovers
 from otcache.compiler.workspace.interrupts import Interrupted
-from otcache.compiler.workspace.whole_files import is_full_disk, part_folder, remove_leftovers
 from otcache.compiler.workspace.workspace import Workspace, default_workspace
 from otcache.schemas import whole_files
 from otcache.schemas.errors import HostError
@@ -89,18 +89,18 @@ def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_stay
     for path in (mine, *foreign, gone):
         path.write_text("x")
     workspace = Workspace(tmp_path)
-    with workspace.held():
+    with workspace.hold():
         assert part.is_dir() and mine.exists() and gone.exists(), "their processes live"
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert (part / "half").exists()
-    with workspace.held():
+    with workspace.hold():
         assert not part.exists() and not lock.exists() and not gone.exists() and mine.exists()
     assert all(path.exists() for path in foreign)
 
 
 def test_a_part_folder_is_locked_while_it_is_filled(tmp_path):
-    with part_folder(tmp_path / "a") as part:
+    with locked_part_folder(tmp_path / "a") as part:
         assert remove_leftovers(tmp_path, "a") == [] and part.is_dir()
     assert list(tmp_path.iterdir()) == []
 
@@ -109,7 +109,7 @@ def test_an_unwritable_workspace_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with (
         pytest.raises(HostError, match=r"workspace .*file.* cannot be written to .*OTC_CACHE"),
-        Workspace(tmp_path / "file" / "w").held(),
+        Workspace(tmp_path / "file" / "w").hold(),
     ):
         pass
 
@@ -167,7 +167,7 @@ def test_a_signal_while_a_part_folder_is_made_leaves_none(tmp_path, monkeypatch)
         raise Interrupted(signal.SIGINT)
 
     monkeypatch.setattr(Path, "mkdir", interrupted)
-    with pytest.raises(Interrupted), part_folder(tmp_path / "artifact"):
+    with pytest.raises(Interrupted), locked_part_folder(tmp_path / "artifact"):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -183,7 +183,7 @@ def test_a_lock_that_is_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch
         return part
 
     monkeypatch.setattr(whole_files, "name_part", stolen)
-    with part_folder(tmp_path / "artifact") as part:
+    with locked_part_folder(tmp_path / "artifact") as part:
         assert part.is_dir() and f"{part}.lock" != taken[0].lock_file
         assert remove_leftovers(tmp_path, "artifact") == [] and part.is_dir()
     taken[0].release()
@@ -210,7 +210,7 @@ def test_a_file_system_without_locks_still_works(tmp_path, monkeypatch, number):
     left = tmp_path / ".tree-000000000000000000000000.0123abcd.part"
     left.mkdir()
     workspace = Workspace(tmp_path)
-    with workspace.held(lambda: pytest.fail("nobody holds it")):
+    with workspace.hold(lambda: pytest.fail("nobody holds it")):
         path = workspace.tree("tree", 1, lambda folder: (folder / "whole").write_text("x"))
     assert (path / "whole").is_file() and left.is_dir()
     assert workspace.json("pass", 1, lambda: 1) == 1
@@ -221,7 +221,7 @@ import sys, time
 from pathlib import Path
 from otcache.compiler.workspace.workspace import Workspace
 
-with Workspace(Path(sys.argv[1])).held():
+with Workspace(Path(sys.argv[1])).hold():
     print("held", flush=True)
     time.sleep(600)
 """
@@ -237,7 +237,7 @@ def test_a_second_compile_waits_for_the_first_and_says_so(tmp_path):
         notes.append("waits")
         process.send_signal(signal.SIGKILL)
 
-    with Workspace(tmp_path).held(wait):
+    with Workspace(tmp_path).hold(wait):
         assert notes == ["waits"] and process.wait() == -signal.SIGKILL
 
 

@@ -14,8 +14,8 @@ from otcache.runtime.loop.launches import Value, list_launches
 from otcache.schemas.combinations import combinations
 from otcache.schemas.consistency import check_wiring
 from otcache.schemas.manifest import Manifest
-from otcache.schemas.segments import Granularity, coarsened, segments
-from otcache.schemas.sized import sized
+from otcache.schemas.segments import Granularity, coarsen, segments
+from otcache.schemas.sized import manifest_at
 
 ZEROS = "sha256:" + "0" * 64
 
@@ -144,8 +144,8 @@ def check(manifest, program, samples):
 @given(data=st.data(), samples=st.integers(1, 3), request=REQUESTS)
 def test_random_programs(artifact_folder, data, samples, request):
     """At random sizes of a request, too: the plan is that of the shapes there."""
-    manifest = sized(data.draw(manifests(artifact_folder)), request)
-    manifest = coarsened(manifest, segments(manifest, data.draw(st.sampled_from(get_args(Granularity)))))
+    manifest = manifest_at(data.draw(manifests(artifact_folder)), request)
+    manifest = coarsen(manifest, segments(manifest, data.draw(st.sampled_from(get_args(Granularity)))))
     check_wiring(manifest)
     plan = check(manifest, manifest.programs[0].program, samples)
     assert plan.lower_bound_bytes <= plan.size_bytes <= 1.1 * plan.lower_bound_bytes

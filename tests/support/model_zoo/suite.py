@@ -40,7 +40,7 @@ from otcache.schemas import manifest as schema
 from otcache.schemas.digest import digest_of_value
 from otcache.schemas.errors import OTCacheError
 from otcache.schemas.program import Program
-from otcache.schemas.shapes import described
+from otcache.schemas.shapes import describe_size
 
 STEPS, BUDGET, SCALE = 5, 2, 4.0
 EXACT = 1e-5
@@ -185,7 +185,7 @@ def write_artifact(target: Path, work: Path, compiled: Compiled, payload: str) -
 
     layout = layout_symbols(sizes, type(pipeline).__name__)
     shapes = manifest_shapes(
-        sizes, sizes.book.symbols, {described(seen.point): programs(seen.table) for seen in sizes.own_samplers()}
+        sizes, sizes.book.symbols, {describe_size(seen.point): programs(seen.table) for seen in sizes.own_samplers()}
     )
     fields = {
         "schema_version": schema.SCHEMA_VERSION,

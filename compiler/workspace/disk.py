@@ -29,7 +29,7 @@ _LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def full_disk_named(folder: Path, remedy: str) -> Iterator[None]:
+def name_full_disk(folder: Path, remedy: str) -> Iterator[None]:
     """Turn every exception that a full disk is behind into a HostError that names the folder and how much is free."""
     try:
         yield
@@ -66,7 +66,7 @@ def _existing(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def part_folder(target: Path) -> Iterator[Path]:
+def locked_part_folder(target: Path) -> Iterator[Path]:
     """An empty folder `.<name>.<random>.part` beside `target`, locked before it is made.
 
     What is left of it when the context ends is removed, and so is its lock. Raises OSError.
@@ -154,7 +154,7 @@ def _drop(lock: BaseFileLock) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+def hold_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold the lock file `path`; while another process does, wait, and call `on_wait` once.
 
     Where the file system has no locks, nothing is held: whole files still do not mix.

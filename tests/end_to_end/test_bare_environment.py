@@ -21,7 +21,7 @@ def bare(tmp_path_factory):
     """The `bin` folder of a fresh environment with the built wheel."""
     work = tmp_path_factory.mktemp("bare")
     source = work / "source"
-    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__")
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=lambda folder, names: ignored(folder, names) | unpackaged(Path(folder), names))
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(work), str(source))
     (wheel,) = work.glob("*.whl")
@@ -32,7 +32,9 @@ def bare(tmp_path_factory):
 
 
 def unpackaged(folder: Path, names: list[str]) -> set[str]:
-    """What a working tree may hold under artifacts/ beside the models and scripts of the package."""
+    """What a working tree may hold beside the package: builds, and artifacts beside its models and scripts."""
+    if folder == ROOT:
+        return set(names) & {"build", "dist"}
     return set(names) - {"__init__.py", "models", "training"} if folder == ROOT / "artifacts" else set()
 
 

@@ -78,8 +78,8 @@ CASES: dict[str, dict[str, Case]] = {
     },
 }
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-"""Of glibc, in the compile's process: large tensors go back to the system when they are freed. With its own settings the
-same work differs by up to 90 MB from run to run, by what it happens to keep."""
+"""Of glibc, in the compile's process: large tensors go back to the system when they are freed. With its own settings
+the same work differs by up to 90 MB from run to run, by what it happens to keep."""
 LIMITS = {"flux": 3e9, "hunyuan": 6e9}
 """Bytes."""
 

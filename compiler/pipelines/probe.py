@@ -284,9 +284,9 @@ def _find_timestep(tape: Tape, name: str) -> tuple[str, float, float]:
 def _fit_rounded_line(times: Sequence[float], found: Sequence[float]) -> tuple[float, float]:
     """Scale and offset of a line through values that were rounded to half precision: round numbers that explain them.
 
-    >>> _rounded_line([1000.0, 857.0], [1.0, 0.8554])
+    >>> _fit_rounded_line([1000.0, 857.0], [1.0, 0.8554])
     (0.001, 0.0)
-    >>> _rounded_line([1000.0, 500.0], [0.0, 0.5])
+    >>> _fit_rounded_line([1000.0, 500.0], [0.0, 0.5])
     (-0.001, 1.0)
     """
     lines = [(sign * scale, offset) for sign in (1.0, -1.0) for scale in (1.0, 1e-3) for offset in (0.0, 1.0)]

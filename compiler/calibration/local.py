@@ -45,9 +45,13 @@ class LocalSamples:
         folder.mkdir(parents=True, exist_ok=True)
         stack = contextlib.ExitStack()
         self.scratch = stack.enter_context(locked_part_folder(folder / "samples"))
-        weakref.finalize(self, stack.close)
+        self._finalizer = weakref.finalize(self, stack.close)
         self._outputs = OutputStore(self.scratch, output_bytes)
         self._names = 0
+
+    def close(self) -> None:
+        """Remove the scratch folder; nothing can be asked afterwards."""
+        self._finalizer()
 
     @property
     def count(self) -> int:

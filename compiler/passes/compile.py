@@ -25,7 +25,7 @@ from .emit import check_target, emit, recover
 from .engines import Engines, exportable_from_prepared, make_engines
 from .evaluate import Evaluated, evaluate
 from .manifest import budget_programs, latents_with_engines, program_fields
-from .prepare import Prepared, calibration_of, prepare
+from .prepare import Prepared, calibration_of, needs_stages, prepare
 from .search_small import options_at_served_size, search_small
 from .session import Session
 
@@ -129,6 +129,7 @@ def search_key(session: Session) -> Any:
         options.objective,
         options.payload,
         options.edge_costs,
+        needs_stages(session),
     ]
 
 
@@ -143,6 +144,7 @@ def anchor_storage(session: Session) -> Path:
         options.objective,
         options.payload,
         options.edge_costs,
+        needs_stages(session),
     ]
     return session.workspace.path("anchor", key, ".db")
 

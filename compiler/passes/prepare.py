@@ -117,13 +117,16 @@ def prepare(
         if stages is None or not session.placement.exportable:
             sizes = sizes_without_stages(session.wanted, session.seen)
     session = replace(session, interface=replace(session.interface, tables=sizes.own_tables))
+    samples = samples_of(session, runs, table, stages)
+    if held:
+        held.callback(samples.close)
     return Prepared(
         session=session,
         runs=runs,
         table=table,
         stages=stages,
         sizes=sizes,
-        calibration=calibration_of(session, runs, table, stages),
+        calibration=_calibration(session, samples, table),
         prompts=prompts,
         held_out=held_out,
     )
@@ -166,8 +169,15 @@ def calibration_of(
     session: Session, runs: Runs, table: SolverTable, stages: Stages | None, *, ledger: Ledger | None = None
 ) -> Calibration:
     """A way to try schedules on full runs; what was tried is kept in the workspace unless a ledger says otherwise."""
+    return _calibration(session, samples_of(session, runs, table, stages), table, ledger)
+
+
+def _calibration(
+    session: Session, samples: LocalSamples, table: SolverTable, ledger: Ledger | None = None
+) -> Calibration:
+    """Of samples that are there."""
     return Calibration(
-        samples=samples_of(session, runs, table, stages),
+        samples=samples,
         table=table,
         objective=session.options.objective,
         ledger=ledger or Ledger(session.workspace, [session.key, session.margin, session.options.objective]),

@@ -74,7 +74,7 @@ class Workspace:
         with self.name_full_disk():
             make_folder(self.folder)
             with hold_lock(self.folder / LOCK, on_wait):
-                remove_leftovers(self.folder, RESULT)
+                remove_leftovers(self.folder, f"samples|{RESULT}")
                 yield
 
     def name_full_disk(self) -> contextlib.AbstractContextManager[None]:

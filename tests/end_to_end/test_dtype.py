@@ -18,7 +18,7 @@ from otcache.compiler.graph.stages import StageGraph
 from otcache.compiler.models.load import load_model
 from otcache.compiler.options import CompileOptions
 from otcache.compiler.passes.evaluate import held_out_runs
-from otcache.compiler.passes.golden import rounding_of
+from otcache.compiler.passes.golden import first_denoiser, rounding_of
 from otcache.compiler.passes.prepare import prepare
 from otcache.compiler.pipelines.call import call_options
 from otcache.compiler.workspace.progress import Reporter
@@ -167,7 +167,8 @@ def test_the_golden_request_is_tight_and_catches_one_wrong_matrix(dtype, halves,
             dtype=getattr(torch, dtype),
             kept=(session.interface.timestep_input,),
         )
-        return rounding_of(served, program, session, runs, expected)
+        latents = torch.from_numpy(runs.latents(slice(1), 0))
+        return rounding_of(served, program, first_denoiser(session, runs), latents, expected)
 
     assert 1e-5 < error(artifact.folder) < golden.max_relative_error < OF_GOLDEN[dtype]
     broken = Path(shutil.copytree(artifact.folder, tmp_path / "broken"))

@@ -209,7 +209,12 @@ def _compile(
     seconds = time.monotonic() - start
     if as_json:
         click.echo(json.dumps(_summary(folder, manifest, seconds, added)))
-        return
+    else:
+        _print_result(folder, manifest, seconds, added)
+
+
+def _print_result(folder: Path, manifest: Manifest, seconds: float, added: list[str]) -> None:
+    """Fidelity by budget, and where everything lies; `added`: folders of plans."""
     _print_table(manifest)
     click.echo(f"compiled in {seconds:.0f} s; report: {folder / 'report.html'}")
     for part in added:

@@ -126,6 +126,11 @@ def search_anchor(
         _tell(study, trial, known[schedule], reported)
         if progress:
             progress(number + 1, trials)
+    return _result(tried, budget, trials)
+
+
+def _result(tried: dict[Schedule, _Outcome], budget: int, trials: int) -> AnchorResult:
+    """The best of what was tried; ValueError where nothing has a score above −inf."""
     scored = {schedule: outcome.score for schedule, outcome in tried.items() if outcome.score is not None}
     best = max(scored, key=lambda schedule: (scored[schedule], [-step for step in schedule]))
     if scored[best] == -math.inf:

@@ -127,7 +127,11 @@ def reader(my_flux, tiny_flux_lora, workspace, tmp_path_factory) -> Path:
     for part in ("schemas", "runtime", "compiler"):
         (folder / "imported/otcache" / part).symlink_to(ROOT / part)
     (folder / "imported/otcache/artifacts").symlink_to("../../artifacts")
-    shutil.copy(ROOT / "README.md", folder)
+    for name in ("tests", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+    for page in ("README.md", "compiler/programs/README.md"):
+        (folder / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / page, folder / page)
     shutil.copytree(my_flux, folder / "my-flux-pipeline")
     shutil.copytree(tiny_flux_lora, folder / "my-lora")
     shutil.copy(my_flux / "prompts.txt", folder)

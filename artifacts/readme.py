@@ -105,8 +105,8 @@ def needs_section(evaluations: int) -> str:
         "a compile's evaluations, at most": [
             f"{_rounded(evaluations * model.evaluation_s / 3600)} hours" for model in REAL_MODELS
         ],
-        "disk for its full runs": [
-            f"{_rounded(4 * (2 * STEPS + 1) * model.latents * PROMPTS / 1e9)} GB" for model in REAL_MODELS
+        "disk for the latents of its full runs": [
+            f"{_rounded(4 * (STEPS + 2) * model.latents * PROMPTS / 1e9)} GB" for model in REAL_MODELS
         ],
     }
     return "\n".join(

@@ -39,7 +39,7 @@ def measure(model: str, effort: EffortName) -> dict[str, Any]:
         )
         _, manifest = compile_model(options, LineReporter())
     prompts = manifest.conditions.calibration_prompts
-    full_runs = 1 + sum(cost.full_runs for cost in manifest.costs)
+    full_runs = sum(cost.full_runs for cost in manifest.costs)
     return {
         "calibration_prompts": prompts,
         "full_runs": round(full_runs, 2),

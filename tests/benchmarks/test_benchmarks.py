@@ -12,16 +12,21 @@ from typing import Any
 
 import pages
 import pytest
+from memory_table import MARKS, memory_table
+
+from otcache.artifacts.comparisons import replace_section
 
 HERE = Path(__file__).parent
 NEWEST = max((HERE.parent / "golden").glob("1.*"), key=lambda path: int(path.name[2:])) / "artifact"
 SCRIPTS = sorted(path.name for path in HERE.glob("[!t]*.py") if '__name__ == "__main__"' in path.read_text("utf-8"))
 PREFIX = "python tests/benchmarks/"
 TINY = {
+    "effort.py": "--efforts quick",
     "granularity.py": "--images 1 --rounds 1",
     "hosts.py": "--rounds 1",
     "memory.py": "--heads 1 --double 1 --single 1 --stored float32 --dtype float32 --directly",
     "resident.py": "--rounds 1",
+    "residual_positions.py": "shapes --prompts 1",
     "serving.py": "--images 1 --rounds 1",
     "sessions.py": "--images 1 --rounds 1 --threads 1",
     "soak.py": "--requests 100",
@@ -135,3 +140,44 @@ def test_memory_does_not_grow_with_prompts():
     found = json.loads(printed)
     assert code == 0 and found["holds"] and found["apart"] <= 0.05, found
     assert set(found["compiles"]) == {"4", "16"}
+
+
+@pytest.mark.slow
+def test_fidelity_against_effort():
+    """What a quick compile spends is its own bound at most, and its curve is drawn."""
+    pytest.importorskip("torch")
+    from otcache.compiler.effort import EFFORTS
+
+    found = figures(line_of("effort.py").split(" -o ")[0])
+    quick = found["efforts"]["quick"]
+    assert 1 < quick["full_runs"] <= EFFORTS["quick"].full_runs
+    assert quick["budgets"]["4"]["psnr_db"] < quick["budgets"]["8"]["psnr_db"] < quick["budgets"]["16"]["psnr_db"]
+
+
+def test_evaluations_that_walks_share():
+    pytest.importorskip("torch")
+    found = figures(line_of("shared_evaluations.py"))
+    bounds = found["full_runs_at_most"]
+    assert set(bounds) == {"quick", "standard", "thorough"}
+    assert all(0 < each["after"] <= each["before"] for each in bounds.values())
+
+
+@pytest.mark.slow
+def test_residuals_on_a_quarter_of_the_positions():
+    pytest.importorskip("torch")
+    found = figures(line_of("residual_positions.py"))
+    assert set(found["models"]) == {"shapes"}
+
+
+def test_the_memory_table_is_that_of_the_kept_runs():
+    page = (pages.ROOT / "compiler/README.md").read_text("utf-8")
+    assert replace_section(page, memory_table(), MARKS) == page
+
+
+def test_the_memory_table_is_written_by_its_command(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(("before", *MARKS, "after")), encoding="utf-8")
+    command = [sys.executable, str(HERE / "memory_table.py"), str(page)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert memory_table() in page.read_text("utf-8")

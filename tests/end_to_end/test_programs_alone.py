@@ -16,8 +16,12 @@ from otcache.schemas.manifest_file import read_manifest
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_flux_folder, workspace, tmp_path_factory):
-    """The tiny pipeline's programs of outputs, without engines."""
+def alone(compiled, tiny_flux_folder, workspace, tmp_path_factory):
+    """The tiny pipeline's programs of outputs, without engines.
+
+    In the workspace of `compiled`, whose searches cached residuals too: they are not those of this compile.
+    """
+    assert any(each.program.payload == "residual" for each in read_manifest(compiled).manifest.programs)
     folder = tmp_path_factory.mktemp("alone") / "tiny"
     line = ["compile", str(tiny_flux_folder), *COMPILE, "--engines", "none", "-o", str(folder)]
     result = otc(*line, workspace=workspace)

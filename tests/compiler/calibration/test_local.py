@@ -255,6 +255,16 @@ def test_the_scratch_folder_goes_with_the_samples(tmp_path):
     assert not folder.exists()
 
 
+def test_the_scratch_folder_goes_when_samples_are_closed(tmp_path):
+    """As a compile closes them that ends in an error, whose traceback still holds the samples."""
+    samples = samples_of(tmp_path)
+    fitted(samples)
+    assert samples.scratch.exists()
+    samples.close()
+    assert not samples.scratch.exists() and not list(tmp_path.rglob(".*.part"))
+    samples.close()
+
+
 def test_a_set_is_its_full_runs(tmp_path):
     samples = samples_of(tmp_path)
     table = samples.evaluator.table

@@ -257,3 +257,13 @@ def test_the_place_of_the_workspace(tmp_path, monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, str(tmp_path / value))
     assert default_workspace() == tmp_path / expected
+
+
+def test_scratch_folders_of_samples_are_leftovers_too(tmp_path):
+    """A compile that is killed leaves gigabytes in one."""
+    left, lived = tmp_path / ".samples.0a1b2c3d.part", tmp_path / "samples"
+    for folder in (left, lived):
+        folder.mkdir()
+        (folder / "a.npy").write_bytes(b"x")
+    with Workspace(tmp_path).hold():
+        assert not left.exists() and lived.exists()

@@ -72,9 +72,8 @@ def results_table(comparisons: Sequence[Comparison], budgets: Sequence[int] = BU
             psnr = max(peers, key=lambda cell: cell.psnr_db.mean)
             ssim = max(peers, key=lambda cell: cell.ssim.mean)
             lines.append(
-                f"| `{model_name(comparison)}` | {budget} of {comparison.num_inference_steps} "
-                f"| **{_fidelity(own)}** | {psnr.psnr_db.mean:.1f} dB, {psnr.method} "
-                f"| {ssim.ssim.mean:.4f}, {ssim.method} |"
+                f"| `{model_name(comparison)}` | {budget} of {comparison.num_inference_steps} | **{_fidelity(own)}** | "
+                f"{psnr.psnr_db.mean:.1f} dB, {psnr.method} | {ssim.ssim.mean:.4f}, {ssim.method} |"
             )
     return "\n".join(lines)
 
@@ -112,9 +111,8 @@ def needs_section(evaluations: int) -> str:
     return "\n".join(
         [
             f"A compile at 4, 8 and 16 of {STEPS} steps with 32 + 32 prompts makes at most {evaluations:,} evaluations",
-            "of one sample (`otc compile shapes --dry-run`; of any model as many). The dry run times "
-            "one on your host and",
-            "says hours and disk. For scale, computed from the models' published shapes, not measured:",
+            "of one sample (`otc compile shapes --dry-run`; of any model as many). The dry run times one on your host",
+            "and says hours and disk. For scale, computed from the models' published shapes, not measured:",
             "",
             "| | " + " | ".join(model.name for model in REAL_MODELS) + " |",
             "|---|" + "---:|" * len(REAL_MODELS),

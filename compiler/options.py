@@ -103,8 +103,8 @@ class CompileOptions:
                 raise UsageError(f"{name} is {value}: expected 1 … {total}, the number of steps")
         if self.anchor >= self.reference and total > 1:
             raise UsageError(
-                f"--anchor-budget is {self.anchor} and --reference-budget is {self.reference}: "
-                "expected the anchor's to be the lower one"
+                f"--anchor-budget is {self.anchor} and --reference-budget is {self.reference}: expected the anchor's "
+                "to be the lower one"
             )
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise UsageError(f"--threads is {self.threads}: expected 1 … 1024")
@@ -114,9 +114,8 @@ class CompileOptions:
             raise UsageError(f"--trials is {self.trials}: expected 0 or more (0 takes the graph's schedule)")
         if self.offload != "none" and self.payload == "residual":
             raise UsageError(
-                f"--offload {self.offload} with --payload residual: residuals run the model in parts, "
-                "which offloading has "
-                "no hooks for: leave one of them out"
+                f"--offload {self.offload} with --payload residual: residuals run the model in parts, which offloading "
+                "has no hooks for: leave one of them out"
             )
         low, high = self.guidance_scale
         if not 0 <= low <= high <= 1000:

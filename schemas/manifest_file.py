@@ -111,8 +111,8 @@ def _check_folder(root: Path) -> None:
         raise ArtifactError(f"{name} is no artifact: found {found}: expected a folder: `otc compile` makes one")
     if not os.path.lexists(root / MANIFEST_NAME):
         raise ArtifactError(
-            f"{name} is no artifact: found no {MANIFEST_NAME}: expected one, it is written last: "
-            "name another folder, or let `otc compile` finish"
+            f"{name} is no artifact: found no {MANIFEST_NAME}: expected one, it is written last: name another folder, "
+            "or let `otc compile` finish"
         )
 
 

@@ -113,8 +113,8 @@ def lpips_metric(net: str = "alex") -> Metric:
         package = importlib.import_module("lpips")
     except ImportError as error:
         raise HostError(
-            f"LPIPS: the package lpips cannot be imported ({error}), expected it on this host. "
-            f"Run: pip install 'otcache[compiler,lpips]', or leave LPIPS out."
+            f"LPIPS: the package lpips cannot be imported ({error}), expected it on this host. Run: pip install "
+            "'otcache[compiler,lpips]', or leave LPIPS out."
         ) from error
     import torch
 

@@ -373,8 +373,8 @@ def _convert(contract: _Contract, program: torch.export.ExportedProgram) -> onnx
             )
     except Exception as error:
         raise ModelError(
-            f"stage {contract.name} has no ONNX form: torch.onnx raised {reason_of(error)}; expected operators "
-            f"of opset {OPSET} (complex numbers are none); replace the operator in the model, for example by real "
+            f"stage {contract.name} has no ONNX form: torch.onnx raised {reason_of(error)}; expected operators of "
+            f"opset {OPSET} (complex numbers are none); replace the operator in the model, for example by real "
             "arithmetic"
         ) from error
     assert exported is not None

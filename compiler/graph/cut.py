@@ -122,6 +122,6 @@ def _check_exact(subject: str, bound: nn.Module, stages: Stages, kwargs: dict[st
     else:
         difference = f"a largest difference of {(received.double() - expected.double()).abs().max().item():.3g}"
     raise ModelError(
-        f"{subject}: the stages {chain} do not reproduce the model: {difference}, expected the same bits; "
-        "check that the model is deterministic (no dropout, no random numbers) and keeps no state between calls"
+        f"{subject}: the stages {chain} do not reproduce the model: {difference}, expected the same bits; check that "
+        "the model is deterministic (no dropout, no random numbers) and keeps no state between calls"
     )

@@ -128,8 +128,8 @@ class _Builder:
         if not all(isinstance(node.meta.get("val"), Tensor) for node in outputs):
             bad = [node.name for node in outputs if not isinstance(node.meta.get("val"), Tensor)]
             raise ModelError(
-                f"{self.graph.subject}: stage {name} would hand on {bad}, which are no single tensors: "
-                "expected tensors only; the blocks of this model cannot be cut apart"
+                f"{self.graph.subject}: stage {name} would hand on {bad}, which are no single tensors: expected "
+                "tensors only; the blocks of this model cannot be cut apart"
             )
         inputs = self._inputs(index, members)
         made = fx.Graph()

@@ -133,8 +133,8 @@ def export_program(
             )
     except Exception as error:
         raise ModelError(
-            f"{subject} has no graph: torch.export raised {reason_of(error)}; expected a model without "
-            "control flow that depends on values; register a replacement for the part that cannot be traced"
+            f"{subject} has no graph: torch.export raised {reason_of(error)}; expected a model without control flow "
+            "that depends on values; register a replacement for the part that cannot be traced"
         ) from error
     _check_dynamic(subject, program, dynamic, static)
     return program

@@ -76,8 +76,8 @@ def _weights_fault(transformer: nn.Module, recipe: Recipe) -> Iterator[ModelErro
     odd = sorted(str(dtype).removeprefix("torch.") for dtype in held - set(WHOLE))
     dtype = next(iter(found))
     yield ModelError(
-        f"the pipeline's {model.transformer} has digest {found[dtype]}: expected {expected[dtype]}, weights "
-        f"and options which {recipe} was calibrated on: take its artifact, or compile this model"
+        f"the pipeline's {model.transformer} has digest {found[dtype]}: expected {expected[dtype]}, weights and "
+        f"options which {recipe} was calibrated on: take its artifact, or compile this model"
         + (f"; where it is the same and quantised here ({', '.join(odd)}), use strict=False" if odd else "")
     )
 

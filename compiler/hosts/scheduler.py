@@ -278,8 +278,8 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if self._recipe.program.payload not in self.payloads:
             expected = " or ".join(repr(payload) for payload in self.payloads)
             raise RequestError(
-                f"{self._recipe} has payload {self._recipe.program.payload!r}: expected {expected} here: "
-                "use apply_residual_cache for residuals and OTCacheScheduler for outputs"
+                f"{self._recipe} has payload {self._recipe.program.payload!r}: expected {expected} here: use "
+                "apply_residual_cache for residuals and OTCacheScheduler for outputs"
             )
 
     def _of_source(self, name: str) -> Callable[..., Tensor]:

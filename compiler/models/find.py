@@ -79,8 +79,8 @@ def find_model(
     except Exception as error:
         if constants.HF_HUB_OFFLINE:
             raise ModelError(
-                f"MODEL {name!r}{at} is not in the local hub cache, and HF_HUB_OFFLINE forbids fetching it: "
-                "unset HF_HUB_OFFLINE, or give a folder"
+                f"MODEL {name!r}{at} is not in the local hub cache, and HF_HUB_OFFLINE forbids fetching it: unset "
+                "HF_HUB_OFFLINE, or give a folder"
             ) from error
         raise ModelError(
             f"MODEL {name!r}{at} is not here and could not be fetched from the hub ({first_line(error)}): {expected}"

@@ -158,9 +158,8 @@ def _check_weights(options: ExportOptions, manifest: schema.Manifest, model: Mod
         stated, found = getattr(manifest.model, name), getattr(model, name)
         if stated != found:
             raise ModelError(
-                f"MODEL {options.model!r} has {name.replace('_', ' ')} {found[:19]}…, but "
-                f"{options.artifact} was compiled "
-                f"from {stated[:19]}…: give the model that it was compiled from, or compile it again"
+                f"MODEL {options.model!r} has {name.replace('_', ' ')} {found[:19]}…, but {options.artifact} was "
+                f"compiled from {stated[:19]}…: give the model that it was compiled from, or compile it again"
             )
 
 

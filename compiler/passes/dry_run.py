@@ -173,13 +173,12 @@ class Plan:
         lines += [
             f"{'to do':<22}{'≤ ' + format(self.evaluations, ','):>14}"
             f"{_time(self.seconds):>10}{_size(self.disk_bytes):>11}",
-            f"An evaluation is one sample through the model; one took {self.evaluation_s:.3g} s, "
-            f"measured on {self.measured}. "
-            "Times are extrapolated from that and rough; those of searches are upper bounds.",
+            f"An evaluation is one sample through the model; one took {self.evaluation_s:.3g} s, measured on "
+            f"{self.measured}. Times are extrapolated from that and rough; those of searches are upper bounds.",
             *self._size_lines(),
             self._workspace_line(),
-            f"artifact: {self.target} ({_size(self.free_bytes)} free); workspace: {self.workspace}; "
-            "nothing was written",
+            f"artifact: {self.target} ({_size(self.free_bytes)} free); workspace: {self.workspace}; nothing was "
+            "written",
         ]
         return "\n".join(lines)
 
@@ -188,9 +187,9 @@ class Plan:
         short = ", which is too little" if self.workspace_bytes > self.workspace_free_bytes else ""
         return (
             f"workspace: {_size(self.workspace_bytes)} to come, of which {_size(self.scratch_bytes)} scratch that goes "
-            f"again; {_size(self.workspace_free_bytes)} free{short}. A full run keeps "
-            f"{_size(run.kept)}: latents {_size(run.latents)}, inner products {_size(run.gram)}, conditioning "
-            f"{_size(run.conditioning)}, pictures {_size(run.pictures)}."
+            f"again; {_size(self.workspace_free_bytes)} free{short}. A full run keeps {_size(run.kept)}: latents "
+            f"{_size(run.latents)}, inner products {_size(run.gram)}, conditioning {_size(run.conditioning)}, pictures "
+            f"{_size(run.pictures)}."
         )
 
     def _size_lines(self) -> list[str]:

@@ -135,9 +135,8 @@ def _check_pipeline(pipeline: Any) -> None:
             continue
         if adapters := loaded_adapters(component):
             raise ModelError(
-                f"{subject} has LoRA {', '.join(adapters)} on its {name}: expected weights as they "
-                "will be served: call "
-                "fuse_lora and unload_lora_weights first"
+                f"{subject} has LoRA {', '.join(adapters)} on its {name}: expected weights as they will be served: "
+                "call fuse_lora and unload_lora_weights first"
             )
 
 

@@ -159,9 +159,8 @@ def _check_parts(options: CompileOptions, model: Model, placement: Placement) ->
     """Raise UsageError, ModelError where the options ask for parts of a model that does not come apart."""
     if options.payload == "residual" and placement.offload != "none":
         raise UsageError(
-            f"--payload residual runs the model in parts, and {type(model.transformer).__name__} is "
-            "offloaded by hooks on the "
-            "whole: give --payload output, or leave offloading out"
+            f"--payload residual runs the model in parts, and {type(model.transformer).__name__} is offloaded by hooks "
+            "on the whole: give --payload output, or leave offloading out"
         )
     if (options.engines == "onnx" or options.payload == "residual") and (
         reason := unexportable(model.transformer)
@@ -280,9 +279,8 @@ def _find_decoder(
     pictures = decode_with_tiles(vae, on_device, decode, reporter.note)
     if tuple(pictures.shape[1:]) != expected:
         raise UsageError(
-            f"{name} draws {tuple(pictures.shape[1:])} where {expected} was asked for (frames, "
-            "height, width, colours): "
-            "give a --height, --width and --num-frames that it accepts as they are"
+            f"{name} draws {tuple(pictures.shape[1:])} where {expected} was asked for (frames, height, width, "
+            "colours): give a --height, --width and --num-frames that it accepts as they are"
         )
     return make_latent_decoder(model.pipeline, on_device, pictures, call.height, call.width), latents
 

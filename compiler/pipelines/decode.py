@@ -62,9 +62,8 @@ def decode_with_tiles(
     release(latents.device)  # outside of the handler, whose traceback keeps tensors
     vae.enable_tiling()
     note(
-        f"{type(vae).__name__} is out of memory with one sample: it decodes in tiles from now on, "
-        "whose edges may show; so "
-        "do the pictures that everything is compared with"
+        f"{type(vae).__name__} is out of memory with one sample: it decodes in tiles from now on, whose edges may "
+        "show; so do the pictures that everything is compared with"
     )
     return decode(latents)
 

@@ -27,9 +27,8 @@ def error_without_memory(subject: str, error: Exception) -> HostError:
     """
     said = next(iter(str(error).splitlines()), type(error).__name__)[:160]
     return HostError(
-        f"{subject}: out of memory ({said}): expected more free memory on the device: give a smaller "
-        "--height and --width, "
-        "--offload model or group, or a smaller --precision"
+        f"{subject}: out of memory ({said}): expected more free memory on the device: give a smaller --height and "
+        "--width, --offload model or group, or a smaller --precision"
     )
 
 

@@ -70,8 +70,8 @@ def check_placement(placement: Placement) -> None:
     device, precision = placement.device, placement.precision
     if placement.offload != "none" and device.type == "cpu":
         raise UsageError(
-            f"--offload {placement.offload} gives a device's memory back, and the model is evaluated "
-            "on the CPU: leave it out"
+            f"--offload {placement.offload} gives a device's memory back, and the model is evaluated on the CPU: leave "
+            "it out"
         )
     if device.type == "cuda" and precision == torch.bfloat16 and not torch.cuda.is_bf16_supported():
         raise HostError(f"--precision is bfloat16, which {device} lacks: give float16 or float32")
@@ -100,8 +100,8 @@ def place(pipeline: Any, placement: Placement) -> None:
             )
     except torch.OutOfMemoryError as error:
         raise HostError(
-            f"{type(pipeline).__name__} does not fit on {device}: give --offload model or group, or "
-            "--precision bfloat16"
+            f"{type(pipeline).__name__} does not fit on {device}: give --offload model or group, or --precision "
+            "bfloat16"
         ) from error
 
 
@@ -200,8 +200,7 @@ def choose_micro_batch(sample_bytes: int, free: int | None) -> int:
         size //= 2
     if sample_bytes > free:
         raise HostError(
-            f"one sample's evaluation takes about {_size(sample_bytes)} beside the model, and "
-            f"{_size(free)} are free: give a smaller --height and --width, --offload model or group, "
-            "or --precision bfloat16"
+            f"one sample's evaluation takes about {_size(sample_bytes)} beside the model, and {_size(free)} are free: "
+            "give a smaller --height and --width, --offload model or group, or --precision bfloat16"
         )
     return size

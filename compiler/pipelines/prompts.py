@@ -48,8 +48,8 @@ def prompt_arguments(pipeline: Any, prompts: Sequence[str]) -> dict[str, list[An
     if unknown := [prompt for prompt in prompts if prompt not in numbers]:
         shown = (class_prompts(pipeline) or [])[:3]
         raise ModelError(
-            f"{type(pipeline).__name__} has no label {unknown[0]!r}: expected one of "
-            f"{len(set(numbers.values()))} classes, by label or number, such as {', '.join(map(repr, shown))}"
+            f"{type(pipeline).__name__} has no label {unknown[0]!r}: expected one of {len(set(numbers.values()))} "
+            f"classes, by label or number, such as {', '.join(map(repr, shown))}"
         )
     return {"class_labels": [numbers[prompt] for prompt in prompts]}
 

@@ -76,8 +76,8 @@ def lower(scheduler: Any, *, step_options: Mapping[str, float] | None = None) ->
     options = {name: value for name, value in (step_options or {}).items() if name in taken}
     if getattr(scheduler, "num_inference_steps", None) is None:
         raise UsageError(
-            f"scheduler {name}: received one without inference steps, expected one that is ready to sample. "
-            f"Call set_timesteps(num_inference_steps) first, as its pipeline does."
+            f"scheduler {name}: received one without inference steps, expected one that is ready to sample. Call "
+            "set_timesteps(num_inference_steps) first, as its pipeline does."
         )
     num_steps = len(scheduler.timesteps)
     if not 1 <= num_steps <= MAX_STEPS:
@@ -289,6 +289,6 @@ def _suspects(scheduler: Any, options: Mapping[str, Any]) -> str:
 def _refusal(name: str, received: str, expected: str = "a deterministic, linear sampler", fix: str = "") -> ModelError:
     fix = fix or "Set another scheduler on the pipeline with from_config(pipe.scheduler.config)."
     return ModelError(
-        f"scheduler {name} cannot be compiled: {received}; expected {expected}. {fix} "
-        f"These work: {', '.join(working_schedulers())}."
+        f"scheduler {name} cannot be compiled: {received}; expected {expected}. {fix} These work: "
+        f"{', '.join(working_schedulers())}."
     )

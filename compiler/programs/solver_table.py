@@ -188,8 +188,8 @@ def extrapolated_jump(
         raise UsageError(f"extrapolation order is {order}, expected 0 (hold) or more")
     if not nodes[-1] <= j <= table.num_inference_steps:
         raise UsageError(
-            f"extrapolated jump from step {nodes[-1]} to step {j}: expected an end in "
-            f"{nodes[-1]} … {table.num_inference_steps}"
+            f"extrapolated jump from step {nodes[-1]} to step {j}: expected an end in {nodes[-1]} … "
+            f"{table.num_inference_steps}"
         )
     latent_coef, output_coefs = jump(table, nodes[-1], j)
     forecast = np.zeros((j, len(nodes)))

@@ -100,8 +100,8 @@ def _print_outcome(outcome: Outcome) -> None:
                 click.echo(one_line(said, 400), err=True)
     if golden := outcome.golden:
         click.echo(
-            f"ok: golden request at budget {golden.budget}: relative error {golden.relative_error:.2g} "
-            f"(at most {golden.max_relative_error:g})"
+            f"ok: golden request at budget {golden.budget}: relative error {golden.relative_error:.2g} (at most "
+            f"{golden.max_relative_error:g})"
         )
     if outcome.unlisted:
         names = one_line(", ".join(outcome.unlisted[:5]))

@@ -32,9 +32,8 @@ def check_engines(manifest: Manifest) -> None:
     """Raises ArtifactError for an artifact of programs alone, which hosts that keep torch can use and nothing else."""
     if manifest.programs_alone:
         raise ArtifactError(
-            "this artifact holds programs alone: expected engines: add them where the model is with "
-            "`otc export ARTIFACT "
-            "MODEL`, or use the programs in diffusers (OTCacheScheduler)"
+            "this artifact holds programs alone: expected engines: add them where the model is with `otc export "
+            "ARTIFACT MODEL`, or use the programs in diffusers (OTCacheScheduler)"
         )
 
 

@@ -77,8 +77,8 @@ class OnnxEngine:
             self._session: Any = ort.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:  # ONNX Runtime's errors have no common base but this
             raise ArtifactError(
-                f"engine {stage.onnx}: ONNX Runtime {ort.__version__} cannot load it: {one_line(error)}: "
-                "compile again, or install the version that the manifest names"
+                f"engine {stage.onnx}: ONNX Runtime {ort.__version__} cannot load it: {one_line(error)}: compile "
+                "again, or install the version that the manifest names"
             ) from None
         _check_tensors(stage, "inputs", self._session.get_inputs(), stage.inputs)
         _check_tensors(stage, "outputs", self._session.get_outputs(), stage.outputs)
@@ -137,8 +137,8 @@ class OnnxBackend:
             return OnnxTensor(shape, dtype, self.device)
         except Exception as error:
             raise HostError(
-                f"no room for a {dtype} tensor of shape {tuple(shape)} on {self.device} ({one_line(error)}): "
-                "ask for fewer images at once"
+                f"no room for a {dtype} tensor of shape {tuple(shape)} on {self.device} ({one_line(error)}): ask for "
+                "fewer images at once"
             ) from None
 
 

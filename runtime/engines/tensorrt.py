@@ -207,8 +207,8 @@ def plan_parts(plans: Plans, manifest: Manifest) -> tuple[Part, ...]:
     needed = combinations(manifest)
     if missing := [one.name for one in needed if one.name not in plans.combinations]:
         raise ArtifactError(
-            f"engines for {plans.target}: found no plan of the combination {missing[0]}: expected one: "
-            f"otc build-engines ARTIFACT --backend {plans.backend} --target {plans.target}"
+            f"engines for {plans.target}: found no plan of the combination {missing[0]}: expected one: otc "
+            f"build-engines ARTIFACT --backend {plans.backend} --target {plans.target}"
         )
     segments = segments_of(plans, manifest)
     files = {**plans.stages, **{name_of(segment): plans.stages[segment[0]] for segment in segments}}

@@ -127,8 +127,8 @@ def save_latencies(artifact: Artifact, latencies_s: Mapping[str, float]) -> None
         write_manifest(artifact.folder, {**read.stated, "measurements": kept + new})
     except OSError as error:
         raise UsageError(
-            f"--save: {target} cannot be written: {one_line(error.strerror or error)}: "
-            "copy the artifact to where it can"
+            f"--save: {target} cannot be written: {one_line(error.strerror or error)}: copy the artifact to where it "
+            "can"
         ) from None
 
 

@@ -85,6 +85,6 @@ def _array_from_entry(path: Path, name: str, entry: dict[str, Any]) -> Array:
 
 def _refusal(path: Path, found: object, expected: str) -> RequestError:
     return RequestError(
-        f"--conditioning {one_line(path)}: found {one_line(found, 200)}: expected {expected}: "
-        "make it again with otc encode"
+        f"--conditioning {one_line(path)}: found {one_line(found, 200)}: expected {expected}: make it again with otc "
+        "encode"
     )

@@ -169,8 +169,8 @@ def _program(budget: Any, manifest: Manifest) -> BudgetProgram:
     entry = manifest.program(budget) if is_whole(budget) or isinstance(budget, str) else None
     if entry is None:
         raise RequestError(
-            f"budget is {one_line(repr(budget), 40)}: expected one of {', '.join(manifest.budgets)}: "
-            "choose one, or compile the artifact for it"
+            f"budget is {one_line(repr(budget), 40)}: expected one of {', '.join(manifest.budgets)}: choose one, or "
+            "compile the artifact for it"
         )
     return entry
 

@@ -284,8 +284,8 @@ class Sampler:
         if not fitting:
             fastest = min(measured, key=lambda budget: measured[budget])
             raise RequestError(
-                f"latency_s is {latency_s}: expected at least {measured[fastest]:.3g}, "
-                f"which budget {fastest} takes: allow more time, or serve on a faster host"
+                f"latency_s is {latency_s}: expected at least {measured[fastest]:.3g}, which budget {fastest} takes: "
+                "allow more time, or serve on a faster host"
             )
         return fitting[-1]
 

@@ -252,8 +252,8 @@ class Service:
             with self._changed:
                 if future._outcome is None and self._clock() > future._deadline:
                     future._outcome = DeadlineError(
-                        f"request: its time was up after {done} of {total} steps: expected to end sooner: "
-                        "allow more time, or a lower budget"
+                        f"request: its time was up after {done} of {total} steps: expected to end sooner: allow more "
+                        "time, or a lower budget"
                     )
                 if future._outcome is not None:
                     raise _Stop
@@ -312,8 +312,8 @@ class Service:
         each = statistics.median(self._durations) if self._durations else 0.0
         retry_after_s = max(1.0, each * len(self._waiting) / len(self._samplers))
         return BusyError(
-            f"the queue is full: {len(self._waiting)} requests wait: expected fewer than {self.capacity}: "
-            f"try again in {math.ceil(retry_after_s)} s",
+            f"the queue is full: {len(self._waiting)} requests wait: expected fewer than {self.capacity}: try again in "
+            f"{math.ceil(retry_after_s)} s",
             retry_after_s,
         )
 
@@ -333,8 +333,8 @@ def _minimum_budget(budgets: Sequence[str], wanted: int | str | None, minimum: i
     most = len(budgets) if wanted is None else budgets.index(str(wanted)) + 1
     if str(minimum) not in budgets[:most]:
         raise RequestError(
-            f"minimum_budget is {one_line(repr(minimum), 40)}: expected one of {', '.join(budgets[:most])}: "
-            "at most the budget that is asked for"
+            f"minimum_budget is {one_line(repr(minimum), 40)}: expected one of {', '.join(budgets[:most])}: at most "
+            "the budget that is asked for"
         )
     return str(minimum)
 

@@ -104,8 +104,8 @@ def compare_signature(signature: Signature, digest: str, public: Any, public_key
 def unsigned_error(name: object) -> ArtifactError:
     """The error of an artifact or archive that has no signature."""
     return ArtifactError(
-        f"{one_line(name)} is not signed: found no {SIGNATURE_NAME}: expected one: "
-        "get it from who made the artifact, or sign it with otc sign"
+        f"{one_line(name)} is not signed: found no {SIGNATURE_NAME}: expected one: get it from who made the artifact, "
+        "or sign it with otc sign"
     )
 
 

@@ -127,8 +127,8 @@ def _run(
     golden = artifact.manifest.golden
     if with_golden and golden is None:
         raise ArtifactError(
-            f"{artifact.folder} holds no golden request: expected one, as compiles since schema 1.1 write it: "
-            "use --level host, or compile it again"
+            f"{artifact.folder} holds no golden request: expected one, as compiles since schema 1.1 write it: use "
+            "--level host, or compile it again"
         )
     selection = select_backend(backend, artifact.manifest, Options(threads=threads))
     with Loaded(artifact, selection) as sampler:

@@ -32,8 +32,8 @@ def memory_table() -> str:
         bound = f"{kept['limit_bytes'] / 1e9:g} GB" if "limit_bytes" in kept else f"{kept['limit']:.0%} apart"
         apart = f" ({kept['apart']:.1%} apart)" if "apart" in kept else ""
         lines.append(
-            f"| `{what}` | {height} × {width} × {frames} | {', '.join(kept['compiles'])} {unit} "
-            f"| {', '.join(f'{peak:.2f}' for peak in peaks)} GB{apart} | {bound} |"
+            f"| `{what}` | {height} × {width} × {frames} | {', '.join(kept['compiles'])} {unit} | "
+            f"{', '.join(f'{peak:.2f}' for peak in peaks)} GB{apart} | {bound} |"
         )
     return "\n".join(lines)
 

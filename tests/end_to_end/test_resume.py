@@ -178,9 +178,8 @@ def test_a_second_compile_waits_for_the_first(forks, undisturbed, tmp_path):
     workspace = undisturbed.copy_without(tmp_path / "w", "measured")
     (folder,) = workspace.iterdir()
     holder = (
-        "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
-        "print('held', flush=True); "
-        "sys.stdin.read()"
+        "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held', "
+        "flush=True); sys.stdin.read()"
     )
     first = subprocess.Popen(
         [sys.executable, "-c", holder, str(folder / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE

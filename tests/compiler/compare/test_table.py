@@ -40,8 +40,7 @@ def test_a_way_is_held_against_every_search():
         ]
     )
     assert words.splitlines()[-1] == (
-        "* interpolated: matches the search, 8 trials only. "
-        "+0.8 dB to the search, 8 trials (-0.4 at 4, +2.0 at 8); "
+        "* interpolated: matches the search, 8 trials only. +0.8 dB to the search, 8 trials (-0.4 at 4, +2.0 at 8); "
         "-2.0 dB to the search, 80 trials (-3.0 at 4, -1.0 at 8)."
     )
 

@@ -340,8 +340,8 @@ def test_the_command_line_serves_it_elsewhere_and_verify_says_what_is_missing(co
     monkeypatch.setattr(plan_hosts, "why_no_gpu", lambda: ("there is none", None))
     said = otc("verify", copy, "--level", "host", "--backend", "onnxruntime").stderr
     assert (
-        "note: tensorrt-rtx plans for sm_89 serve height 4 of 2 to 12 in steps of 2: otc build-engines "
-        f"{copy} --backend tensorrt-rtx --target sm_89 --profile batch=1:2:2,height=2:4:12,width=4:4:8" in said
+        f"note: tensorrt-rtx plans for sm_89 serve height 4 of 2 to 12 in steps of 2: otc build-engines {copy} "
+        "--backend tensorrt-rtx --target sm_89 --profile batch=1:2:2,height=2:4:12,width=4:4:8" in said
     )
     shown = json.loads(otc("verify", copy, "--level", "host", "--json").stdout)["host"]["plans"][0]
     assert shown["narrower"].startswith("height 4 of 2 to 12")

@@ -120,10 +120,15 @@ def test_the_laws_position_is_always_tried():
     assert positions(many, 32, 50) == 1 and positions(CompileOptions(model="m", payload="residual"), 32, 50) == 5
 
 
-def test_the_disk_of_full_runs_is_what_they_take(compiled, tiny_flux_folder, workspace, tmp_path):
+def test_the_disk_of_full_runs_is_what_they_take(tiny_flux_folder, tmp_path):
     """To the byte, but for headers of files: against the chunk that a compile of 8 prompts wrote."""
     plan, passes = dry_run(tiny_flux_folder, tmp_path / "a", tmp_path / "none")
-    (chunk,) = workspace.glob("*/capture-*")
+    kept = tmp_path / "kept"
+    result = otc(
+        "compile", str(tiny_flux_folder), *COMPILE, "--engines", "none", "-o", str(tmp_path / "a"), workspace=kept
+    )
+    assert result.exit_code == 0, result.output
+    (chunk,) = kept.glob("*/capture-*")
     written = sum(path.stat().st_size for path in chunk.iterdir())
     assert passes["capture"]["disk_bytes"] == pytest.approx(written, rel=0.02)
     run = plan["full_run_bytes"]

@@ -26,6 +26,10 @@ class Effort:
     """Positions on the path between the two policies that are tried for each budget, at most."""
     graphs: int
     """Schedules of the graphs that are tried for each budget, at most."""
+    uniform: bool
+    """Whether uniform steps are tried for each budget, as few-step solvers and forecasts take them."""
+    variants: int
+    """Of each budget's best schedules, that are fitted with fewer and more outputs in each step as well."""
     residual_samples: int
     """Calibration samples along whose full runs the blocks' residuals are weighed; 0 leaves residuals out, but for
     `--payload residual`."""
@@ -33,12 +37,36 @@ class Effort:
 
 EFFORTS: dict[EffortName, Effort] = {
     "quick": Effort(
-        full_runs=2.5, calibration_prompts=8, trials=0, reference_graphs=0, weights=1, graphs=1, residual_samples=0
+        full_runs=2.5,
+        calibration_prompts=8,
+        trials=0,
+        reference_graphs=0,
+        weights=1,
+        graphs=1,
+        uniform=False,
+        variants=0,
+        residual_samples=0,
     ),
     "standard": Effort(
-        full_runs=10.0, calibration_prompts=32, trials=20, reference_graphs=2, weights=5, graphs=4, residual_samples=8
+        full_runs=10.0,
+        calibration_prompts=32,
+        trials=20,
+        reference_graphs=2,
+        weights=5,
+        graphs=4,
+        uniform=True,
+        variants=1,
+        residual_samples=8,
     ),
     "thorough": Effort(
-        full_runs=25.0, calibration_prompts=64, trials=240, reference_graphs=3, weights=9, graphs=4, residual_samples=16
+        full_runs=25.0,
+        calibration_prompts=64,
+        trials=240,
+        reference_graphs=3,
+        weights=9,
+        graphs=4,
+        uniform=True,
+        variants=2,
+        residual_samples=16,
     ),
 }

@@ -22,6 +22,23 @@ from .scoring import scores_of
 Schedule = tuple[int, ...]
 PRIOR_ORDER = 1
 """Adams–Bashforth weights: what the fit falls back to where the data say nothing."""
+MEMORY = 4
+"""Outputs that a step weighs."""
+SATURATED_SSIM = 0.999
+"""From which on SSIM tells programs apart by its last digits only, and PSNR decides."""
+
+
+def ssim_score(ssim: float, psnr_db: float) -> float:
+    """SSIM up to `SATURATED_SSIM`; beyond, what PSNR says, between there and 1. Higher is better.
+
+    >>> ssim_score(0.98, 40.0)
+    0.98
+    >>> ssim_score(0.9997, 48.0) < ssim_score(0.9996, 49.0) < 1
+    True
+    """
+    if not ssim >= SATURATED_SSIM:
+        return ssim
+    return SATURATED_SSIM + (1 - SATURATED_SSIM) * (1 - 10 ** (-max(psnr_db, 0.0) / 20))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +84,11 @@ class Calibration:
     """The full sampler."""
     objective: Objective
     ledger: Ledger
-    memory: int = 4
-    """Outputs that a step weighs."""
+    memory: int = MEMORY
+    """Outputs that a step weighs, unless a trial asks for others."""
     penalty: float = 1e-5
-    known: dict[Schedule, Trial] = field(default_factory=dict)
-    """Fitted schedules of this compile."""
+    known: dict[tuple[Schedule, int], Trial] = field(default_factory=dict)
+    """What was fitted in this compile, by schedule and memory."""
 
     @property
     def count(self) -> int:
@@ -79,18 +96,29 @@ class Calibration:
         return self.samples.count
 
     def fit(
-        self, schedule: Sequence[int], name: str = "", weight: float | None = None, stop: Stop | None = None
+        self,
+        schedule: Sequence[int],
+        name: str = "",
+        weight: float | None = None,
+        stop: Stop | None = None,
+        memory: int | None = None,
     ) -> Trial:
-        """The `output` program of a schedule; a schedule that was fitted before is not walked again.
+        """The `output` program of a schedule; one that was fitted before is not walked again.
 
-        stop: asked at every step whether the walk is worth going on with. Raises Stopped once it says so.
+        Args:
+            schedule: increasing step indices, the first 0.
+            name: of the way that led to it.
+            weight: its place on the path between two policies, where it has one.
+            stop: asked at every step whether the walk is worth going on with. Raises Stopped once it says so.
+            memory: outputs that a step weighs; the calibration's own if it is None.
         """
         schedule = tuple(int(index) for index in schedule)
-        if schedule not in self.known:
-            self.known[schedule] = self._fit_anew(schedule, name, weight, stop)
-        return self.known[schedule].with_name(name, weight)
+        memory = self.memory if memory is None else memory
+        if (schedule, memory) not in self.known:
+            self.known[schedule, memory] = self._fit_anew(schedule, name, weight, stop, memory)
+        return self.known[schedule, memory].with_name(name, weight)
 
-    def _fit_anew(self, schedule: Schedule, name: str, weight: float | None, stop: Stop | None) -> Trial:
+    def _fit_anew(self, schedule: Schedule, name: str, weight: float | None, stop: Stop | None, memory: int) -> Trial:
         reached = [0]
 
         def ask(position: int, drift: float) -> bool:
@@ -103,7 +131,7 @@ class Calibration:
                 schedule,
                 self._prior,
                 self.table,
-                memory=self.memory,
+                memory=memory,
                 penalty=self.penalty,
                 stop=ask,
             )
@@ -111,17 +139,23 @@ class Calibration:
             return TRIAL.dump_python(replace(trial, drifts=found.drifts), mode="json"), found.evaluations
 
         try:
-            value = self.ledger.get(["output, banded", list(schedule)], compute)
+            value = self.ledger.get(["output, banded", list(schedule), memory], compute)
         except Stopped as stopped:
             self.ledger.add_computed(stopped.evaluations)
-            self.charge_walk(schedule[: reached[0]])
+            self.charge_walk(schedule[: reached[0]], memory)
             raise
-        self.charge_walk(schedule)
+        self.charge_walk(schedule, memory)
         return TRIAL.validate_python(value)
 
-    def charge_walk(self, schedule: Schedule) -> None:
-        """Walks that share their first steps share those evaluations; the very first is the full run's own."""
-        self.ledger.charge_paths([schedule[:end] for end in range(2, len(schedule) + 1)], self.count)
+    def charge_walk(self, schedule: Schedule, memory: int | None = None) -> None:
+        """Walks that share their first steps share those evaluations; the very first is the full run's own.
+
+        So do walks that weigh other numbers of outputs, as long as all of their outputs are among the weighed.
+        """
+        memory = self.memory if memory is None else memory
+        ends = range(2, len(schedule) + 1)
+        paths = [schedule[:end] if end <= memory + 1 else (schedule[:end], memory) for end in ends]
+        self.ledger.charge_paths(paths, self.count)
 
     def try_program(self, key: Any, name: str, program: Program) -> Trial:
         """A program as it is, rolled out, or what that came to before (`key` says of what it was made)."""
@@ -138,7 +172,7 @@ class Calibration:
         """What a program came to, its score by the objective."""
         means = {metric: float(np.mean(values)) for metric, values in scores.items()}
         by: dict[Objective, Callable[[], float]] = {
-            "ssim": lambda: means["ssim"],
+            "ssim": lambda: ssim_score(means["ssim"], means["psnr_db"]),
             "psnr": lambda: means["psnr_db"],
             "lpips": lambda: -means["lpips"],
         }

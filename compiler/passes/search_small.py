@@ -1,7 +1,8 @@
 """Schedules from a smaller size, coefficients from the served one: `--search-size`.
 
-Which steps matter depends little on the size of the picture, and an evaluation of a small one costs a fraction. So all
-searches run at the small size on all prompts, and what they chose is fitted at the served size on few.
+An evaluation of a small picture costs a fraction. So all searches run at the small size on all prompts, and what they
+chose is fitted at the served size on few. Their full runs are there then, so that the graph of the served size is
+known as well: its own schedules are fitted beside, and the better ones kept.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from .prepare import Prepared, prepare
 
 FIT_PROMPTS = 8
 """Calibration prompts at the served size, at most: the fewest with which slopes and means are fitted."""
+
+GRAPHS = 2
+"""Schedules of the served size's graph that are fitted for each budget."""
 
 
 def options_at_served_size(options: CompileOptions) -> CompileOptions:
@@ -74,7 +78,7 @@ def search_small(
     ledger = prepared.calibration.ledger
     before = ledger.charged
     with reporter.on("fit", f"schedules at {call.height}x{call.width}") as advance:
-        here = refit(found, prepared.calibration)
+        here = refit(found, prepared.calibration, graphs=GRAPHS)
         advance.facts["evaluations"] = ledger.charged - before
     per_run = prepared.table.num_inference_steps * prepared.calibration.count
     costs = {f"{name} at {height}x{width}": value for name, value in {"capture": 1.0, **found.costs}.items()}

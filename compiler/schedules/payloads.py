@@ -28,6 +28,8 @@ RESIDUAL_GRAPHS: dict[str, Objective] = {
     "graph power 1": Power(1.0),
 }
 """What the residual payload's paths minimise."""
+OTHER_MEMORIES = (2, 3, 5)
+"""Outputs that a step weighs, beside the usual number, in other programs of a budget's best schedules."""
 
 
 class Family(Protocol):
@@ -43,6 +45,9 @@ class Family(Protocol):
 
         stop: asked at every step whether to go on, where programs are walked. Raises Stopped once it says so.
         """
+
+    def variants(self, trial: Trial) -> list[Trial]:
+        """Other programs of a schedule that was tried."""
 
 
 class OutputFamily:
@@ -70,6 +75,15 @@ class OutputFamily:
         """See `Family`."""
         return [self.calibration.fit(schedule, name, weight, stop)]
 
+    def variants(self, trial: Trial) -> list[Trial]:
+        """With fewer or more outputs in each step, as far as it has taken so many."""
+        own, budget = self.calibration.memory, len(trial.schedule)
+        return [
+            self.calibration.fit(trial.schedule, f"{trial.name}, {memory} outputs", trial.weight, memory=memory)
+            for memory in OTHER_MEMORIES
+            if min(memory, budget) != min(own, budget)
+        ]
+
 
 class ResidualFamily:
     """Residuals of the blocks are cached, as in the paper; forecast by reuse, by a polynomial or by a fit."""
@@ -95,6 +109,10 @@ class ResidualFamily:
         """See `Family`. Programs are rolled out whole: nothing asks `stop`."""
         schedule = tuple(int(index) for index in schedule)
         return [self._attempt(schedule, forecast, name, weight) for forecast in self.forecasts]
+
+    def variants(self, trial: Trial) -> list[Trial]:
+        """None: every forecast of a schedule has been tried."""
+        return []
 
     def _attempt(self, schedule: Schedule, forecast: Forecast, name: str, weight: float | None) -> Trial:
         if (schedule, forecast) not in self.tried:

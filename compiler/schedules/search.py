@@ -2,7 +2,8 @@
 
 The three stages of OTCache (arXiv 2606.31026): a reference schedule from a graph at a conservative budget, an anchor
 from an end-to-end search at an extreme one, and schedules between them by displacement interpolation. The graph's own
-schedule at each budget costs nothing more, so it is rolled out as well and the better one is kept; all are recorded.
+schedules at each budget and uniform steps are rolled out as well, the best schedules with other numbers of outputs in
+each step too, and the best program is kept; all are recorded.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..calibration.batch import Batch
 from ..calibration.fit import Stop
 from ..calibration.rollout import residual_gram
 from ..calibration.samples import Rows
-from ..calibration.trials import Calibration, Schedule, Trial
+from ..calibration.trials import MEMORY, Calibration, Schedule, Trial
 from ..options import CompileOptions
 from ..programs.residual import FORECASTS, Forecast
 from ..programs.schedule import uniform_schedule
@@ -29,12 +30,14 @@ from ..programs.solver_table import program_from_table
 from ..workspace.progress import Pass, Reporter
 from .anchor import search_anchor
 from .interpolate import candidate_weights, interpolated_schedule, interpolation_weight
-from .payloads import RESIDUAL_GRAPHS, Family, OutputFamily, ResidualFamily
+from .payloads import OTHER_MEMORIES, RESIDUAL_GRAPHS, Family, OutputFamily, ResidualFamily
 
 RESIDUAL_SAMPLES = 8
 """Calibration samples along whose full runs residuals are weighed where only the residual payload asks for it."""
-AUTO_FORECASTS: tuple[Forecast, ...] = ("reuse", "fitted")
+AUTO_FORECASTS: tuple[Forecast, ...] = ("fitted",)
 """Of the residual payload where `--payload auto` compares it with the output payload."""
+REFIT_FORECASTS: tuple[Forecast, ...] = ("reuse", "fitted")
+"""Of a schedule of residuals that is made into a program for other samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +90,27 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
     with reporter.on("interpolate, fit", f"budgets {', '.join(map(str, options.budgets))}") as advance:
         for position, budget in enumerate(options.budgets):
             attempts = _interpolate(family, reference, anchor, budget, options, count, total)
+            if options.limits.uniform:
+                attempts += family.attempts(uniform_schedule(budget, total), "uniform")
             for each in families:
                 graphs = list(each.graph_schedules(budget).items())[: options.limits.graphs]
                 for name, schedule in graphs if each is family else graphs[:1]:
                     attempts += each.attempts(schedule, name)
-            trials[budget] = sorted(attempts, key=lambda trial: -trial.score)
+            trials[budget] = ranked_trials(family, attempts, options.limits.variants)
             advance(position + 1, len(options.budgets))
         meter.charge("interpolate and fit", advance)
     return Found(reference=reference, anchor=anchor, trials=trials, costs=meter.costs)
+
+
+def ranked_trials(family: Family, attempts: Sequence[Trial], count: int) -> list[Trial]:
+    """The best first, among them other programs of `count` of the family's best schedules."""
+    ranked = sorted(attempts, key=lambda trial: -trial.score)
+    own = [trial for trial in ranked if (trial.program.payload == "residual") == isinstance(family, ResidualFamily)]
+    distinct: dict[Schedule, Trial] = {}
+    for trial in own:
+        distinct.setdefault(trial.schedule, trial)
+    found = [*ranked, *(other for trial in list(distinct.values())[:count] for other in family.variants(trial))]
+    return sorted(found, key=lambda trial: -trial.score)
 
 
 def _choose_reference(family: Family, options: CompileOptions, reporter: Reporter, meter: _Meter) -> Chosen:
@@ -149,17 +165,22 @@ def _choose_anchor(
     return Chosen(name=best.name, schedule=best.schedule)
 
 
-def refit(found: Found, calibration: Calibration) -> Found:
-    """The schedules that were found, as programs for another calibration set. The payload of each budget stays."""
+def refit(found: Found, calibration: Calibration, graphs: int = 0) -> Found:
+    """The schedules that were found, as programs for another calibration set. The payload of each budget stays.
+
+    graphs: schedules of that set's own graph that are tried beside each, at most.
+    """
     gram: np.ndarray | None = None
     trials: dict[int, list[Trial]] = {}
     for budget, (best, *_) in found.trials.items():
         family: Family = OutputFamily(calibration)
         if best.program.payload == "residual":
             gram = residual_statistics(calibration, RESIDUAL_SAMPLES) if gram is None else gram
-            family = ResidualFamily(calibration, gram, end_to_end=False, forecasts=AUTO_FORECASTS)
+            family = ResidualFamily(calibration, gram, end_to_end=False, forecasts=REFIT_FORECASTS)
         attempts = family.attempts(best.schedule, best.name, best.weight)
-        trials[budget] = sorted(attempts, key=lambda trial: -trial.score)
+        for name, schedule in list(family.graph_schedules(budget).items())[:graphs]:
+            attempts += family.attempts(schedule, name)
+        trials[budget] = ranked_trials(family, attempts, 1)
     return replace(found, trials=trials)
 
 
@@ -196,11 +217,12 @@ def highest_walks(options: CompileOptions, prompts: int, total: int) -> dict[str
     residual, effort = options.payload == "residual", options.limits
     each = len(FORECASTS) if residual else 1
     compared = len(AUTO_FORECASTS) if options.payload == "auto" and effort.residual_samples else 0
-    schedules = positions(options, prompts, total) + effort.graphs
+    schedules = positions(options, prompts, total) + effort.graphs + effort.uniform
+    fewer = 0 if residual else effort.variants * len(OTHER_MEMORIES)
     return {
         "reference": effort.reference_graphs * each,
         "anchor": options.trials * each,
-        "interpolate and fit": (schedules * each + compared) * len(options.budgets),
+        "interpolate and fit": (schedules * each + compared + fewer) * len(options.budgets),
     }
 
 
@@ -222,11 +244,19 @@ def _costs(options: CompileOptions, prompts: int, weights: int, total: int) -> d
     costs["reference"] = runs(effort.reference_graphs, options.reference, per_schedule)
     costs["anchor"] = runs(options.trials, options.anchor, per_schedule)
     costs["interpolate and fit"] = sum(
-        runs(weights + graphs, budget, per_schedule)
+        runs(weights + graphs + effort.uniform, budget, per_schedule)
+        + (0.0 if residual else effort.variants * _variant_evaluations(budget) / total)
         + (runs(1, budget, len(AUTO_FORECASTS), 0) if options.payload == "auto" and effort.residual_samples else 0.0)
         for budget in options.budgets
     )
     return costs
+
+
+def _variant_evaluations(budget: int) -> int:
+    """Of a schedule's programs with other memories, for each sample: as long as all outputs are weighed, programs share
+    them.
+    """
+    return sum(max(0, budget - 1 - min(memory, MEMORY)) for memory in OTHER_MEMORIES)
 
 
 def _residual_samples(options: CompileOptions) -> int:

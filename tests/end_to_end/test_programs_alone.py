@@ -99,7 +99,8 @@ def test_schedules_of_a_smaller_size(tiny_flux_folder, workspace, tmp_path):
     manifest = read_manifest(folder).manifest
     costs = {cost.name: cost.full_runs for cost in manifest.costs}
     assert manifest.conditions.height == 32 and {"capture", "fit", "anchor at 16x16"} <= set(costs)
-    assert costs["fit"] <= sum(int(budget) for budget in manifest.budgets[:-1]) / 8
+    names = {each.name for each in manifest.program(4).candidates}
+    assert any(name.startswith("graph") for name in names), "the served size's own graph has a say"
     assert manifest.program(4).quality.psnr_db.mean > manifest.program(2).quality.psnr_db.mean
 
 

@@ -10,6 +10,7 @@ from equations import TOTAL, normal, samples_from_equation
 
 from otcache.compiler.calibration.trials import Calibration
 from otcache.compiler.options import CompileOptions
+from otcache.compiler.programs.schedule import uniform_schedule
 from otcache.compiler.schedules.search import FOUND, highest_costs, search
 from otcache.compiler.workspace.ledger import Ledger
 from otcache.compiler.workspace.progress import Reporter
@@ -67,6 +68,14 @@ def test_what_is_charged_is_what_was_made_and_within_the_bound(undisturbed):
     bounds = highest_costs(OPTIONS, SAMPLES, TOTAL)
     assert set(found["costs"]) == set(bounds) - {"edges"}
     assert all(cost <= bounds[name] + 1e-9 for name, cost in found["costs"].items())
+
+
+def test_every_budget_tries_uniform_steps_and_other_memories_and_keeps_the_best(undisturbed):
+    found, _ = undisturbed
+    for budget, trials in found["trials"].items():
+        assert any(trial["schedule"] == list(uniform_schedule(int(budget), TOTAL)) for trial in trials)
+        assert any(trial["name"].endswith("2 outputs") for trial in trials)
+        assert trials[0]["score"] == max(trial["score"] for trial in trials)
 
 
 @pytest.mark.parametrize("part", [0.1, 0.4, 0.7, 0.95])

@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= artifacts/shapes
+WORKERS ?= 2
+# Small tensors on one thread, a test file on each core: half the time of one process with all cores.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-long lint clean
 
@@ -22,11 +25,11 @@ demo: $(VENV)/ready
 	@echo "picture: $(OUT).png"
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 # Everything that takes minutes to hours: fuzzing, soaks, compiles that are killed at random moments.
 test-long: $(VENV)/ready
-	$(BIN)/python -m pytest -q -m long
+	$(PYTEST) -m long
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

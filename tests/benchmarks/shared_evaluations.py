@@ -14,34 +14,46 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from output import output_option, write
 
-from otcache.compiler.effort import EffortName
+from otcache.compiler.effort import EFFORTS, EffortName
 from otcache.compiler.options import CompileOptions
 from otcache.compiler.schedules.search import highest_costs, highest_walks
 
 STEPS = 50
 
 
-def bounds(effort: EffortName) -> dict[str, float]:
-    """Full runs a prompt at most, and what they were when a walk's first evaluation was made each time."""
-    options = CompileOptions(model="any", effort=effort, payload="output", num_inference_steps=STEPS)
-    after = 1 + sum(highest_costs(options, options.calibration_prompts, STEPS).values())
-    walks = sum(highest_walks(options, options.calibration_prompts, STEPS).values())
-    return {"before": round(after + walks / STEPS, 2), "after": round(after, 2)}
+def bounds(effort: EffortName) -> dict[str, Any]:
+    """Full runs a prompt at most by payload, and what they were when a walk's first evaluation was made each time."""
+    found: dict[str, Any] = {"calibration_prompts": EFFORTS[effort].calibration_prompts}
+    payloads: tuple[Literal["auto", "output"], ...] = ("auto", "output")
+    for payload in payloads:
+        options = CompileOptions(model="any", effort=effort, payload=payload, num_inference_steps=STEPS)
+        after = 1 + sum(highest_costs(options, options.calibration_prompts, STEPS).values())
+        walks = sum(highest_walks(options, options.calibration_prompts, STEPS).values())
+        found[payload] = {"before": round(after + walks / STEPS, 2), "after": round(after, 2)}
+    return found
 
 
 def kept(workspace: Path) -> dict[str, Any]:
     """Of the walks in a compile's folder."""
     found = [json.loads(path.read_text("utf-8")) for path in sorted(workspace.glob("attempt-*.json"))]
-    schedules = {
-        tuple(each["schedule"]) for each in found if isinstance(each, dict) and each["program"]["payload"] != "residual"
+    walks = {
+        (tuple(each["schedule"]), max(len(step["output_coefs"]) for step in each["program"]["steps"]))
+        for each in found
+        if isinstance(each, dict) and each["program"]["payload"] != "residual"
     }
-    before = sum(map(len, schedules))
-    after = len({schedule[:end] for schedule in schedules for end in range(2, len(schedule) + 1)})
-    return {"walks": len(schedules), "before": before, "after": after, "saved": round(1 - after / before, 3)}
+    before = sum(len(schedule) for schedule, _ in walks)
+    after = len(
+        {
+            (schedule[:end], memory if end > memory + 1 else 0)
+            for schedule, memory in walks
+            for end in range(2, len(schedule) + 1)
+        }
+    )
+    return {"walks": len(walks), "before": before, "after": after, "saved": round(1 - after / before, 3)}
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from otcache.compiler.compare.table import fidelity_table, markdown, verdict_tab
 
 HERE = Path(__file__).parent
 MARKS = ("<!-- comparisons: written by otcache.artifacts.comparisons -->", "<!-- end of comparisons -->")
+EFFORT_MARKS = ("<!-- effort: written by otcache.artifacts.comparisons -->", "<!-- end of effort -->")
 MODEL_MARKS = ("<!-- models: written by otcache.artifacts.comparisons -->", "<!-- end of models -->")
 
 
@@ -86,6 +87,30 @@ def models_table(artifacts: Path = HERE) -> str:
     return "\n".join(lines)
 
 
+def effort_sections(artifacts: Path = HERE) -> str:
+    """What each effort spends and comes to, of the models that `tests/benchmarks/effort.py` has measured."""
+    parts = []
+    for path in sorted((artifacts / "results" / "effort").glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        efforts = found["efforts"]
+        budgets = list(next(iter(efforts.values()))["budgets"])
+        lines = [
+            "| `--effort` | prompts | full runs each | evaluations | " + " | ".join(f"B = {b}" for b in budgets) + " |",
+            "|---|" + "---:|" * (3 + len(budgets)),
+        ]
+        for name, each in efforts.items():
+            cells = [f"{value['psnr_db']:.1f} ({value['ssim']:.4f})" for value in each["budgets"].values()]
+            lines.append(
+                f"| `{name}` | {each['calibration_prompts']} | {each['full_runs']:.1f} | {each['evaluations']} | "
+                + " | ".join(cells)
+                + " |"
+            )
+        picture = f"![{path.stem}: fidelity against evaluations spent](effort/{path.stem}.png)"
+        about = f"PSNR in dB (SSIM) on {found['held_out']} held-out prompts of `{found['model']}`:"
+        parts.append("\n\n".join([picture, about, "\n".join(lines)]))
+    return "\n\n".join(parts)
+
+
 def picture_name(model: str) -> str:
     """Of a model's comparison, in `artifacts/pictures`."""
     return f"{model}-comparison.png"
@@ -116,6 +141,7 @@ def write_page(artifacts: Path = HERE) -> None:
     """Write the sections of `artifacts/results/README.md` from all comparisons that are kept."""
     page = artifacts / "results" / "README.md"
     text = replace_section(page.read_text(encoding="utf-8"), comparison_sections(read_comparisons(artifacts)), MARKS)
+    text = replace_section(text, effort_sections(artifacts), EFFORT_MARKS)
     page.write_text(replace_section(text, models_table(artifacts), MODEL_MARKS), encoding="utf-8")
 
 

@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="shapes")
     parser.add_argument("--search-size", default="32x32")
     parser.add_argument("--calibration-prompts", type=int, default=32)
+    parser.add_argument("--evaluation-prompts", type=int, default=32)
     output_option(parser)
     given = parser.parse_args()
     size = parse_search_size(given.search_size)
@@ -79,6 +80,7 @@ def main() -> None:
         payload="output",
         engines="none",
         calibration_prompts=given.calibration_prompts,
+        evaluation_prompts=given.evaluation_prompts,
         threads=1,
     )
     flops = {

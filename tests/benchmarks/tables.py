@@ -92,11 +92,27 @@ def positions_table() -> str:
     return table(head, "|---|---:|---:|---:|---:|---:|---:|", rows)
 
 
+def search_size_table() -> str:
+    """A row for each way to compile: fidelity at each budget, and the floating-point operations of the searches."""
+    found = kept("search-size")
+    budgets = list(next(iter(found["ways"].values()))["budgets"])
+    most = max(each["flops"] for each in found["ways"].values())
+    rows = [
+        f"| `{found['model']}`, {name} | "
+        + " | ".join(f"{value['psnr_db']:.1f} dB ({value['ssim']:.4f})" for value in each["budgets"].values())
+        + f" | {each['flops'] / 1e12:.2f} · 10¹² ({each['flops'] / most:.0%}) |"
+        for name, each in found["ways"].items()
+    ]
+    head = "| schedules from | " + " | ".join(f"B = {budget}" for budget in budgets) + " | operations of the searches |"
+    return table(head, "|---|" + "---:|" * (len(budgets) + 1), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_table,
     "effort": effort_table,
     "walks": walks_table,
     "positions": positions_table,
+    "search size": search_size_table,
 }
 """By the name in a page's marks."""
 

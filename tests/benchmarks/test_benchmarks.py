@@ -25,6 +25,7 @@ TINY = {
     "memory.py": "--heads 1 --double 1 --single 1 --stored float32 --dtype float32 --directly",
     "resident.py": "--rounds 1",
     "residual_positions.py": "shapes --prompts 1",
+    "search_size.py": "--calibration-prompts 4 --evaluation-prompts 1",
     "serving.py": "--images 1 --rounds 1",
     "sessions.py": "--images 1 --rounds 1 --threads 1",
     "soak.py": "--requests 100",
@@ -165,6 +166,15 @@ def test_residuals_on_a_quarter_of_the_positions():
     pytest.importorskip("torch")
     found = figures(line_of("residual_positions.py"))
     assert set(found["models"]) == {"shapes"}
+
+
+@pytest.mark.slow
+def test_what_a_search_size_costs_and_saves():
+    pytest.importorskip("torch")
+    found = figures(line_of("search_size.py"))
+    served, small = found["ways"].values()
+    assert 0 < small["flops"] < served["flops"]
+    assert set(small["budgets"]) == set(served["budgets"]) == {"4", "8", "16"}
 
 
 def test_a_pages_tables_are_those_of_the_kept_runs():

@@ -29,7 +29,16 @@ from .governor import Governor
 from .request import Request
 from .sampler import Sampler
 
-_OPTIONS = ("negative_prompt", "seed", "images_per_prompt", "guidance_scale")
+_OPTIONS = (
+    "negative_prompt",
+    "seed",
+    "images_per_prompt",
+    "guidance_scale",
+    "height",
+    "width",
+    "num_frames",
+    "max_sequence_length",
+)
 """Of a request, beside prompt, budget and time."""
 _HISTORY = 32
 """Served requests whose times say how soon the queue moves on."""

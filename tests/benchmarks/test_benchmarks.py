@@ -25,6 +25,7 @@ TINY = {
     "memory.py": "--heads 1 --double 1 --single 1 --stored float32 --dtype float32 --directly",
     "resident.py": "--rounds 1",
     "residual_positions.py": "shapes --prompts 1",
+    "serve_load.py": "--seconds 1 --clients 20",
     "serving.py": "--images 1 --rounds 1",
     "sessions.py": "--images 1 --rounds 1 --threads 1",
     "soak.py": "--requests 100",
@@ -65,6 +66,14 @@ def test_budgets_against_the_full_program_and_stages_against_one_graph():
     found = figures(line_of("serving.py"))
     assert set(found["budgets"]) == {"2", "3"} and all(one["ratio"] > 0 for one in found["budgets"].values())
     assert found["chain_against_single_graph"]["max_relative_difference"] < 1e-5
+
+
+def test_a_server_under_load():
+    pytest.importorskip("starlette")
+    found = figures(line_of("serve_load.py"))
+    assert found["pictures_a_second"] > 0 and found["latency_s"]["p50"] <= found["latency_s"]["p99"]
+    assert set(found["statuses"]) <= {"200", "503"} and found["refused_503"] == found["statuses"].get("503", 0)
+    assert found["exit_code"] == found["logged_lines"] == 0 and found["memory_bytes"]["most"] > 1e6
 
 
 def test_sessions():

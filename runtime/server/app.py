@@ -46,8 +46,8 @@ _UNREAD = (408, 413, 415)
 _log = logging.getLogger(__name__)
 
 
-def make_app(service: Service, ready: Callable[[], bool] = lambda: True) -> Starlette:
-    """The application. It neither opens nor closes the service. ready: what `/readyz` says."""
+def make_app(service: Service) -> Starlette:
+    """The application. It neither opens nor closes the service."""
     metrics = Metrics(service)
     routes = [
         _fixed("/", "page.html", "text/html"),
@@ -56,7 +56,7 @@ def make_app(service: Service, ready: Callable[[], bool] = lambda: True) -> Star
         Route("/v1/images/generations", _generations_route(service, metrics), methods=["POST"]),
         _json("/artifact", lambda: (200, _artifact(service))),
         _json("/healthz", lambda: (200, {"status": "ok"})),
-        _json("/readyz", lambda: _readiness(service, ready())),
+        _json("/readyz", lambda: _readiness(service)),
         Route("/metrics", _metrics_route(metrics)),
     ]
     document = openapi_document(service.sampler.manifest, service.max_images)
@@ -172,9 +172,10 @@ def _artifact(service: Service) -> dict[str, Any]:
     return {"model": manifest.model.name, "digest": manifest.digest, **size, **served, "budgets": budgets}
 
 
-def _readiness(service: Service, ready: bool) -> tuple[int, dict[str, Any]]:
+def _readiness(service: Service) -> tuple[int, dict[str, Any]]:
+    """200 while a request would be accepted."""
     queue = {"waiting": service.waiting, "running": service.running, "capacity": service.capacity}
-    return (200 if ready else 503), {"status": "ready" if ready else "stopping", **queue}
+    return (200, {"status": "ready", **queue}) if service.accepts else (503, {"status": "busy", **queue})
 
 
 async def _refused(request: Request, error: Exception) -> Response:

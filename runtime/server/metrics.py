@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Collection
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -14,6 +16,7 @@ from .refusals import CLIENT_LEFT
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 """Upper bounds of the histograms' buckets."""
+_log = logging.getLogger(__name__)
 OTHER = "other"
 """Path of requests to none of the routes: what clients make up must not become labels."""
 
@@ -56,7 +59,7 @@ class Metrics:
 
 
 class Counted:
-    """ASGI: counts every answer by path and status."""
+    """ASGI: counts every answer by path and status, and logs it at level info, without its query."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
         self.app, self.metrics, self.paths = app, metrics, frozenset(paths)
@@ -65,7 +68,7 @@ class Counted:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = CLIENT_LEFT
+        status, start = CLIENT_LEFT, time.perf_counter()
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -81,3 +84,4 @@ class Counted:
         finally:
             path = scope["path"] if scope["path"] in self.paths else OTHER
             self.metrics.requests.labels(path, str(status)).inc()
+            _log.info("%s %s: %d in %.3f s", scope["method"], path, status, time.perf_counter() - start)

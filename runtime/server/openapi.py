@@ -99,7 +99,7 @@ def openapi_document(manifest: Manifest, max_images: int) -> dict[str, Any]:
             },
             "/artifact": _get("What is served.", _media("application/json")),
             "/healthz": _get("200 while the server runs.", _media("application/json")),
-            "/readyz": _get("200 while it takes requests, 503 when it stops.", _media("application/json"), {503}),
+            "/readyz": _get("200 while the queue takes requests, else 503.", _media("application/json"), {503}),
             "/metrics": _get("Prometheus' text format.", _media("text/plain")),
             "/openapi.json": _get("This document.", _media("application/json")),
         },

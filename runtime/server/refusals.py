@@ -15,6 +15,8 @@ from ..serving.service import BusyError, http_status
 
 CLIENT_LEFT = 499
 """What is counted for a client that hung up; nobody receives it."""
+_CODES = {413: "content_too_large"}
+"""Whose name differs among versions of Python."""
 
 
 class Refusal(RequestError):
@@ -39,6 +41,6 @@ def error_json(
 ) -> JSONResponse:
     """`{"error": {"message": …, "type": …, "param": …, "code": …}}`; the message is one line."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    code = HTTPStatus(status).phrase.lower().replace(" ", "_")
+    code = _CODES.get(status) or HTTPStatus(status).phrase.lower().replace(" ", "_")
     error: dict[str, Any] = {"message": one_line(message, 1000), "type": kind, "param": parameter, "code": code}
     return JSONResponse({"error": error}, status, headers)

@@ -63,7 +63,7 @@ def address_of(bound: socket.socket) -> str:
 def serve(service: Service, bound: socket.socket, *, grace_s: float, started: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT. started: called once requests are taken. Does not close the service."""
     config = uvicorn.Config(
-        make_app(service, ready=lambda: not server.should_exit),
+        make_app(service),
         loop="asyncio",
         http=PatientProtocol,
         ws="none",

@@ -149,6 +149,11 @@ class Service:
     def running(self) -> int:
         return len(self._running)
 
+    @property
+    def accepts(self) -> bool:
+        """Whether a request would be taken now: the service is open, and the queue is not full."""
+        return not self._closed and len(self._waiting) < self.capacity
+
     def submit(
         self,
         prompt: str | list[str],

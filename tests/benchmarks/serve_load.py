@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--budget", help="that every request asks for; left out: the highest that the load allows")
     parser.add_argument("--serve", default="", help="options of otc serve, such as '--workers 2'")
     options = parser.parse_args()
+    busy = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     with serving(options.artifact, *options.serve.split()) as server:
         start = time.monotonic()
         seen = asyncio.run(load(server, options.clients, options.seconds, options.budget))
@@ -106,6 +108,7 @@ def main() -> None:
         server.process.terminate()
         code, logged = server.process.wait(60), server.logged()
     host = {name: value for name, value in host_facts().items() if name != "name"}
+    host["load_average_before"] = busy
     what = {"clients": options.clients, "seconds": round(wall_s, 1), "serve": options.serve, "budget": options.budget}
     ended = {"exit_code": code, "logged_lines": len(logged.splitlines())}
     print(json.dumps({**what, **summary(seen, wall_s), **ended, "host": host, "versions": versions()}, indent=1))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
+import json
 import re
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from otcache.runtime.pictures import to_uint8
 httpx = pytest.importorskip("httpx")
 bodies = pytest.importorskip("otcache.runtime.server.bodies", exc_type=ImportError)
 fields = pytest.importorskip("otcache.runtime.server.fields", exc_type=ImportError)
+serve = pytest.importorskip("otcache.runtime.server.serve", exc_type=ImportError)
 openapi = pytest.importorskip("otcache.runtime.server.openapi", exc_type=ImportError)
 
 CAPACITY = 8  # as in conftest.py
@@ -282,6 +286,21 @@ def test_overload(client):
     assert {response.headers["x-budget"] for response in served} & {"2", "3"}
 
 
+def test_a_full_queue_is_not_ready(server, client):
+    ask = b"GET /picture?prompt=a&budget=full HTTP/1.1\r\nHost: a\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(3 * CAPACITY):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            connection.sendall(ask)
+        deadline = time.monotonic() + 30
+        while (found := client.get("/readyz")).status_code != 503:
+            assert time.monotonic() < deadline
+        assert found.json()["status"] == "busy" and found.json()["waiting"] == CAPACITY
+        assert client.get("/healthz").status_code == 200
+    while client.get("/readyz").json()["running"]:
+        time.sleep(0.01)
+
+
 # --- what looks after it
 
 
@@ -314,7 +333,34 @@ def test_the_document_is_openapi_and_names_every_route(client, slow_artifact):
     assert parameters["prompt"]["schema"]["maxLength"] == fields.MOST_CHARACTERS
 
 
+def test_limits_are_those_of_the_page():
+    text = (Path(__file__).parents[3] / "runtime/README.md").read_text(encoding="utf-8")
+    defaults = {option.name: option.default for option in cli.main.commands["serve"].params}
+    for limit in (
+        f"more than {fields.MOST_CHARACTERS:,} characters",
+        f"does not come within {bodies.BODY_S:g} s, is larger than {bodies.MOST_BYTES >> 10} KiB",
+        f"`--capacity {defaults['capacity']}`",
+        f"more than {serve.MOST_CONNECTIONS} connections",
+        f"`--timeout {defaults['timeout_s']:g}`",
+        f"sends no request for {serve.HEAD_S:g} s",
+        f"`--grace {defaults['grace_s']:g}`",
+    ):
+        assert limit in text, limit
+
+
 def test_nothing_was_logged(server, client):
-    """Last in this file: of all the above nothing is the server's fault."""
+    """Of all the above nothing is the server's fault."""
     assert client.get("/healthz").status_code == 200
     assert server.logged() == ""
+
+
+def test_too_many_connections(server, client):
+    """Last in this file, because it is logged."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(serve.MOST_CONNECTIONS):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        assert httpx.get(f"{server.address}/healthz").status_code == 503
+    assert {json.loads(line)["logger"] for line in server.logged().splitlines()} == {"uvicorn.error"}
+    deadline = time.monotonic() + 30
+    while httpx.get(f"{server.address}/healthz").status_code != 200:
+        assert time.monotonic() < deadline

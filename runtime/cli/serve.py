@@ -61,6 +61,13 @@ Examples:
 )
 @click.option("--max-images", type=click.IntRange(1, 4096), default=4, show_default=True, help="Pictures of a request.")
 @click.option(
+    "--max-batch",
+    type=click.IntRange(1, 4096),
+    default=1,
+    show_default=True,
+    help="Pictures in one run: waiting requests of one budget, size and guidance join; last digits may differ then.",
+)
+@click.option(
     "--lowest-budget",
     default=None,
     metavar="N|full",
@@ -85,6 +92,7 @@ def serve(
     capacity: int,
     timeout_s: float,
     max_images: int,
+    max_batch: int,
     lowest_budget: str | None,
     grace_s: float,
     backend: str,
@@ -109,6 +117,7 @@ def serve(
                 lowest_budget,
                 capacity=capacity,
                 max_images=max_images,
+                max_batch=max_batch,
                 timeout_s=timeout_s,
             )
         )

@@ -79,6 +79,17 @@ def test_workers_draw_at_once_and_the_same(slow_artifact):
         assert answers[0].result() == answers[1].result() != draw(2)
 
 
+def test_requests_that_wait_are_drawn_together(slow_artifact):
+    options = ("--max-batch", "4", "--lowest-budget", "full")
+    with serving(slow_artifact, *options) as server, ThreadPoolExecutor(8) as clients:
+        answers = [clients.submit(ask, server, budget="full", seed=seed) for seed in range(8)]
+        together = 1
+        while together == 1 and not all(answer.done() for answer in answers):
+            together = max(together, httpx.get(f"{server.address}/readyz").json()["running"])
+        assert 1 < together <= 4
+        assert [answer.result() for answer in answers] == [200] * 8
+
+
 def test_time_that_is_up(slow_artifact):
     with serving(slow_artifact, "--timeout", "0.001") as server:
         found = httpx.get(f"{server.address}/picture", params={"prompt": "a", "budget": "full"})

@@ -16,7 +16,10 @@ from tables import TABLES, marks, write_tables
 
 HERE = Path(__file__).parent
 NEWEST = max((HERE.parent / "golden").glob("1.*"), key=lambda path: int(path.name[2:])) / "artifact"
-SCRIPTS = sorted(path.name for path in HERE.glob("[!t]*.py") if '__name__ == "__main__"' in path.read_text("utf-8"))
+SCRIPTS = sorted(
+    {path.name for path in HERE.glob("*.py") if '__name__ == "__main__"' in path.read_text("utf-8")}
+    - {Path(__file__).name}
+)
 PREFIX = "python tests/benchmarks/"
 TINY = {
     "effort.py": "--efforts quick",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,8 +145,8 @@ def save_video(frames: NDArray[np.uint8], path: Path, *, fps: int) -> None:
         raise UsageError(f"-o is {path}: it cannot be written: {error.strerror or error}: choose another") from None
 
 
-def _write_gif(frames: NDArray[np.uint8], path: Path, fps: int) -> None:
-    """At most 256 colours a frame, shown for whole hundredths of a second."""
+def _write_gif(frames: NDArray[np.uint8], path: Path | BinaryIO, fps: int) -> None:
+    """At most 256 colours a frame, shown for whole hundredths of a second. path: a file, or an open one."""
     from PIL import Image
 
     first, *rest = (Image.fromarray(frame).quantize(256) for frame in frames)
@@ -162,6 +163,22 @@ def _write_mp4(frames: NDArray[np.uint8], path: Path, fps: int) -> None:
         for frame in frames[:, : stream.height, : stream.width]:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
+
+
+def encoded(picture: NDArray[np.float32], kind: str, *, fps: int = 15) -> bytes:
+    """A file's bytes.
+
+    picture: float32 (height, width, 3) in [0, 1], or the frames of a video, (frames, height, width, 3). kind: `png`,
+    `jpeg` or `webp` of the former, `gif` of the latter.
+    """
+    from PIL import Image
+
+    file = io.BytesIO()
+    if kind == "gif":
+        _write_gif(to_uint8(picture), file, fps)
+    else:
+        Image.fromarray(to_uint8(picture)).save(file, kind.upper())
+    return file.getvalue()
 
 
 def _av() -> Any:

@@ -57,9 +57,9 @@ NOT_RUN = {
     "pip install": "needs a network; that the extras exist is checked",
     "make test": "is this test run",
     "otc compile ./my-flux-pipeline --device cuda": "needs a GPU: tests/gpu runs it where there is one",
-    "uvicorn server:app": "runs until it is stopped: tests/runtime/serving/test_server.py starts it",
-    "curl": "needs the server: tests/runtime/serving/test_server.py asks it the same",
-    "server.py": "a module of the server: tests/runtime/serving/test_server.py runs it",
+    "otc serve": "runs until it is stopped: tests/runtime/server/test_app.py starts it",
+    "curl": "needs the server: tests/runtime/server/test_app.py asks it the same",
+    "client.py": "needs the server: tests/runtime/server/test_app.py has OpenAI's client",
     "python tests/benchmarks/": "tests/benchmarks/test_benchmarks.py runs each of these lines at a tiny size",
 }
 """Beginnings of commands, and names of snippets, that no page test runs, each with the reason."""

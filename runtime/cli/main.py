@@ -16,6 +16,7 @@ from otcache.schemas.errors import HostError, OTCacheError
 from .completion import completion
 from .inspect import inspect
 from .run import run
+from .serve import serve
 from .shipping import pack, sign, unpack, verify
 
 GROUP = "otcache.commands"
@@ -168,7 +169,7 @@ def main(ctx: click.Context) -> None:
     configure(as_json=ctx.meta[_JSON])
 
 
-for _command in (completion, inspect, pack, run, sign, unpack, verify):
+for _command in (completion, inspect, pack, run, serve, sign, unpack, verify):
     main.add_command(_command)
 
 

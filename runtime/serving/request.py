@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from otcache.schemas.arithmetic import latents_from_noise
 from otcache.schemas.errors import RequestError
 from otcache.schemas.manifest import BudgetProgram, Guidance, Manifest, TensorInfo
 from otcache.schemas.messages import one_line
@@ -20,7 +21,7 @@ from otcache.schemas.program import Program
 
 from ..loop.backend import Array
 from ..loop.finite import is_spoilt
-from .noise import SEED_MAXIMUM, SEED_MINIMUM
+from .noise import SEED_MAXIMUM, SEED_MINIMUM, noise
 from .request_size import Given, Sizes
 
 MOST_SAMPLES = 4096
@@ -115,6 +116,16 @@ def parse_request(
         conditioning=conditioning,
         latents=latents,
     )
+
+
+def noise_of(request: Request) -> Array:
+    """The noise that a request begins with, before it is scaled: float32 (n, *latents.shape)."""
+    layout, n = request.manifest.latents, request.samples
+    if request.latents is None:
+        drawn = latents_from_noise(noise(layout.noise_shape, request.seed, n), layout.split, layout.permutation)
+    else:
+        drawn = np.asarray(request.latents, np.float32)
+    return drawn.reshape(n, *layout.shape)
 
 
 def parse_texts(prompt: Any, negative_prompt: Any, guidance: Guidance) -> tuple[tuple[str, ...], ...]:

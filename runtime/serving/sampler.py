@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from otcache.schemas.arithmetic import latents_from_noise, noise_from_latents
+from otcache.schemas.arithmetic import noise_from_latents
 from otcache.schemas.errors import HostError, RequestError, UsageError
 from otcache.schemas.manifest import Manifest, Stage
 from otcache.schemas.messages import one_line
@@ -30,8 +30,7 @@ from ..loop.finite import check_output, spoilt_run_error
 from ..loop.host_loop import check_trunk, run_stage
 from ..loop.loop import Callback, Float32
 from ..loop.timing import Timer
-from .noise import noise
-from .request import MOST_SAMPLES, Request, check_latents, is_whole, parse_request, parse_texts
+from .request import MOST_SAMPLES, Request, check_latents, is_whole, noise_of, parse_request, parse_texts
 from .request_size import Given, Sizes
 from .tokenizers import Tokenizers
 
@@ -196,6 +195,14 @@ class Sampler:
         )
         self._backend.check(request.samples, request.manifest)
         return request
+
+    def can_hold(self, samples: int, request: Request) -> bool:
+        """Whether the plans that were loaded take as many samples at once, at a request's size."""
+        try:
+            self._backend.check(samples, request.manifest)
+        except RequestError:
+            return False
+        return True
 
     def check(self, prompt: str | list[str], *, budget: int | str, **options: Any) -> int:
         """How many pictures a request with these arguments makes, as for `request`. Raises RequestError."""
@@ -410,12 +417,7 @@ class Sampler:
 
 def _initial_latents(request: Request) -> Float32:
     """Noise in the order and scale of the sampler, float32 (n, *latents.shape)."""
-    layout, n = request.manifest.latents, request.samples
-    if request.latents is None:
-        drawn = latents_from_noise(noise(layout.noise_shape, request.seed, n), layout.split, layout.permutation)
-    else:
-        drawn = np.asarray(request.latents, np.float32)
-    scaled: Float32 = np.float32(layout.initial_scale) * drawn.reshape(n, *layout.shape)
+    scaled: Float32 = np.float32(request.manifest.latents.initial_scale) * noise_of(request)
     return scaled
 
 

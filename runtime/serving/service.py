@@ -1,13 +1,15 @@
 """`Service`: a bounded queue in front of one or more loaded samplers, for servers.
 
 One worker thread for each sampler (one sampler for each device). Requests run one by one, in the order of arrival, and
-give the bits that `Sampler` gives alone. They are never merged into one batch: matrix products of another size add up
-in another order, and the bits would depend on what else was asked.
+give the bits that `Sampler` gives alone. Only with `max_batch` are those that wait and have one budget, size and
+guidance drawn in one run: that is faster, but matrix products of another size add up in another order, and the last
+digits then depend on what else was asked.
 """
 
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import math
 import os
 import statistics
@@ -25,11 +27,21 @@ from otcache.schemas.messages import one_line
 
 from ..loop.loop import Float32
 from ..loop.timing import Timer, Timing
+from .batching import can_join, joined
 from .governor import Governor
 from .request import Request
 from .sampler import Sampler
 
-_OPTIONS = ("negative_prompt", "seed", "images_per_prompt", "guidance_scale")
+_OPTIONS = (
+    "negative_prompt",
+    "seed",
+    "images_per_prompt",
+    "guidance_scale",
+    "height",
+    "width",
+    "num_frames",
+    "max_sequence_length",
+)
 """Of a request, beside prompt, budget and time."""
 _HISTORY = 32
 """Served requests whose times say how soon the queue moves on."""
@@ -95,18 +107,20 @@ class Service:
         *samplers: Sampler,
         capacity: int = 16,
         max_images: int = 16,
+        max_batch: int = 1,
         timeout_s: float = math.inf,
         governor: Governor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """samplers: of one artifact, one for each device.
 
-        capacity: requests that may wait. max_images: pictures that one request may ask for. timeout_s: for requests
-        that name none. governor: lowers the budgets under load. Raises UsageError.
+        capacity: requests that may wait. max_images: pictures that one request may ask for. max_batch: pictures of
+        several requests that may be drawn in one run. timeout_s: for requests that name none. governor: lowers the
+        budgets under load. Raises UsageError.
         """
         if not samplers or len({sampler.manifest.digest for sampler in samplers}) != 1:
             raise UsageError(f"service: received {len(samplers)} samplers: expected one or more of the same artifact")
-        for name, value in (("capacity", capacity), ("max_images", max_images)):
+        for name, value in (("capacity", capacity), ("max_images", max_images), ("max_batch", max_batch)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UsageError(f"{name} is {one_line(repr(value), 40)}: expected a whole number of at least 1")
         _check_timeout(timeout_s)
@@ -115,7 +129,7 @@ class Service:
                 f"governor is for budgets {one_line(governor.budgets)}: expected the artifact's, {samplers[0].budgets}"
             )
         self.sampler = samplers[0]
-        self.capacity, self.max_images = capacity, max_images
+        self.capacity, self.max_images, self.max_batch = capacity, max_images, max_batch
         self._samplers, self._timeout_s, self._governor, self._clock = samplers, timeout_s, governor, clock
         self._changed = threading.Condition()
         self._waiting: deque[PictureFuture] = deque()
@@ -139,6 +153,11 @@ class Service:
     @property
     def running(self) -> int:
         return len(self._running)
+
+    @property
+    def accepts(self) -> bool:
+        """Whether a request would be taken now: the service is open, and the queue is not full."""
+        return not self._closed and len(self._waiting) < self.capacity
 
     def submit(
         self,
@@ -214,49 +233,87 @@ class Service:
 
     def _work(self, sampler: Sampler) -> None:
         """What a worker does until the service is closed."""
-        while (future := self._next()) is not None:
-            images, outcome = None, None
-            start = self._clock()
-            try:
-                images = sampler.draw(_request_at(future), progress=self._step(future), timer=future._timer)
-            except BaseException as error:
-                outcome = error
-            self._end(future, images, outcome, start)
-            del future, images, outcome  # or an idle worker would hold the last pictures
+        while batch := self._next(sampler):
+            self._run(sampler, batch)
+            del batch  # or an idle worker would hold the last pictures
 
-    def _next(self) -> PictureFuture | None:
-        """The next request to run, waiting for one; None when the service is closed."""
+    def _next(self, sampler: Sampler) -> list[PictureFuture]:
+        """The next request to run, and those that may run with it; waits for one. Empty when the service is closed."""
         while True:
             self._end_late()
             with self._changed:
                 if self._closed:
-                    return None
+                    return []
                 if not self._waiting:
                     self._changed.wait()
                     continue
-                future = self._waiting.popleft()
-                future.set_running_or_notify_cancel()
-                self._running.add(future)
-                future.budget = future.request.budget
-                if self._governor is not None:
-                    wanted, minimum = future.budget, future.minimum_budget
-                    future.budget = self._governor.budget(self._clock(), wanted, minimum)
-                future._timer.waited()
-                return future
+                batch = [self._begin(self._waiting.popleft())]
+                for other in tuple(self._waiting) if self.max_batch > 1 else ():
+                    if self._joins(other, batch, sampler):
+                        self._waiting.remove(other)
+                        batch.append(self._begin(other))
+                return batch
 
-    def _step(self, future: PictureFuture) -> Callable[[int, int], None]:
-        """The callback of a running request's steps: ends it if it must, and waiting ones whose time is up."""
+    def _begin(self, future: PictureFuture) -> PictureFuture:
+        """Take a request to the device, at the budget that the load allows."""
+        future.set_running_or_notify_cancel()
+        self._running.add(future)
+        future.budget = self._allowed_budget(future)
+        future._timer.waited()
+        return future
+
+    def _allowed_budget(self, future: PictureFuture) -> str:
+        wanted = future.request.budget
+        return wanted if self._governor is None else self._governor.budget(self._clock(), wanted, future.minimum_budget)
+
+    def _joins(self, other: PictureFuture, batch: list[PictureFuture], sampler: Sampler) -> bool:
+        """Whether a request that waits may run with a batch."""
+        samples = other.request.samples + sum(future.request.samples for future in batch)
+        wanted = other.request.at_budget(self._allowed_budget(other))
+        return (
+            samples <= self.max_batch
+            and can_join(_request_at(batch[0]), wanted)
+            and sampler.can_hold(samples, batch[0].request)
+        )
+
+    def _run(self, sampler: Sampler, batch: list[PictureFuture]) -> None:
+        """Draw what a batch asks for. One that fails runs again request by request: others are not to blame for it."""
+        images, outcome, start = None, None, self._clock()
+        timer = batch[0]._timer if len(batch) == 1 else Timer()
+        try:
+            request = joined([_request_at(future) for future in batch])
+            images = sampler.draw(request, progress=self._step(batch), timer=timer)
+        except BaseException as error:
+            outcome = error
+        if outcome is not None and len(batch) > 1 and not isinstance(outcome, _Stop):
+            for future in batch:
+                if not future._ended:
+                    self._run(sampler, [future])
+            return
+        each_s, first = (self._clock() - start) / len(batch), 0
+        for future in batch:
+            own, first = slice(first, first + future.request.samples), first + future.request.samples
+            if not future._ended:
+                drawn = images if images is None or len(batch) == 1 else images[own].copy()
+                self._end(future, drawn, outcome, each_s, timer)
+
+    def _step(self, batch: list[PictureFuture]) -> Callable[[int, int], None]:
+        """The callback of a batch's steps: ends the requests that must end, and waiting ones whose time is up."""
 
         def check(done: int, total: int) -> None:
             self._end_late()
             with self._changed:
-                if future._outcome is None and self._clock() > future._deadline:
-                    future._outcome = DeadlineError(
-                        f"request: its time was up after {done} of {total} steps: expected to end sooner: allow more "
-                        "time, or a lower budget"
-                    )
-                if future._outcome is not None:
+                for future in batch:
+                    if future._outcome is None and not future._ended and self._clock() > future._deadline:
+                        future._outcome = DeadlineError(
+                            f"request: its time was up after {done} of {total} steps: expected to end sooner: allow "
+                            "more time, or a lower budget"
+                        )
+                if all(future._ended or future._outcome is not None for future in batch):
                     raise _Stop
+                over = [future for future in batch if future._outcome is not None]
+            for future in over:  # the others go on
+                self._end(future, None, None)
 
         return check
 
@@ -287,19 +344,24 @@ class Service:
         return True
 
     def _end(
-        self, future: PictureFuture, images: Float32 | None, outcome: BaseException | None, start: float | None = None
+        self,
+        future: PictureFuture,
+        images: Float32 | None,
+        outcome: BaseException | None,
+        seconds: float | None = None,
+        timer: Timer | None = None,
     ) -> None:
-        """Settle a request that has left the queue, or the device if `start` says when it came there."""
+        """Settle a request that has left the queue, or the device after so many seconds, which a timer has seen."""
         with self._changed:
             outcome = future._outcome or outcome
             future._ended = True
             future._outcome = None
             self._running.discard(future)
             self._left()
-            if start is not None and outcome is None:
-                self._durations.append(self._clock() - start)
+            if seconds is not None and outcome is None:
+                self._durations.append(seconds)
         if outcome is None and images is not None:
-            future.timing = future._timer.timing()
+            future.timing = _timing_of(future, timer or future._timer)
             future.set_result(images)
         else:
             future.set_exception(outcome or _closed_error())
@@ -337,6 +399,16 @@ def _minimum_budget(budgets: Sequence[str], wanted: int | str | None, minimum: i
             "the budget that is asked for"
         )
     return str(minimum)
+
+
+def _timing_of(future: PictureFuture, timer: Timer) -> Timing:
+    """Of a request that ran alone what its timer says; else the batch's, after its own time in the queue."""
+    timing = timer.timing()
+    if timer is future._timer:
+        return timing
+    waited_s = future._timer.timing().parts["wait"]
+    parts = {**timing.parts, "wait": timing.parts["wait"] + waited_s}
+    return dataclasses.replace(timing, total_s=timing.total_s + waited_s, parts=parts)
 
 
 def _request_at(future: PictureFuture) -> Request:

@@ -16,7 +16,10 @@ from tables import TABLES, marks, write_tables
 
 HERE = Path(__file__).parent
 NEWEST = max((HERE.parent / "golden").glob("1.*"), key=lambda path: int(path.name[2:])) / "artifact"
-SCRIPTS = sorted(path.name for path in HERE.glob("[!t]*.py") if '__name__ == "__main__"' in path.read_text("utf-8"))
+SCRIPTS = sorted(
+    {path.name for path in HERE.glob("*.py") if '__name__ == "__main__"' in path.read_text("utf-8")}
+    - {Path(__file__).name}
+)
 PREFIX = "python tests/benchmarks/"
 TINY = {
     "effort.py": "--efforts quick",
@@ -26,6 +29,7 @@ TINY = {
     "resident.py": "--rounds 1",
     "residual_positions.py": "shapes --prompts 1",
     "search_size.py": "--calibration-prompts 4 --evaluation-prompts 1",
+    "serve_load.py": "--seconds 1 --clients 20",
     "serving.py": "--images 1 --rounds 1",
     "sessions.py": "--images 1 --rounds 1 --threads 1",
     "soak.py": "--requests 100",
@@ -66,6 +70,14 @@ def test_budgets_against_the_full_program_and_stages_against_one_graph():
     found = figures(line_of("serving.py"))
     assert set(found["budgets"]) == {"2", "3"} and all(one["ratio"] > 0 for one in found["budgets"].values())
     assert found["chain_against_single_graph"]["max_relative_difference"] < 1e-5
+
+
+def test_a_server_under_load():
+    pytest.importorskip("starlette")
+    found = figures(next(line for line in LINES if "serve_load.py" in line and "--max-batch" in line))
+    assert found["pictures_a_second"] > 0 and found["latency_s"]["p50"] <= found["latency_s"]["p99"]
+    assert set(found["statuses"]) <= {"200", "503"} and found["refused_503"] == found["statuses"].get("503", 0)
+    assert found["exit_code"] == found["logged_lines"] == 0 and found["memory_bytes"]["most"] > 1e6
 
 
 def test_sessions():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -11,21 +9,12 @@ pytest.importorskip("jinja2")
 pytest.importorskip("ot")
 pytest.importorskip("playwright")
 
+from headless import ARGUMENTS, CHROMIUM
 from playwright.sync_api import sync_playwright
 from report_samples import EXTREME, written
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None:
     pytest.skip("no chromium on this host: apt-get install chromium", allow_module_level=True)
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 SIZES = {"phone": (390, 844), "desk": (1280, 900)}
 LEAST_TEXT_PX = 10
 """Of text in figures on a phone, where body text is 16."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -31,6 +33,13 @@ def test_gif_has_every_frame_and_its_time(clips, tmp_path):
             image.seek(index)
             frames.append(image.convert("RGB"))
     assert brightness(frames) == pytest.approx([0.1, 0.3667, 0.6333, 0.9], abs=0.01)
+
+
+def test_bytes_of_a_video_and_of_a_picture(clips):
+    with Image.open(io.BytesIO(pictures.encoded(clips[0], "gif", fps=10))) as image:
+        assert (image.format, image.n_frames, image.size) == ("GIF", 4, (24, 16))
+    with Image.open(io.BytesIO(pictures.encoded(clips[0, 1], "png"))) as image:
+        np.testing.assert_array_equal(np.asarray(image), pictures.to_uint8(clips[0, 1]))
 
 
 def test_mp4_has_every_frame(clips, tmp_path):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("compiler", "runtime", "schemas", "artifacts", "tests")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-COMMAND_WORDS = ("otc", "python", "pip", "make", "curl", "uvicorn", "openssl")
+COMMAND_WORDS = ("otc", "python", "pip", "make", "curl", "openssl")
 """What a line begins with that a reader would type."""
 
 

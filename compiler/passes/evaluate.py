@@ -13,6 +13,7 @@ from otcache.schemas import manifest as schema
 from otcache.schemas.program import Program
 
 from ..calibration.local import LocalSamples
+from ..calibration.lpips import weights_digest
 from ..calibration.outcomes import outcome_arrays, quality_from_scores, quality_of
 from ..calibration.runs import Runs
 from ..calibration.scoring import reference_pictures
@@ -119,5 +120,5 @@ def evaluate(prepared: Prepared, found: Found) -> Evaluated:
 
 def evaluation_key(session: Session, prompts: Sequence[str], budget: int, program: Program) -> Any:
     """What the evaluation of one budget depends on, for the workspace."""
-    how = "one roll-out, lpips" if session.measures_lpips else "one roll-out"
+    how = f"one roll-out, lpips, {weights_digest()}" if session.measures_lpips else "one roll-out"
     return [session.key, list(prompts), budget, program.model_dump(mode="json"), how]

@@ -184,7 +184,7 @@ def _calibration(
         samples=samples,
         table=table,
         objective=session.options.objective,
-        ledger=ledger or Ledger(session.workspace, [session.key, session.margin, session.options.objective]),
+        ledger=ledger or Ledger(session.workspace, [session.key, session.margin, session.objective]),
     )
 
 

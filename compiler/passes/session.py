@@ -19,6 +19,7 @@ from otcache.schemas.errors import ModelError, UsageError
 from otcache.schemas.shapes import describe_size
 
 from ..calibration import metrics
+from ..calibration.lpips import check_size, weights_digest
 from ..calibration.micro_batch import MicroBatch
 from ..calibration.scoring import DECODED_BYTES
 from ..export.decoder import make_latent_decoder
@@ -108,6 +109,11 @@ class Session:
         return pictures.float()
 
     @property
+    def objective(self) -> str:
+        """What the searches maximise, for the workspace: LPIPS with the digest of its weights."""
+        return f"lpips, {weights_digest()}" if self.options.objective == "lpips" else self.options.objective
+
+    @property
     def measures_lpips(self) -> bool:
         """On held-out prompts."""
         return asks_for_lpips(self.options)
@@ -149,7 +155,10 @@ def begin(
             place(model.pipeline, wanted)
     prompts, held_out = split_of(options, model)
     with reporter.on("probe", type(model.pipeline).__name__):
-        return _session(options, model, placement, prompts, reporter), prompts, held_out
+        session = _session(options, model, placement, prompts, reporter)
+    if session.measures_lpips:
+        check_size(session.call.height, session.call.width)
+    return session, prompts, held_out
 
 
 def asks_for_lpips(options: CompileOptions) -> bool:

@@ -152,10 +152,12 @@ def _loss(
     if engine != "diffusers" and measured == calibrator and cell is not None and entry.quality is not None:
         lost = entry.quality.psnr_db.mean - cell.psnr_db.mean
         where = "" if engine == "cache-dit" else "in diffusers with cache-dit, not in sglang itself, "
+        blocks = "" if cell.blocks_mean is None else f", for {cell.blocks_mean:.1f} full runs of the blocks"
+        said = f"Lost: {lost:.1f} dB" if lost >= 0 else f"Lost: nothing, it gains {-lost:.1f} dB"
         return (
-            f"Lost, measured {where}on {comparison.prompts if comparison else 0} held-out prompts by `otc compare`: "
-            f"{lost:.1f} dB; it comes to {cell.psnr_db.mean:.1f} dB (SSIM {cell.ssim.mean:.4f}), where the artifact's "
-            f"own program comes to {entry.quality.psnr_db.mean:.1f} dB ({entry.quality.ssim.mean:.4f}).",
+            f"{said}, measured {where}on {manifest.conditions.evaluation_prompts} held-out prompts by `otc compare`: "
+            f"it comes to {cell.psnr_db.mean:.1f} dB (SSIM {cell.ssim.mean:.4f}){blocks}, where the artifact's own "
+            f"program comes to {entry.quality.psnr_db.mean:.1f} dB ({entry.quality.ssim.mean:.4f}).",
             lost,
         )
     figure = "" if entry.quality is None else f", which comes to {entry.quality.psnr_db.mean:.1f} dB"

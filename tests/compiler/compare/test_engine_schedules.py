@@ -129,8 +129,8 @@ def test_sglangs_variables_make_the_mask(artifact, manifest, tmp_path):
     assert config.steps_computation_mask == mask and config.steps_computation_policy == "static"
 
 
-def comparison_of(manifest, setting, lower=0.0):
-    """A comparison of the artifact's program of 4 evaluations, and of cache-dit 2.5 dB below."""
+def comparison_of(manifest, setting, lower=0.0, below=2.5):
+    """A comparison of the artifact's program of 4 evaluations, and of cache-dit so far below."""
     quality = manifest.program(4).quality
 
     def cell(method, below, setting):
@@ -147,6 +147,7 @@ def comparison_of(manifest, setting, lower=0.0):
             seconds=1.0,
             setting=setting,
             full_runs=0.0,
+            blocks_mean=5.5,
         )
 
     return Comparison(
@@ -159,7 +160,7 @@ def comparison_of(manifest, setting, lower=0.0):
         calibration_prompts=8,
         size=(16, 16),
         budgets=(4,),
-        cells=(cell("otcache", lower, ""), cell("cache-dit mask", 2.5, setting)),
+        cells=(cell("otcache", lower, ""), cell("cache-dit mask", below, setting)),
         skipped=(),
         verdicts=(),
         claims=(),
@@ -175,7 +176,10 @@ def test_what_is_lost_is_that_of_the_comparison(artifact, manifest, tmp_path):
     said = json.loads(result.stdout)
     assert said["calibrator"] == "taylor-2" and said["lost_db"] == pytest.approx(2.5)
     own = manifest.program(4).quality.psnr_db.mean
-    assert f"on 3 held-out prompts by `otc compare`: 2.5 dB; it comes to {own - 2.5:.1f} dB" in path.read_text()
+    said_so = f"Lost: 2.5 dB, measured on 3 held-out prompts by `otc compare`: it comes to {own - 2.5:.1f} dB (SSIM 0.9"
+    assert said_so in path.read_text() and ", for 5.5 full runs of the blocks, where" in path.read_text()
+    better = comparison_of(manifest, "otcache mask, reuse", below=-1.5)
+    assert "Lost: nothing, it gains 1.5 dB, measured" in export_schedule(manifest, "cache-dit", "4", None, better).text
     sglang = export_schedule(manifest, "sglang", "4", None, read_comparison(tmp_path))
     assert "measured in diffusers with cache-dit, not in sglang itself" in sglang.text and sglang.lost_db is not None
 

@@ -79,6 +79,6 @@ def _made(artifact: Path, engine: Any, budget: str | None, calibrator: str | Non
 
     quiet()
     manifest = read_manifest(artifact).manifest
-    folder = comparison or Path("artifacts/compare") / manifest.model.name
+    folder = comparison or Path("artifacts/compare") / Path(manifest.model.name).name
     found = read_comparison(folder) if comparison or folder.is_dir() else None
     return export_schedule(manifest, engine, budget, calibrator, found)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from otcache.schemas.errors import UsageError
+from otcache.schemas.targets import Target, parse_target
 
 from .effort import EFFORTS, Effort, EffortName
 
+DEFAULT_BUDGETS = (4, 8, 16)
 FROM_EFFORT = -1
 """Of a number that follows from the effort."""
 Objective = Literal["ssim", "psnr", "lpips"]
@@ -24,7 +26,10 @@ class CompileOptions:
     """Options of `otc compile`. Raises UsageError for what cannot be."""
 
     model: str
-    budgets: tuple[int, ...] = (4, 8, 16)
+    budgets: tuple[int, ...] = DEFAULT_BUDGETS
+    targets: tuple[str, ...] = ()
+    """Qualities such as `psnr>=35`: of each the smallest budget that reaches it on held-out prompts is compiled, beside
+    `budgets`, which may then be empty."""
     output: Path | None = None
     num_inference_steps: int = 50
     guidance_scale: tuple[float, float] = (4.0, 4.0)
@@ -91,8 +96,14 @@ class CompileOptions:
         total = self.num_inference_steps
         if not 1 <= total <= 1000:
             raise UsageError(f"--num-inference-steps is {total}: expected 1 … 1000")
-        if not self.budgets:
+        if not self.budgets and not self.targets:
             raise UsageError("--budgets is empty: expected whole numbers such as 4,8,16")
+        if self.wanted and self.search_size is not None:
+            raise UsageError(
+                "--target with --search-size: qualities are measured at the compiled size: leave one of them out"
+            )
+        if self.wanted and total < 2:
+            raise UsageError(f"--target with --num-inference-steps {total}: expected at least 2 steps to choose from")
         for budget in self.budgets:
             if not 1 <= budget <= total:
                 raise UsageError(
@@ -138,6 +149,11 @@ class CompileOptions:
         return EFFORTS[self.effort]
 
     @property
+    def wanted(self) -> tuple[Target, ...]:
+        """The targets, read. Raises UsageError."""
+        return tuple(parse_target(text, "--target") for text in self.targets)
+
+    @property
     def nominal_scale(self) -> float:
         """The guidance scale that is served when a request names none: the middle of the range."""
         return sum(self.guidance_scale) / 2
@@ -161,7 +177,7 @@ def check_evaluations(options: CompileOptions, evaluations: int, scheduler: str)
     Raises UsageError.
     """
     budgets = {
-        "--budgets": max(options.budgets),
+        "--budgets": max(options.budgets, default=1),
         "--reference-budget": options.reference,
         "--anchor-budget": options.anchor,
     }
@@ -183,6 +199,13 @@ def parse_budgets(text: str) -> tuple[int, ...]:
     if budgets[0] < 1:
         raise UsageError(f"--budgets has {budgets[0]}: expected whole numbers of at least 1, such as 4,8,16")
     return tuple(budgets)
+
+
+def budgets_or_default(budgets: tuple[int, ...] | None, targets: Sequence[str]) -> tuple[int, ...]:
+    """The budgets that were given; without any, the default ones, or those alone that reach the targets."""
+    if budgets is not None:
+        return budgets
+    return () if targets else DEFAULT_BUDGETS
 
 
 def parse_search_size(text: str | None) -> tuple[int, int] | None:

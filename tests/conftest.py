@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("busy host", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy host")  # how long a draw takes says nothing where others compute, too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("OTC_LPIPS", None)  # tests name weights of their own
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

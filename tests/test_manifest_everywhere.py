@@ -85,6 +85,7 @@ EVERYONE: dict[str, Callable[[Path], Answer | None]] = {
         "encode", golden_folder(), "--for", folder, "--prompt", PROMPT, "-o", folder.parent / "c.safetensors", "--force"
     ),
     "report": lambda folder: command("report", folder),
+    "export-schedule": lambda folder: command("export-schedule", folder, "--for", "diffusers", "--budget", "2"),
     "build-engines": lambda folder: command("build-engines", folder, "--backend", RTX, "--target", "sm_89"),
     "OTCacheScheduler": functools.partial(host, lambda folder: OTCacheScheduler.from_artifact(folder, "full")),
     "apply_residual_cache": functools.partial(host, use_residual_cache),

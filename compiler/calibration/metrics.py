@@ -7,19 +7,19 @@ and windows (some square differences of uint8, which wrap around).
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from skimage.metrics import structural_similarity
 
-from otcache.schemas.errors import HostError, UsageError
+from otcache.schemas.errors import UsageError
 
 from ..programs.arrays import float64_from_array
+from . import lpips
 
 FloatArray = NDArray[np.float64]
 Metric = Callable[[ArrayLike, ArrayLike], FloatArray]
@@ -30,8 +30,6 @@ _SSIM_WINDOW = 11
 """Gaussian window of Wang et al. 2004: sigma 1.5, 11 × 11."""
 _RANGE_SLACK = 1e-3
 """How far outside [0, 1] rounding in float16 may take an image."""
-_LPIPS_WEIGHTS = {"alex": "alexnet-owt-*.pth", "vgg": "vgg16-*.pth", "squeeze": "squeezenet1_1-*.pth"}
-"""Torchvision's file name per LPIPS backbone in the cache of torch.hub."""
 
 
 @dataclass(frozen=True)
@@ -98,41 +96,22 @@ def relative_latent_error(latents: ArrayLike, references: ArrayLike) -> FloatArr
         return np.where(difference == 0.0, 0.0, difference / norm)
 
 
-def lpips_metric(net: str = "alex") -> Metric:
+def lpips_metric() -> Metric:
     """LPIPS (arXiv 1801.03924) as a function of (images, references) → (n,), lower is better.
 
-    Nothing is downloaded: the `lpips` package and the weights of its backbone have to be on this host.
+    Nothing is downloaded: `OTC_LPIPS` names the weights (`calibration.lpips`).
 
-    Raises:
-        UsageError: `net` is none of alex, vgg, squeeze.
-        HostError: the package or the weights are absent; the message says how to get them.
+    Raises HostError where the weights are absent; the message says how to get them. The metric raises UsageError for
+    images that are too small for the weights' network.
     """
-    if net not in _LPIPS_WEIGHTS:
-        raise UsageError(f"LPIPS backbone {net!r}: expected one of {', '.join(_LPIPS_WEIGHTS)}")
-    try:
-        package = importlib.import_module("lpips")
-    except ImportError as error:
-        raise HostError(
-            f"LPIPS: the package lpips cannot be imported ({error}), expected it on this host. Run: pip install "
-            "'otcache[compiler,lpips]', or leave LPIPS out."
-        ) from error
-    import torch
-
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    if not any(folder.glob(_LPIPS_WEIGHTS[net])):
-        raise HostError(
-            f"LPIPS: the weights of its backbone {net!r} are absent, expected {_LPIPS_WEIGHTS[net]} in {folder}. "
-            f"Run once on a host with network access: python -c \"import lpips; lpips.LPIPS(net='{net}')\", "
-            f"copy the file there, or leave LPIPS out."
-        )
-    model: Any = package.LPIPS(net=net, verbose=False).eval()
+    model = lpips.given_lpips()
 
     def score(image: FloatArray, reference: FloatArray) -> float:
-        pair = (
+        lpips.check_size(*image.shape[:2])
+        found, expected = (
             torch.from_numpy(each.astype(np.float32)).movedim(-1, 0)[None] * 2.0 - 1.0 for each in (image, reference)
         )
-        with torch.inference_mode():
-            return float(model(*pair))
+        return float(model.distance(found, expected))
 
     return lambda images, references: _mean_over_frames(images, references, score)
 

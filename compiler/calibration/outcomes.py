@@ -48,13 +48,15 @@ def outcome_arrays(
         shown: samples, the first ones, whose pictures are drawn.
         worst: samples, those of the lowest PSNR, whose pictures are drawn as well.
 
-    Returns `psnr_db` and `ssim` (n,), `errors` (k + 1, n) before each computed step and at the end, `positions` (k +
-    1,) of these on the full timeline, `latents` float32 (…) of the first sample, `pictures` and `worst_pictures` uint8,
-    and `worst`, which samples those are.
+    Returns `psnr_db`, `ssim` and, where it is measured, `lpips` (n,), `errors` (k + 1, n) before each computed step and
+    at the end, `positions` (k + 1,) of these on the full timeline, `latents` float32 (…) of the first sample,
+    `pictures` and `worst_pictures` uint8, and `worst`, which samples those are.
     """
     scores = samples.map(measure(program))
     lowest = np.argsort(scores["psnr_db"], kind="stable")[:worst]
+    more = {"lpips": scores["lpips"]} if "lpips" in scores else {}
     return {
+        **more,
         "latents": samples.map(kept_latents(program), slice(0, 1))["latents"][0],
         "pictures": samples.map(kept_pictures(program), slice(0, shown))["pictures"],
         "worst": lowest,

@@ -107,8 +107,9 @@ def _print(comparison: Comparison) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    lpips = " / LPIPS" if any(cell.lpips is not None for cell in comparison.cells) else ""
     table = Table(
-        title=f"PSNR (dB) / SSIM to the full {comparison.num_inference_steps} steps of {comparison.model}, "
+        title=f"PSNR (dB) / SSIM{lpips} to the full {comparison.num_inference_steps} steps of {comparison.model}, "
         f"{comparison.prompts} held-out prompts"
     )
     table.add_column("method")
@@ -119,6 +120,7 @@ def _print(comparison: Comparison) -> None:
         for budget in comparison.budgets:
             cell = comparison.cell(method, budget)
             text = f"{cell.psnr_db.mean:.1f} / {cell.ssim.mean:.3f}" if cell else "–"
+            text += f" / {cell.lpips:.4f}" if cell and cell.lpips is not None else ""
             row.append(
                 f"[bold]{text}[/bold]" if cell and cell.psnr_db.mean == comparison.best_psnr_db(budget) else text
             )

@@ -55,9 +55,7 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
 
 @click.command("compile", short_help="Compile a diffusion pipeline into an artifact.")
 @click.argument("model", shell_complete=complete_models)
-@click.option(
-    "--budgets", default="4,8,16", show_default=True, help="Model evaluations to serve at, separated by commas."
-)
+@click.option("--budgets", help="Model evaluations to serve at.  [default: 4,8,16, or what --target comes to]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact folder.  [default: artifacts/NAME]")
 @call_options
 @click.option("--sizes", metavar="HxW,…|HxW:HxW:STEP", help="Sizes to serve as well: a list, or a range with its step.")
@@ -114,7 +112,14 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
     show_default=True,
     help="none: programs, quality and report alone, for hosts that keep torch; `otc export` adds engines later.",
 )
-@click.option("--target", "targets", default="", metavar="sm_NN[,…]", help="Compute capabilities to build plans for.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="QUALITY|sm_NN[,…]",
+    help="A quality such as psnr>=35 or 'worst ssim>=0.98': compile the smallest budget that reaches it on held-out "
+    "prompts; may be given several times. Or compute capabilities to build plans for.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing artifact.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
 @click.option(
@@ -136,6 +141,7 @@ def compile_command(
       otc compile ./my-pipeline --sizes 512x512,768x512 --text-lengths 128,512
       otc compile shapes --budgets 4,8,12,16 --force     # adds a budget to what the workspace knows
       otc compile shapes --effort quick --engines none   # programs alone, in minutes
+      otc compile shapes --target "psnr>=35, worst psnr>=30"   # the smallest budget that reaches it
       otc compile ./flux --device cuda --precision bfloat16
       otc compile shapes --dry-run --measure
       otc compile shapes --backend onnx,tensorrt-rtx --target sm_89,sm_120
@@ -158,10 +164,10 @@ def _compile(
     dry_run: bool,
     measure: bool,
     verbose: bool,
-    budgets: str,
+    budgets: str | None,
+    targets: tuple[str, ...],
     guidance_scale: str,
     backends: str,
-    targets: str,
     micro_batch: str,
     search_size: str | None,
     **choices: Any,
@@ -169,14 +175,25 @@ def _compile(
     check_packages("otc compile")
     if measure and not dry_run:
         raise click.UsageError("--measure says what a compile would take: give it with --dry-run")
+    from otcache.schemas.targets import is_target
+
     from ..export import plans as engines
 
-    plans = engines.parse_backends(backends), engines.parse_targets(targets)
+    qualities = tuple(text for text in targets if is_target(text))
+    plans = engines.parse_backends(backends), engines.parse_targets(text for text in targets if not is_target(text))
     engines.check(*plans)
-    from ..options import CompileOptions, parse_budgets, parse_guidance, parse_micro_batch, parse_search_size
+    from ..options import (
+        CompileOptions,
+        budgets_or_default,
+        parse_budgets,
+        parse_guidance,
+        parse_micro_batch,
+        parse_search_size,
+    )
 
     options = CompileOptions(
-        budgets=parse_budgets(budgets),
+        budgets=budgets_or_default(None if budgets is None else parse_budgets(budgets), qualities),
+        targets=qualities,
         guidance_scale=parse_guidance(guidance_scale),
         micro_batch=parse_micro_batch(micro_batch),
         search_size=parse_search_size(search_size),

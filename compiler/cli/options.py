@@ -56,7 +56,7 @@ def search_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(get_args(Objective)),
             default=CompileOptions.objective,
             show_default=True,
-            help="What the searches maximise; lpips needs `pip install 'otcache[lpips]'`.",
+            help="What the searches maximise; lpips needs weights that OTC_LPIPS names.",
         ),
         click.option(
             "--calibration-prompts",

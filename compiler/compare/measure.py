@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from otcache.schemas.errors import ModelError
 
+from ..calibration.lpips import check_size, is_given, weights_digest
 from ..calibration.trials import Calibration
 from ..passes.capture import full_runs
 from ..passes.evaluate import held_out_runs
@@ -38,20 +39,24 @@ def bench_of(prepared: Prepared, found: Found | None = None) -> Bench:
     found: what this compile came to: its schedules are given to libraries that take any.
     """
     session, options = prepared.session, prepared.session.options
+    measured = []
+    if is_given():
+        check_size(session.call.height, session.call.width)
+        measured = [f"lpips, {weights_digest()}"]  # a table of its own
     return Bench(
         pipeline=session.model.pipeline,
         call=session.call,
         interface=session.interface,
         table=prepared.table,
         calibration=nominal_calibration(prepared),
-        evaluation=samples_of(session, held_out_runs(prepared), prepared.table, prepared.stages),
+        evaluation=samples_of(session, held_out_runs(prepared), prepared.table, prepared.stages, lpips=bool(measured)),
         prompts=tuple(prepared.held_out),
         seeds=prepared.held_out_seeds,
         calibration_prompts=tuple(prepared.prompts),
         calibration_seeds=prepared.seeds,
         guidance_scale=options.nominal_scale,
         workspace=session.workspace,
-        key=[session.key, list(prepared.held_out)],
+        key=[session.key, list(prepared.held_out), *measured],
         set_timesteps=prepared.set_timesteps,
         seed=options.seed,
         own={} if found is None else {budget: trials[0].schedule for budget, trials in found.trials.items()},

@@ -26,6 +26,7 @@ def markdown(comparison: Comparison) -> str:
         f"({comparison.pipeline}, guidance {comparison.guidance_scale:g}), mean over {comparison.prompts} held-out "
         f"prompts and seeds; {comparison.calibration_prompts} others were calibrated on.",
         fidelity_table(comparison),
+        *lpips_parts(comparison),
         "Against the best other method at each budget:",
         verdict_table(comparison),
     ]
@@ -76,6 +77,30 @@ def fidelity_table(comparison: Comparison) -> str:
             row.append(f"{text} ({cell.ssim.mean:.3f}{nfe})")
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def lpips_parts(comparison: Comparison) -> list[str]:
+    """LPIPS with a line above it, a row per method; nothing where it was not measured."""
+    measured = [cell for cell in comparison.cells if cell.lpips is not None]
+    if not measured:
+        return []
+    lines = [
+        "| method | " + " | ".join(f"B = {budget}" for budget in comparison.budgets) + " |",
+        "|---|" + "---:|" * len(comparison.budgets),
+    ]
+    lowest = {
+        budget: min((c.lpips for c in measured if c.budget == budget and c.lpips is not None), default=None)
+        for budget in comparison.budgets
+    }
+    for method in dict.fromkeys(cell.method for cell in measured):
+        row = [f"**{method}**" if method == DEFAULT else method]
+        for budget in comparison.budgets:
+            cell = comparison.cell(method, budget)
+            value = None if cell is None else cell.lpips
+            text = "–" if value is None else f"{value:.4f}"
+            row.append(f"**{text}**" if value is not None and value == lowest[budget] else text)
+        lines.append("| " + " | ".join(row) + " |")
+    return ["LPIPS to the full run, lower is closer, mean over the same prompts:", "\n".join(lines)]
 
 
 def cost_table(comparison: Comparison) -> str:

@@ -6,6 +6,7 @@ where the runtime offers `check` and `build`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -33,13 +34,13 @@ def parse_backends(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part for part in parts if part != ONNX))
 
 
-def parse_targets(text: str) -> tuple[str, ...]:
-    """The parts of a list; which targets there are is the builder's to say.
+def parse_targets(texts: Iterable[str]) -> tuple[str, ...]:
+    """The parts of lists; which targets there are is the builder's to say.
 
-    >>> parse_targets("sm_89, sm_120")
+    >>> parse_targets(["sm_89, sm_120"])
     ('sm_89', 'sm_120')
     """
-    return tuple(part.strip() for part in text.split(",")) if text else ()
+    return tuple(part.strip() for text in texts for part in text.split(",") if text)
 
 
 def check(backends: tuple[str, ...], targets: tuple[str, ...]) -> None:

@@ -26,6 +26,7 @@ from .engines import Engines, exportable_from_prepared, make_engines
 from .evaluate import Evaluated, evaluate
 from .manifest import budget_programs, latents_with_engines, program_fields
 from .prepare import Prepared, calibration_of, needs_stages, prepare
+from .reach import reach
 from .search_small import options_at_served_size, search_small
 from .session import Session
 
@@ -105,7 +106,24 @@ def _write_report(
 
 
 def search_schedules(prepared: Prepared) -> Found:
-    """The searches' result, from the workspace where it is known."""
+    """The searches' result at the budgets that are asked for, by number or by what they are to reach.
+
+    Raises ModelError for a target that no budget reaches.
+    """
+    session = prepared.session
+    if not session.options.wanted:
+        return _search_budgets(prepared)
+
+    def find(budgets: Sequence[int], reporter: Reporter) -> Found:
+        at = replace(session.options, budgets=tuple(budgets))
+        return search(prepared.calibration, at, reporter, anchor_storage(session))
+
+    given = find(session.options.budgets, session.reporter) if session.options.budgets else None
+    return reach(prepared, session.options.wanted, find, given)
+
+
+def _search_budgets(prepared: Prepared) -> Found:
+    """The searches' result at the budgets that are asked for by number, from the workspace where it is known."""
     session, calibration, options = prepared.session, prepared.calibration, prepared.session.options
     storage = anchor_storage(session)
 
@@ -126,7 +144,7 @@ def search_key(session: Session) -> Any:
         options.anchor,
         options.trials,
         options.effort,
-        options.objective,
+        session.objective,
         options.payload,
         options.edge_costs,
         needs_stages(session),
@@ -141,7 +159,7 @@ def anchor_storage(session: Session) -> Path:
         session.margin,
         options.reference,
         options.anchor,
-        options.objective,
+        session.objective,
         options.payload,
         options.edge_costs,
         needs_stages(session),

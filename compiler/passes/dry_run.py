@@ -19,6 +19,8 @@ from typing import Any, get_args
 
 import torch
 
+from otcache.schemas.errors import UsageError
+
 from ..effort import EffortName
 from ..options import FROM_EFFORT, CompileOptions, check_evaluations
 from ..pipelines.call import prepare_scheduler
@@ -227,6 +229,8 @@ def plan_compile(options: CompileOptions, reporter: Reporter | None = None, *, a
 
     at_size: time evaluations and pictures at the size that is served, and say what each effort would take.
     """
+    if options.wanted:
+        raise UsageError("--dry-run with --target: its budgets are found on the way: give --budgets that may reach it")
     reporter = reporter or Reporter()
     target = target_of(options)
     check_target(target, force=options.force)

@@ -12,6 +12,8 @@ import numpy as np
 from otcache.schemas import manifest as schema
 from otcache.schemas.program import Program
 
+from ..calibration.local import LocalSamples
+from ..calibration.lpips import weights_digest
 from ..calibration.outcomes import outcome_arrays, quality_from_scores, quality_of
 from ..calibration.runs import Runs
 from ..calibration.scoring import reference_pictures
@@ -52,17 +54,35 @@ def held_out_runs(prepared: Prepared) -> Runs:
     return full_runs(session, prepared.table, "evaluate", prepared.held_out, session.options.seed + EVALUATION_SEED)
 
 
+def held_out_samples(prepared: Prepared) -> LocalSamples:
+    """Those runs as samples; LPIPS is measured on them where anything asks for it."""
+    session = prepared.session
+    return samples_of(session, held_out_runs(prepared), prepared.table, prepared.stages, lpips=session.measures_lpips)
+
+
+def outcome_of(
+    prepared: Prepared, samples: LocalSamples, budget: int, program: Program
+) -> tuple[dict[str, np.ndarray], int]:
+    """What a budget's program comes to on held-out samples (`outcomes.outcome_arrays`), from the workspace where it is
+    known, and the model evaluations that were made for it.
+    """
+    made = [0]
+
+    def roll() -> dict[str, np.ndarray]:
+        made[0] = program.nfe * samples.count
+        return outcome_arrays(samples, program, prepared.table.num_inference_steps, shown=SHOWN, worst=WORST)
+
+    session = prepared.session
+    key = evaluation_key(session, prepared.held_out, budget, program)
+    return session.workspace.arrays("pictures", key, roll), made[0]
+
+
 def evaluate(prepared: Prepared, found: Found) -> Evaluated:
     """Run every budget's program, and its peers, on prompts and seeds that calibration has not seen."""
     session, table, prompts = prepared.session, prepared.table, prepared.held_out
-    runs = held_out_runs(prepared)
-    samples = samples_of(session, runs, table, prepared.stages)
+    samples = held_out_samples(prepared)
     programs = {budget: trials[0].program for budget, trials in found.trials.items()}
     pipeline, made = session.model.pipeline, [0]
-
-    def roll(program: Program) -> dict[str, np.ndarray]:
-        made[0] += program.nfe * samples.count
-        return outcome_arrays(samples, program, table.num_inference_steps, shown=SHOWN, worst=WORST)
 
     def measure(budget: int, kept: dict[str, np.ndarray]) -> dict[str, Any]:
         peers = baseline_programs(pipeline.scheduler, table, budget, prepared.set_timesteps)
@@ -81,7 +101,8 @@ def evaluate(prepared: Prepared, found: Found) -> Evaluated:
     with session.reporter.on("evaluate", f"budgets {', '.join(map(str, programs))} and peers") as advance:
         for position, (budget, program) in enumerate(programs.items()):
             key = evaluation_key(session, prompts, budget, program)
-            outcomes[budget] = session.workspace.arrays("pictures", key, partial(roll, program))
+            outcomes[budget], evaluations = outcome_of(prepared, samples, budget, program)
+            made[0] += evaluations
             measured[str(budget)] = session.workspace.json("measured", key, partial(measure, budget, outcomes[budget]))
             advance(position + 1, len(programs))
         advance.facts["evaluations"] = made[0]
@@ -92,11 +113,12 @@ def evaluate(prepared: Prepared, found: Found) -> Evaluated:
         baselines={b: [schema.Baseline.model_validate(peer) for peer in v["baselines"]] for b, v in measured.items()},
         outcomes=outcomes,
         references={row: samples.map(reference_pictures, slice(row, row + 1))["pictures"][0] for row in sorted(named)},
-        runs=runs,
+        runs=samples.runs,
         golden=outcomes[min(outcomes)]["latents"],
     )
 
 
 def evaluation_key(session: Session, prompts: Sequence[str], budget: int, program: Program) -> Any:
     """What the evaluation of one budget depends on, for the workspace."""
-    return [session.key, list(prompts), budget, program.model_dump(mode="json"), "one roll-out"]
+    how = f"one roll-out, lpips, {weights_digest()}" if session.measures_lpips else "one roll-out"
+    return [session.key, list(prompts), budget, program.model_dump(mode="json"), how]

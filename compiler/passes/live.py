@@ -16,7 +16,7 @@ from otcache.schemas.errors import ModelError, UsageError
 from ..models.digests import config_digest, denoiser_digest, loaded_adapters, weights_digest
 from ..models.files import INDEX
 from ..models.model import Model, transformer_of
-from ..options import CompileOptions, parse_budgets, parse_guidance
+from ..options import CompileOptions, budgets_or_default, parse_budgets, parse_guidance
 from ..workspace.progress import Reporter, reporter_for
 from .compile import compile_model
 
@@ -27,7 +27,8 @@ OF_LOADING = ("revision", "variant", "trust_remote_code", "lora", "device", "pre
 def compile(
     pipeline: Any,
     *,
-    budgets: Iterable[int] | str = (4, 8, 16),
+    budgets: Iterable[int] | str | None = None,
+    targets: Iterable[str] | str = (),
     prompts: Iterable[str] | Path | None = None,
     guidance_scale: float | tuple[float, float] | str = 4.0,
     progress: bool | Reporter = True,
@@ -41,7 +42,9 @@ def compile(
     weights and options go on where an interrupted compile stopped.
 
     Args:
-        budgets: model evaluations to serve at, as numbers or as on the command line.
+        budgets: model evaluations to serve at, as numbers or as on the command line; by default 4, 8 and 16, or those
+            that reach the targets.
+        targets: qualities such as `psnr>=35`; the smallest budget that reaches each on held-out prompts is compiled.
         prompts: the prompts themselves, or a text file with one a line; half at most is held out.
         guidance_scale: one scale, or the lowest and the highest that will be served.
         progress: show bars on a terminal; or a `Reporter` of one's own.
@@ -50,9 +53,11 @@ def compile(
     Raises OTCacheError, as `otc compile` does.
     """
     name = str(options.pop("model", None) or _name_of(pipeline))
+    wanted = (targets,) if isinstance(targets, str) else tuple(targets)
     chosen = CompileOptions(
         model=name,
-        budgets=_budgets(budgets),
+        budgets=budgets_or_default(_budgets(budgets), wanted),
+        targets=wanted,
         prompts=_prompts(prompts),
         guidance_scale=_scales(guidance_scale),
         **_checked(options),
@@ -92,7 +97,9 @@ def _folder_of(pipeline: Any) -> Path | None:
     return path if (path / INDEX).is_file() else None
 
 
-def _budgets(given: Iterable[int] | str) -> tuple[int, ...]:
+def _budgets(given: Iterable[int] | str | None) -> tuple[int, ...] | None:
+    if given is None:
+        return None
     return parse_budgets(given if isinstance(given, str) else ",".join(map(str, given)))
 
 

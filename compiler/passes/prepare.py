@@ -147,8 +147,9 @@ def lower_sampler(session: Session) -> SolverTable:
     return lower(scheduler, step_options=session.interface.step_options)
 
 
-def evaluator_of(session: Session, table: SolverTable, stages: Stages | None) -> Evaluator:
-    """The model on its device, as sets of samples use it."""
+def evaluator_of(session: Session, table: SolverTable, stages: Stages | None, *, lpips: bool = False) -> Evaluator:
+    """The model on its device, as sets of samples use it; LPIPS is measured with `lpips`, or where it is maximised."""
+    measured = lpips or session.options.objective == "lpips"
     return Evaluator(
         transformer=session.model.transformer,
         interface=place_constants(session.interface, session.placement.device),
@@ -156,13 +157,16 @@ def evaluator_of(session: Session, table: SolverTable, stages: Stages | None) ->
         decode=session.decode,
         table=table,
         stages=stages,
-        lpips=metrics.lpips_metric() if session.options.objective == "lpips" else None,
+        lpips=metrics.lpips_metric() if measured else None,
     )
 
 
-def samples_of(session: Session, runs: Runs, table: SolverTable, stages: Stages | None) -> LocalSamples:
-    """Full runs with the model, on this host."""
-    return LocalSamples(runs, evaluator_of(session, table, stages), session.micro_batch, session.workspace.folder)
+def samples_of(
+    session: Session, runs: Runs, table: SolverTable, stages: Stages | None, *, lpips: bool = False
+) -> LocalSamples:
+    """Full runs with the model, on this host; `lpips` as of `evaluator_of`."""
+    evaluator = evaluator_of(session, table, stages, lpips=lpips)
+    return LocalSamples(runs, evaluator, session.micro_batch, session.workspace.folder)
 
 
 def calibration_of(
@@ -180,7 +184,7 @@ def _calibration(
         samples=samples,
         table=table,
         objective=session.options.objective,
-        ledger=ledger or Ledger(session.workspace, [session.key, session.margin, session.options.objective]),
+        ledger=ledger or Ledger(session.workspace, [session.key, session.margin, session.objective]),
     )
 
 

@@ -19,6 +19,7 @@ from otcache.schemas.errors import ModelError, UsageError
 from otcache.schemas.shapes import describe_size
 
 from ..calibration import metrics
+from ..calibration.lpips import check_size, weights_digest
 from ..calibration.micro_batch import MicroBatch
 from ..calibration.scoring import DECODED_BYTES
 from ..export.decoder import make_latent_decoder
@@ -108,6 +109,16 @@ class Session:
         return pictures.float()
 
     @property
+    def objective(self) -> str:
+        """What the searches maximise, for the workspace: LPIPS with the digest of its weights."""
+        return f"lpips, {weights_digest()}" if self.options.objective == "lpips" else self.options.objective
+
+    @property
+    def measures_lpips(self) -> bool:
+        """On held-out prompts."""
+        return asks_for_lpips(self.options)
+
+    @property
     def producer(self) -> dict[str, str]:
         """What the manifest says of where the model was evaluated, for all that have a say in the last digits."""
         return {name: str(value) for name, value in self.key["placement"].items()}
@@ -123,7 +134,7 @@ def begin(
 ) -> tuple[Session, list[str], list[str]]:
     """The passes that are never kept: load and probe. Returns the prompts of calibration and held-out ones as well."""
     listed_prompts(options)  # where they cannot be read, say so before anything is loaded
-    if options.objective == "lpips":
+    if asks_for_lpips(options):
         metrics.lpips_metric()  # where it is missing, say so before anything is loaded
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -144,7 +155,15 @@ def begin(
             place(model.pipeline, wanted)
     prompts, held_out = split_of(options, model)
     with reporter.on("probe", type(model.pipeline).__name__):
-        return _session(options, model, placement, prompts, reporter), prompts, held_out
+        session = _session(options, model, placement, prompts, reporter)
+    if session.measures_lpips:
+        check_size(session.call.height, session.call.width)
+    return session, prompts, held_out
+
+
+def asks_for_lpips(options: CompileOptions) -> bool:
+    """Whether LPIPS is measured on held-out prompts."""
+    return options.objective == "lpips" or any("lpips" in target.metrics for target in options.wanted)
 
 
 def placement_from_options(options: CompileOptions) -> Placement:

@@ -77,6 +77,13 @@ def complete_budgets(ctx: click.Context, param: click.Parameter, incomplete: str
     ]
 
 
+def complete_qualities(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The tiers that a request may name."""
+    from otcache.schemas.targets import TIERS
+
+    return [CompletionItem(name, help=target) for name, target in TIERS.items() if name.startswith(incomplete)]
+
+
 def complete_backends(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """`auto` and every backend by name, whether or not it can run here."""
     from ..engines.choose import BACKENDS

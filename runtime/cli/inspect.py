@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from otcache.schemas.manifest import BudgetProgram, Manifest, TensorInfo
+from otcache.schemas.manifest import FULL, BudgetProgram, Manifest, TensorInfo
 from otcache.schemas.segments import Granularity
+from otcache.schemas.targets import TIERS, tiers_of
 
 from .engine_tables import engine_summaries, engines_table, memory_summary, memory_tables
 from .options import artifact_argument, granularity_option, json_option, size_options
@@ -102,6 +103,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "engines": engines,
         "stages": stages,
         "budgets": budgets,
+        "tiers": _tiers_summary(manifest),
         "files": files,
     }
 
@@ -117,6 +119,30 @@ def _budget_summary(entry: BudgetProgram) -> dict[str, Any]:
         "schedule": list(program.schedule),
         **{key: dumped[key] for key in ("quality", "candidates", "baselines")},
     }
+
+
+def _tiers_summary(manifest: Manifest) -> dict[str, Any]:
+    """Of every tier what it asks for, the budget that is served, and that one's figures; empty without figures."""
+    if all(entry.quality is None for entry in manifest.programs):
+        return {}
+    return {
+        name: {
+            "target": TIERS[name],
+            "budget": FULL if entry is None else entry.budget,
+            "quality": entry.quality.model_dump(mode="json") if entry and entry.quality else None,
+        }
+        for name, entry in tiers_of(manifest.programs).items()
+    }
+
+
+def _tiers_table(manifest: Manifest) -> Table:
+    """What `otc run --quality` serves by name."""
+    table = Table(title="Tiers", title_justify="left", box=None)
+    for heading in ("tier", "asks for", "budget", "PSNR dB", "worst", "SSIM"):
+        table.add_column(heading, justify="left" if heading in ("tier", "asks for") else "right")
+    for name, entry in tiers_of(manifest.programs).items():
+        table.add_row(name, TIERS[name], FULL if entry is None else entry.budget, *_figures(entry))
+    return table
 
 
 def _print_tables(tables: Sequence[Any]) -> None:
@@ -171,6 +197,8 @@ def _print_manifest(manifest: Manifest) -> None:
         if entry := manifest.program(name):
             budgets.add_row(*_budget_row(entry, sampler.num_inference_steps, width))
     console.print(budgets)
+    if _tiers_summary(manifest):
+        console.print(_tiers_table(manifest))
 
 
 def _tensor(tensor: TensorInfo) -> str:
@@ -180,7 +208,13 @@ def _tensor(tensor: TensorInfo) -> str:
 
 
 def _budget_row(entry: BudgetProgram, total: int, width: int) -> tuple[str, ...]:
-    quality = ("–", "–", "–")
-    if q := entry.quality:
-        quality = (f"{q.psnr_db.mean:.1f}", f"{q.psnr_db.worst:.1f}", f"{q.ssim.mean:.3f}")
-    return (entry.budget, entry.program.payload, *quality, timeline(entry.program.schedule, total, min(width, 100)))
+    line = timeline(entry.program.schedule, total, min(width, 100))
+    return (entry.budget, entry.program.payload, *_figures(entry), line)
+
+
+def _figures(entry: BudgetProgram | None) -> tuple[str, str, str]:
+    """Mean and worst PSNR in dB, and SSIM, of held-out prompts."""
+    if entry is None or entry.quality is None:
+        return ("–", "–", "–")
+    psnr, ssim = entry.quality.psnr_db, entry.quality.ssim
+    return (f"{psnr.mean:.1f}", f"{psnr.worst:.1f}", f"{ssim.mean:.3f}")

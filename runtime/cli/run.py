@@ -13,7 +13,7 @@ from rich.console import Console
 from otcache.schemas.errors import UsageError
 
 from ..loop.timing import Timing
-from .completion import complete_budgets
+from .completion import complete_budgets, complete_qualities
 from .options import artifact_argument, backend_option, json_option, print_json, size_options, threads_option
 from .progress import progress_bar
 from .timing_table import parts_table, steps_table
@@ -33,16 +33,23 @@ Examples:
   otc run artifacts/shapes --budget 8 --prompt "a small red ring on blue"
   otc run artifacts/shapes --budget full --prompt "a green star" -n 4 --seed 7 -o stars.png
   otc run artifacts/shapes --budget full,16,8,4 --prompt "a green star" --prompt "a red ring" -o compare.png
+  otc run artifacts/shapes --quality high --prompt "a small red ring on blue" -o high.png
+  otc run artifacts/shapes --quality "worst psnr>=30" --prompt "a green star" -o star.png
   otc run artifacts/mine --height 768 --width 512 --budget 8 --prompt "a green star"
 """
 )
 @artifact_argument
 @click.option(
     "--budget",
-    required=True,
     metavar="N|full[,…]",
     shell_complete=complete_budgets,
     help="Model evaluations to spend; `otc inspect` lists them. Several give a column each.",
+)
+@click.option(
+    "--quality",
+    metavar="draft|good|high|best|psnr>=N",
+    shell_complete=complete_qualities,
+    help="Instead of --budget: the smallest one that was measured to reach it; a tier of `otc inspect`, or a bound.",
 )
 @click.option("--prompt", multiple=True, help="What to draw; may be given several times.")
 @click.option(
@@ -74,7 +81,8 @@ Examples:
 @json_option
 def run(
     artifact: Path,
-    budget: str,
+    budget: str | None,
+    quality: str | None,
     prompt: tuple[str, ...],
     conditioning: Path | None,
     negative_prompt: str | None,
@@ -100,9 +108,13 @@ def run(
     from ..serving.request_size import Sizes
     from ..serving.sampler import Sampler
 
+    if (budget is None) == (quality is None):
+        raise UsageError("expected --budget or --quality, and not both: `otc inspect` lists budgets and tiers")
     _check_source(prompt, conditioning, negative_prompt, images)
     whole = Artifact.open(artifact)
     check_engines(whole.manifest)
+    asked: dict[str, Any] = {"quality": quality} if quality is not None else {}
+    budget = _budget_asked(whole, budget, quality, size)
     source: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt, "images_per_prompt": images}
     if conditioning is not None:
         source = {"conditioning": read_conditioning(conditioning, Sizes(whole).at(size).manifest)}
@@ -120,7 +132,7 @@ def run(
     save_all(drawn, targets, separate=separate, fps=fps)
     seconds = {name: round(timing.total_s, 4) for name, timing in timings.items()}
     if as_json:
-        asked = {"outputs": [str(target) for target in targets], "images": total, "budget": budget, "seed": seed}
+        asked |= {"outputs": [str(target) for target in targets], "images": total, "budget": budget, "seed": seed}
         spent = {"load_s": round(load_s, 4), "request_s": round(sum(seconds.values()), 4), "budget_s": seconds}
         more = {"profile": _profile(load_s, load_stages_s, timings)} if profile else {}
         print_json({**asked, "backend": used, **spent, **more})
@@ -129,7 +141,18 @@ def run(
         _print_profile(load_s, timings)
     names = ", ".join(str(target) for target in targets)
     times = ", ".join(f"budget {name} {value:.2f} s" for name, value in seconds.items())
-    click.echo(f"{names}: {total} picture{'s' * (total > 1)}, {times} ({used})")
+    reason = f" for quality {quality}" if quality is not None else ""
+    click.echo(f"{names}: {total} picture{'s' * (total > 1)}, {times}{reason} ({used})")
+
+
+def _budget_asked(artifact: Artifact, budget: str | None, quality: str | None, size: dict[str, int | None]) -> str:
+    """The budgets as they are given, or the one that a quality comes to. Raises RequestError."""
+    from ..serving.quality import budget_of_quality
+    from ..serving.request_size import Sizes
+
+    if budget is not None:
+        return budget
+    return budget_of_quality(Sizes(artifact).at(size).manifest, str(quality))
 
 
 def _check_source(prompt: tuple[str, ...], conditioning: Path | None, negative_prompt: str | None, images: int) -> None:

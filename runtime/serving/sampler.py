@@ -30,6 +30,7 @@ from ..loop.finite import check_output, spoilt_run_error
 from ..loop.host_loop import check_trunk, run_stage
 from ..loop.loop import Callback, Float32
 from ..loop.timing import Timer
+from .quality import budget_of_quality, budget_of_target, target_from_figures
 from .request import MOST_SAMPLES, Request, check_latents, is_whole, noise_of, parse_request, parse_texts
 from .request_size import Given, Sizes
 from .tokenizers import Tokenizers
@@ -276,12 +277,36 @@ class Sampler:
         _stage(manifest, *_DECODER)
         return self._decode(manifest, check_latents(latents, manifest.latents.shape), timer or Timer())
 
-    def budget_for(self, *, latency_s: float) -> str:
-        """The largest budget that was measured to make a picture within `latency_s`.
+    def budget_for(
+        self,
+        *,
+        latency_s: float | None = None,
+        psnr_db: float | None = None,
+        ssim: float | None = None,
+        worst: bool = False,
+        quality: str | None = None,
+    ) -> str:
+        """The budget for a latency, or for a quality.
 
-        Takes the median of this sampler's own single pictures, without the time they waited for others, else the
-        artifact's measurements. Raises RequestError if nothing was measured or nothing fits.
+        latency_s: the largest budget that was measured to make a picture within it. Takes the median of this sampler's
+        own single pictures, without the time they waited for others, else the artifact's measurements.
+        psnr_db, ssim: the smallest budget whose mean over held-out prompts was measured to be at least that, of both
+        where both are given; with `worst` that of the worst prompt; `full` where no smaller one was. quality: the same
+        of a tier (draft, good, high, best) or a text such as `psnr>=35`. Raises RequestError if nothing was measured or
+        nothing fits.
         """
+        figures = psnr_db is not None or ssim is not None
+        if (latency_s is not None) + figures + (quality is not None) != 1:
+            raise RequestError("budget_for: expected either latency_s, or psnr_db and ssim, or quality")
+        if quality is not None:
+            return budget_of_quality(self.manifest, quality)
+        if latency_s is None:
+            target = target_from_figures(psnr_db=psnr_db, ssim=ssim, worst=worst)
+            return budget_of_target(self.manifest, target)
+        return self._budget_within(latency_s)
+
+    def _budget_within(self, latency_s: float) -> str:
+        """The largest budget that takes at most so long."""
         if isinstance(latency_s, bool) or not isinstance(latency_s, int | float) or not latency_s > 0:
             raise RequestError(f"latency_s is {one_line(repr(latency_s), 40)}: expected seconds above 0")
         measured = {budget: found for budget in self.budgets if (found := self._latency(budget)) is not None}

@@ -165,7 +165,7 @@ def test_an_existing_folder_is_kept_without_force(compiled, tiny_flux_folder, wo
         (["--prompts", "missing.txt"], 3, "cannot be read"),
         (["--prompts", "empty.txt"], 3, "has no prompts"),
         (["--guidance-scale", "x"], 2, "expected a number such as 4"),
-        (["--objective", "lpips"], 6, "lpips"),
+        (["--objective", "lpips"], 6, "OTC_LPIPS names none"),
     ],
 )
 def test_bad_input_ends_in_one_line(arguments, exit_code, expected, tiny_flux_folder, tmp_path, monkeypatch):

@@ -244,6 +244,21 @@ def with_means(folder: Path) -> Path:
     return folder
 
 
+def with_qualities(folder: Path, qualities: dict[str, tuple[float, float]]) -> Path:
+    """The artifact with mean PSNR (the worst is 5 dB below) and SSIM of some budgets."""
+    value = read_manifest(folder)
+    for entry in value["programs"]:
+        if entry["budget"] in qualities:
+            psnr, ssim = qualities[entry["budget"]]
+            entry["quality"] = {
+                **entry["quality"],
+                "psnr_db": {"mean": psnr, "std": 1.0, "worst": psnr - 5.0},
+                "ssim": {"mean": ssim, "std": 0.01, "worst": ssim},
+            }
+    write_manifest(folder, value)
+    return folder
+
+
 def reseal_file(folder: Path, path: str) -> None:
     """State the size and digest that a file has now."""
     value = read_manifest(folder)

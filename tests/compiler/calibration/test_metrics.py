@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +15,12 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from otcache.compiler.calibration.batch import Batch
 from otcache.compiler.calibration.local import LocalSamples
-from otcache.compiler.calibration.metrics import Quality, lpips_metric, psnr, relative_latent_error, ssim
+from otcache.compiler.calibration.metrics import Quality, psnr, relative_latent_error, ssim
 from otcache.compiler.calibration.micro_batch import MicroBatch
 from otcache.compiler.calibration.runs import Runs
 from otcache.compiler.calibration.samples import Rows
 from otcache.compiler.calibration.scoring import scores_from_latents
-from otcache.schemas.errors import HostError, UsageError
+from otcache.schemas.errors import UsageError
 
 GENERATOR = np.random.default_rng(0)
 
@@ -183,40 +181,6 @@ def test_quality_summary() -> None:
     assert Quality.from_values([1.0, 2.0, 3.0], higher_is_better=False).worst == 3.0
     with pytest.raises(UsageError, match="at least one sample"):
         Quality.from_values([])
-
-
-def test_lpips_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(HostError, match=r"lpips cannot be imported.*pip install 'otcache\[compiler,lpips\]'"):
-        lpips_metric()
-    with pytest.raises(UsageError, match="expected one of alex, vgg, squeeze"):
-        lpips_metric("resnet")
-
-
-class _Distance(torch.nn.Module):
-    """Stands in for LPIPS: mean absolute difference of images in [-1, 1], (n, 1, 1, 1)."""
-
-    def forward(self, image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        assert image.shape[1] == 3 and image.min() >= -1 and image.max() <= 1
-        return (image - reference).abs().mean(dim=(1, 2, 3), keepdim=True)
-
-
-def test_lpips_needs_its_weights_and_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = ModuleType("lpips")
-    package.LPIPS = lambda net, verbose: _Distance()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "lpips", package)
-    monkeypatch.setattr(torch, "hub", SimpleNamespace(get_dir=lambda: str(tmp_path)))
-    with pytest.raises(HostError, match=r"weights of its backbone 'alex' are absent.*alexnet-owt"):
-        lpips_metric()
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth").touch()
-    metric = lpips_metric()
-    found, expected = images(3, 8, 8, 3)
-    oracle = 2 * np.abs(found - expected).mean(axis=(1, 2, 3))
-    np.testing.assert_allclose(metric(found, expected), oracle, rtol=1e-5)
-    video, video_reference = images(2, 3, 8, 8, 3)
-    oracle = 2 * np.abs(video - video_reference).mean(axis=(1, 2, 3, 4))
-    np.testing.assert_allclose(metric(video, video_reference), oracle, rtol=1e-5)
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])

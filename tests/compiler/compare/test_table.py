@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from otcache.artifacts.comparisons import read_comparisons
 from otcache.compiler.compare.cells import AtScale, Claim, Robustness, Spread
-from otcache.compiler.compare.table import claim_words, robustness_tables, scale_words
+from otcache.compiler.compare.table import claim_words, lpips_parts, markdown, robustness_tables, scale_words
 
 
 def claim(budget, way, psnr_db):
@@ -67,3 +70,16 @@ def test_the_worst_prompts_are_held_against_each_other():
         Robustness(budget=8, guidance_range=(2.0, 6.0), at_scales=(at_scale(2.0, 30.0, 29.0),), calibrated=())
     )
     assert "| 2 | 30.0 (0.900) | lemica 29.0 (0.900) | +1.0 dB | +4.0 dB |" in tables[1]
+
+
+def test_lpips_is_a_table_of_its_own_where_it_was_measured():
+    kept = read_comparisons()[0]
+    assert lpips_parts(kept) == [] and "LPIPS" not in markdown(kept)
+    values = {"otcache": 0.0123, "euler": 0.2}
+    measured = replace(kept, cells=tuple(replace(cell, lpips=values.get(cell.method)) for cell in kept.cells))
+    lead, table = lpips_parts(measured)
+    assert "lower is closer" in lead and len(table.splitlines()) == 4
+    columns = len(kept.budgets)
+    assert table.splitlines()[2] == "| **otcache** |" + " **0.0123** |" * columns
+    assert table.splitlines()[3] == "| euler |" + " 0.2000 |" * columns
+    assert table in markdown(measured)

@@ -28,7 +28,7 @@ class Recorder(Reporter):
 
 
 def test_options():
-    assert engines.parse_backends("onnx") == () and engines.parse_targets("") == ()
+    assert engines.parse_backends("onnx") == () and engines.parse_targets([]) == ()
     assert engines.parse_backends("tensorrt-rtx, onnx,tensorrt-rtx") == ("tensorrt-rtx",)
     with pytest.raises(UsageError, match="has 'openvino': expected some of onnx, tensorrt, tensorrt-rtx"):
         engines.parse_backends("onnx,openvino")

@@ -142,7 +142,10 @@ def test_every_option_is_taken(pipeline, tmp_path):
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(ArtifactError, match="replace it with --force"):
         otcache.compiler.compile(pipeline, **SMALL, output=str(tmp_path / "taken"), progress=False)
+    with pytest.raises(UsageError, match="--target is 'psnr': expected conditions such as psnr>=35"):
+        otcache.compiler.compile(pipeline, **SMALL, targets="psnr", output=tmp_path / "out", progress=False)
     others = {
+        "targets",
         "model",
         "output",
         "negative_prompt",

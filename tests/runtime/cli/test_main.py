@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_artifact as small
 from click.testing import CliRunner
 from PIL import Image
 
@@ -38,6 +39,31 @@ def test_run(artifact_folder, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(out)), expected)
 
 
+def test_run_by_quality(damaged, tmp_path):
+    small.with_qualities(damaged, {"2": (26.0, 0.9), "3": (41.0, 0.99)})
+    for quality, budget in (("draft", "2"), ("high", "3"), ("psnr>=30, ssim>=0.95", "3"), ("best", "full")):
+        out = tmp_path / f"{budget}-{len(quality)}.png"
+        result = otc("run", damaged, "--quality", quality, "--prompt", "a red ring", "-o", out, "--json")
+        assert result.exit_code == 0, result.output
+        assert {name: json.loads(result.stdout)[name] for name in ("budget", "quality")} == {
+            "budget": budget,
+            "quality": quality,
+        }
+    result = otc("run", damaged, "--quality", "high", "--prompt", "a", "-o", tmp_path / "said.png")
+    assert "budget 3" in result.stdout and "for quality high" in result.stdout
+    tiers = json.loads(otc("inspect", damaged, "--json").stdout)["tiers"]
+    assert {name: tier["budget"] for name, tier in tiers.items()} == {
+        "draft": "2",
+        "good": "3",
+        "high": "3",
+        "best": "full",
+    }
+    assert tiers["high"]["quality"]["psnr_db"]["mean"] == 41.0 and tiers["best"]["quality"] is None
+    assert [
+        line.split() for line in otc("inspect", damaged).stdout.splitlines() if line.strip().startswith("high")
+    ] == [["high", "psnr>=40", "3", "41.0", "36.0", "0.990"]]
+
+
 def test_run_several(artifact_folder, tmp_path):
     out = tmp_path / "all.png"
     arguments = ("run", artifact_folder, "--budget", "full", "--prompt", "a", "--prompt", "star", "-n", 2, "-o", out)
@@ -65,6 +91,10 @@ def test_outputs_that_are_refused(artifact_folder, tmp_path):
     ("options", "exit_code", "words"),
     [
         (["--budget", "9"], 5, "2, 3, full"),
+        (["--quality", "finest"], 5, "draft, good, high, best"),
+        (["--quality", "psnr=30"], 5, "such as psnr>=35"),
+        (["--quality", "high", "--budget", "2"], 2, "and not both"),
+        ([], 2, "expected --budget or --quality"),
         (["--budget", "2", "--guidance-scale", "9"], 5, "2 to 6"),
         (["--budget", "2", "-n", "0"], 2, "-n"),
         (["--budget", "2", "--seed", "x"], 2, "--seed"),

@@ -163,6 +163,27 @@ def test_budget_for(artifact_folder):
         assert sampler.budget_for(latency_s=1e3) == "full"
 
 
+def test_budget_for_a_quality(damaged):
+    with Sampler.load(small.with_qualities(damaged, {"2": (26.0, 0.9), "3": (41.0, 0.99)})) as sampler:
+        assert sampler.budget_for(psnr_db=26) == "2" and sampler.budget_for(psnr_db=26.1) == "3"
+        assert sampler.budget_for(psnr_db=26, ssim=0.95) == "3" == sampler.budget_for(ssim=0.95)
+        assert sampler.budget_for(psnr_db=37, worst=True) == "full", "the worst is 5 dB below the mean"
+        assert sampler.budget_for(psnr_db=60) == "full"
+        assert [sampler.budget_for(quality=tier) for tier in ("draft", "high", "best")] == ["2", "3", "full"]
+        assert sampler.budget_for(quality="worst psnr>=36") == "3"
+        for wrong in ({}, {"latency_s": 1.0, "psnr_db": 30}, {"quality": "high", "ssim": 0.9}):
+            with pytest.raises(RequestError, match="expected either latency_s, or psnr_db and ssim, or quality"):
+                sampler.budget_for(**wrong)
+        for wrong, message in (
+            ({"psnr_db": "high"}, "psnr is 'high': expected a number"),
+            ({"ssim": float("nan")}, "ssim is nan"),
+            ({"quality": "finest"}, "expected one of draft, good, high, best"),
+            ({"quality": "lpips<=0.1"}, "an artifact's figures are PSNR and SSIM"),
+        ):
+            with pytest.raises(RequestError, match=message):
+                sampler.budget_for(**wrong)
+
+
 def test_closed(artifact_folder):
     sampler = Sampler.load(artifact_folder)
     sampler.close()

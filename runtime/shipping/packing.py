@@ -26,6 +26,7 @@ from otcache.schemas.safe_files import read_small
 from otcache.schemas.signature import MAX_SIGNATURE_BYTES
 from otcache.schemas.whole_files import part_folder, publish_folder, recover_folder, whole_file
 
+from ..artifact.limits import check_size
 from ..artifact.reader import Artifact
 from .signing import compare_signature, load_public_key, parse_signature, unsigned_error
 
@@ -270,6 +271,7 @@ def unpack(stream: BinaryIO, target: Path, *, force: bool = False, public_key: P
         members = _Members(stream)
         read = parse_manifest(members.small(MANIFEST_NAME, MAX_MANIFEST_BYTES))
         manifest = read.manifest
+        check_size(manifest, len(read.data))
         count = 1
         if _names(members, SIGNATURE_NAME):
             data = members.small(SIGNATURE_NAME, MAX_SIGNATURE_BYTES)

@@ -17,7 +17,8 @@ from pydantic import Field, model_validator
 from .program import Frozen
 
 AxisName = Literal["height", "width", "num_frames", "max_sequence_length"]
-Extent = Annotated[int, Field(ge=1, le=1 << 16)]
+MAX_EXTENT = 1 << 16
+Extent = Annotated[int, Field(ge=1, le=MAX_EXTENT)]
 """Of a request along one axis: pixels, frames or text tokens."""
 Factor = Annotated[int, Field(ge=-(1 << 40), le=1 << 40)]
 SymbolName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$", max_length=128)]

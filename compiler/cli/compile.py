@@ -12,6 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from .options import call_options, device_options, search_options
+from .stopped import stopped_error
 
 if TYPE_CHECKING:
     from otcache.schemas.manifest import Manifest
@@ -122,10 +123,7 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
 )
 @click.option("-v", "--verbose", is_flag=True, help="A line per pass on stderr; also with OTC_LOG=info.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, events on stderr.")
-@click.pass_context
-def compile_command(
-    ctx: click.Context, as_json: bool, dry_run: bool, measure: bool, verbose: bool, **choices: Any
-) -> None:
+def compile_command(as_json: bool, dry_run: bool, measure: bool, verbose: bool, **choices: Any) -> None:
     """Compile MODEL (a bundled name, a diffusers folder or a hub id) into an artifact.
 
     \b
@@ -149,8 +147,7 @@ def compile_command(
         with interruptible():
             _compile(as_json, dry_run, measure, verbose, **choices)
     except Interrupted as stop:
-        click.echo(f"otc compile was stopped by {stop}: run the same command again to go on where it stopped", err=True)
-        ctx.exit(stop.exit_code)
+        raise stopped_error("otc compile", stop) from None
 
 
 def _compile(

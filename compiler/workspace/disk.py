@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from otcache.schemas import whole_files
-from otcache.schemas.errors import HostError
+from otcache.schemas.errors import HostError, OTCacheError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FULL_TEXTS = (*(os.strerror(number) for number in FULL), "database or disk is full")
@@ -29,18 +29,21 @@ _LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def name_full_disk(folder: Path, remedy: str) -> Iterator[None]:
-    """Turn every exception that a full disk is behind into a HostError that names the folder and how much is free."""
+def name_full_disk(folder: Path, remedy: str, kind: type[OTCacheError] = HostError) -> Iterator[None]:
+    """Turn every exception that a full disk is behind into one that names the folder and how much is free.
+
+    `kind` is UsageError where the user chose the folder for the results.
+    """
     try:
         yield
-    except HostError:
+    except OTCacheError:
         raise
     except Exception as error:
         if not is_full_disk(error):
             raise
         place = _existing(folder)
         free = shutil.disk_usage(place).free
-        raise HostError(
+        raise kind(
             f"no space left on the disk of {place} ({free / 1e6:.1f} MB free): free some or {remedy}, then run the "
             "same command again: it goes on where it stopped"
         ) from error

@@ -14,6 +14,7 @@ from rich.table import Table
 from otcache.schemas.manifest import BudgetProgram, Manifest, TensorInfo
 from otcache.schemas.segments import Granularity
 
+from ..loop.backend import MOST_SAMPLES
 from .engine_tables import engine_summaries, engines_table, memory_summary, memory_tables
 from .options import artifact_argument, granularity_option, json_option, size_options
 from .options import print_json as _print_json
@@ -32,7 +33,9 @@ Examples:
 @click.option(
     "--memory", is_flag=True, help="Show the device memory of each budget at a size, and every address, instead."
 )
-@click.option("-n", "--images", type=click.IntRange(min=1), default=1, show_default=True, help="At once, for --memory.")
+@click.option(
+    "-n", "--images", type=click.IntRange(1, MOST_SAMPLES), default=1, show_default=True, help="At once, for --memory."
+)
 @size_options
 @granularity_option
 @json_option

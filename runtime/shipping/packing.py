@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from otcache.schemas.errors import ArtifactError, HostError, UsageError
+from otcache.schemas.errors import ArtifactError, UsageError
 from otcache.schemas.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNATURE_NAME, FileEntry, Manifest
 from otcache.schemas.manifest_file import parse_manifest, read_manifest
 from otcache.schemas.messages import damage_error, one_line
+from otcache.schemas.places import check_creatable, check_writable, unwritable
 from otcache.schemas.safe_files import read_small
 from otcache.schemas.signature import MAX_SIGNATURE_BYTES
 from otcache.schemas.whole_files import part_folder, publish_folder, recover_folder, whole_file
@@ -164,6 +165,7 @@ def _check_file(target: Path, force: bool) -> None:
         raise UsageError(f"-o is {one_line(target)}: it exists: choose another name, or overwrite it with --force")
     if not target.absolute().parent.is_dir():
         raise UsageError(f"-o is {one_line(target)}: its folder does not exist: create it, or choose another")
+    check_writable(target, "-o")
 
 
 @contextlib.contextmanager
@@ -172,10 +174,7 @@ def _naming(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = one_line(error.strerror or error)
-        raise HostError(
-            f"{one_line(target)} cannot be written: {reason}: free some space, or choose another with -o"
-        ) from None
+        raise unwritable(target, "-o", error) from None
 
 
 class _Members:
@@ -331,3 +330,4 @@ def _check_folder(target: Path, force: bool) -> None:
             raise UsageError(
                 f"-o is {one_line(target)}: it is no artifact, so --force will not remove it: choose another"
             )
+    check_creatable(target, "-o")

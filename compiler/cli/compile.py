@@ -130,7 +130,6 @@ def compile_command(as_json: bool, dry_run: bool, measure: bool, verbose: bool, 
     Examples:
       otc compile shapes --budgets 4,8,16
       otc compile ./my-pipeline --budgets 6,10 --prompts prompts.txt --guidance-scale 2:6 -o artifacts/mine
-
       otc compile ./my-pipeline --sizes 512x512,768x512 --text-lengths 128,512
       otc compile shapes --budgets 4,8,12,16 --force     # adds a budget to what the workspace knows
       otc compile shapes --effort quick --engines none   # programs alone, in minutes

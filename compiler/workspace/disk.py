@@ -105,7 +105,7 @@ def remove_leftovers(folder: Path, name: str) -> list[Path]:
         if part.is_symlink():
             continue
         if part.is_file():
-            if not _runs(part.name.split(".")[-2]):
+            if not whole_files.runs(part.name.split(".")[-2]):
                 part.unlink(missing_ok=True)
                 removed.append(part)
             continue
@@ -119,17 +119,6 @@ def remove_leftovers(folder: Path, name: str) -> list[Path]:
                 finally:
                     _drop(lock)
     return removed
-
-
-def _runs(process: str) -> bool:
-    """Whether the process of a number lives."""
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, OverflowError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _lock_of(part: Path) -> BaseFileLock:

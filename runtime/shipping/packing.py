@@ -25,7 +25,14 @@ from otcache.schemas.messages import damage_error, one_line
 from otcache.schemas.places import check_creatable, check_writable, unwritable
 from otcache.schemas.safe_files import read_small
 from otcache.schemas.signature import MAX_SIGNATURE_BYTES
-from otcache.schemas.whole_files import part_folder, publish_folder, recover_folder, whole_file
+from otcache.schemas.whole_files import (
+    own_part,
+    part_folder,
+    publish_folder,
+    recover_folder,
+    sweep_leftovers,
+    whole_file,
+)
 
 from ..artifact.limits import check_size
 from ..artifact.reader import Artifact
@@ -151,6 +158,8 @@ def _copy(read: Callable[[int], bytes], entry: FileEntry, write: Callable[[bytes
 def pack_file(artifact: Artifact, target: Path, *, force: bool) -> Packed:
     """Write an artifact's archive to a file, whole or not at all. Raises ArtifactError, UsageError, HostError."""
     _check_file(target, force)
+    with _naming(target):
+        sweep_leftovers(target)
     with _naming(target), whole_file(target) as part:
         with open(part, "wb") as out:
             packed = pack(artifact, out)
@@ -259,14 +268,16 @@ def unpack(stream: BinaryIO, target: Path, *, force: bool = False, public_key: P
     """Restore an artifact from an archive into the folder `target`: checked as a whole before it stands there.
 
     Nothing is written outside a temporary folder beside `target`, which is gone afterwards whatever happens (but for a
-    kill, which leaves a folder `.<name>.….part`). With `public_key` the signature is checked before any file is read.
-    Raises ArtifactError, UsageError, HostError.
+    kill, whose `.<name>.<process>.part` the next one removes). With `public_key` the signature is checked before any
+    file is read. Raises ArtifactError, UsageError, HostError.
     """
     with _naming(target):
         recover_folder(target, MANIFEST_NAME)
     _check_folder(target, force)
     key = load_public_key(public_key) if public_key else None
-    with _naming(target), part_folder(target) as part:
+    with _naming(target):
+        sweep_leftovers(target)
+    with _naming(target), part_folder(target, own_part(target.absolute())) as part:
         members = _Members(stream)
         read = parse_manifest(members.small(MANIFEST_NAME, MAX_MANIFEST_BYTES))
         manifest = read.manifest

@@ -167,9 +167,11 @@ Examples:
 def pack(artifact: Path, output: Path, force: bool, as_json: bool) -> None:
     """Write ARTIFACT into one tar file, the same bytes for the same artifact. A signature travels along."""
     from ..artifact.reader import Artifact
+    from ..shipping.packing import check_file, pack_file
     from ..shipping.packing import pack as pack_stream
-    from ..shipping.packing import pack_file
 
+    if str(output) != "-":
+        check_file(output, force)
     opened = Artifact.open(artifact)
     unlisted = opened.check_structure().unlisted
     with _ended_by_sigterm():

@@ -12,8 +12,13 @@ def print_whole(console: Console, table: Table, narrow: str | None = None) -> No
 
     What is wider is left to the terminal: rich would cut words.
     """
+    own = console.width
     needed = Measurement.get(console, console.options.update(max_width=1 << 16), table).maximum
-    if needed > console.width and narrow is not None:
+    if needed > own and narrow is not None:
         console.print(narrow, soft_wrap=True)
         return
-    console.print(table, width=max(needed, console.width), crop=False)
+    console.width = max(needed, own)
+    try:
+        console.print(table)
+    finally:
+        console.width = own

@@ -157,17 +157,18 @@ def _copy(read: Callable[[int], bytes], entry: FileEntry, write: Callable[[bytes
 
 def pack_file(artifact: Artifact, target: Path, *, force: bool) -> Packed:
     """Write an artifact's archive to a file, whole or not at all. Raises ArtifactError, UsageError, HostError."""
-    _check_file(target, force)
+    check_file(target, force)
     with _naming(target):
         sweep_leftovers(target)
     with _naming(target), whole_file(target) as part:
         with open(part, "wb") as out:
             packed = pack(artifact, out)
-        _check_file(target, force)  # something may have appeared there meanwhile
+        check_file(target, force)  # something may have appeared there meanwhile
     return packed
 
 
-def _check_file(target: Path, force: bool) -> None:
+def check_file(target: Path, force: bool) -> None:
+    """Raise UsageError if no archive can be written there."""
     if target.is_dir():
         raise UsageError(f"-o is {one_line(target)}: expected a file's name, but a folder is there: choose another")
     if os.path.lexists(target) and not force:

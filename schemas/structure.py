@@ -336,6 +336,7 @@ class Cost(Frozen):
 
 PlanName = Annotated[str, Field(max_length=512)]
 """Of a stage, of several, or of a combination."""
+ProfileName = Annotated[str, Field(pattern=r"^(batch|height|width|num_frames|max_sequence_length)$")]
 Digests = Annotated[tuple[Digest, ...], Field(max_length=65)]
 Layers = Annotated[dict[Label, Count], Field(max_length=64)]
 
@@ -353,7 +354,7 @@ class Engine(Frozen):
     """Since 1.4: a plan for each linear combination between the stages (`combinations.py`)."""
     platform: str = Field(default="any", max_length=64)
     """Since 1.4: system and machine whose code plans hold, such as `linux-x86_64`."""
-    profile: dict[Literal["batch"] | AxisName, tuple[Size, Size, Size]] = Field(default={}, max_length=8)
+    profile: dict[ProfileName, tuple[Size, Size, Size]] = Field(default={}, max_length=8)
     """Smallest, most frequent and largest, since 1.4 of `batch`, which counts samples, since 1.5 of each axis that is
     served.
     """

@@ -24,7 +24,7 @@ EXIT_CODES = """\b
 Exit codes:
   0  success
   1  any other failure
-  2  usage: an option, argument or output file
+  2  usage: an option, an argument, or a place that cannot be written
   3  model: cannot be loaded or compiled
   4  artifact: damaged, incomplete or of an unknown version
   5  request: a budget, prompt or size that is not served
@@ -34,6 +34,7 @@ Exit codes:
 \b
 Environment:
   OTC_LOG          debug, info, warning (default) or error: what is logged to stderr
+  OTC_MAX_BYTES    most bytes of an artifact that is opened; default 256 GiB
   OTC_CACHE        where compiles keep their results; default ~/.cache/otcache
   HF_HUB_OFFLINE   1: hub ids are taken from the local cache only
 """

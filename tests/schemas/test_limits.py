@@ -30,7 +30,7 @@ UNBOUNDED = {"Sampler.config"}
 def parts(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A field's type and those inside it, but for the classes that it refers to."""
     yield node
-    inner = [*node.get("anyOf", []), *node.get("prefixItems", [])]
+    inner = [*node.get("anyOf", []), *node.get("prefixItems", []), *node.get("patternProperties", {}).values()]
     inner += [node[key] for key in ("items", "additionalProperties") if isinstance(node.get(key), dict)]
     for part in inner:
         yield from parts(part)

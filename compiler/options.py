@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from otcache.schemas.errors import UsageError
+from otcache.schemas.shapes import MAX_EXTENT
+from otcache.schemas.strict_json import INTEGERS
 from otcache.schemas.targets import Target, parse_target
 
 from .effort import EFFORTS, Effort, EffortName
@@ -137,11 +139,16 @@ class CompileOptions:
         ):
             if count < 1:
                 raise UsageError(f"{name} is {count}: expected 1 or more")
-        for name, side in (("--height", self.height), ("--width", self.width)):
-            if side is not None and side < 8:
-                raise UsageError(f"{name} is {side}: expected 8 or more pixels")
-        if self.num_frames is not None and self.num_frames < 1:
-            raise UsageError(f"--num-frames is {self.num_frames}: expected 1 or more")
+        for name, extent, least in (
+            ("--height", self.height, 8),
+            ("--width", self.width, 8),
+            ("--num-frames", self.num_frames, 1),
+            ("--max-sequence-length", self.max_sequence_length, 1),
+        ):
+            if extent is not None and not least <= extent <= MAX_EXTENT:
+                raise UsageError(f"{name} is {extent}: expected {least} to {MAX_EXTENT}, as artifacts hold them")
+        if self.seed not in INTEGERS:
+            raise UsageError(f"--seed is {self.seed}: expected a whole number in [-2**63, 2**64), as in torch")
 
     @property
     def limits(self) -> Effort:

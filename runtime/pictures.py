@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from otcache.schemas.errors import HostError, UsageError
+from otcache.schemas.places import check_writable, unwritable
 from otcache.schemas.whole_files import whole_file
-
-from .places import check_writable, unwritable
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 SUFFIXES = tuple(_FORMATS)

@@ -10,6 +10,7 @@ import itertools
 import math
 
 from .program import position_axes
+from .segments import COMBINATIONS, name_of
 from .structure import FULL, MANIFEST_NAME, SIGNATURE_NAME, BudgetProgram, Engine, Stage, Structure, TensorInfo
 
 RESERVED = frozenset({MANIFEST_NAME, SIGNATURE_NAME})
@@ -18,6 +19,9 @@ FLOATS = frozenset({"float32", "float16", "bfloat16"})
 INTEGERS = frozenset({"int32", "int64"})
 MAX_ELEMENTS = 1 << 40
 """Of one tensor and one sample: larger than any device, small enough that sizes in bytes fit in 64 bits."""
+
+MAX_ONNX_BYTES = (1 << 31) - 1
+"""Of a protobuf message; larger weights are external data."""
 
 
 def check(manifest: Structure) -> None:
@@ -49,7 +53,10 @@ def check_files(manifest: Structure) -> None:
     }
     if missing := sorted(needed - listed):
         raise ValueError(f"files: {missing[0]} is used but not listed")
+    sizes = {entry.path: entry.size_bytes for entry in manifest.files}
     for stage in manifest.stages:
+        if (size := sizes[stage.onnx]) > MAX_ONNX_BYTES:
+            raise ValueError(f"stages: {stage.onnx} has {size} bytes: expected at most {MAX_ONNX_BYTES}")
         folder = stage.onnx.rpartition("/")[0]
         if odd := [path for path in stage.external_data if path.rpartition("/")[0] != folder]:
             raise ValueError(f"stages: {stage.name} has its external data at {odd[0]}: expected it beside {stage.onnx}")
@@ -66,6 +73,7 @@ def _check_engines(manifest: Structure) -> None:
         if odd := sorted(set(expected) ^ set(engine.stages)):
             raise ValueError(f"engines: {odd[0]} is a stage or has an engine for {engine.target}, but not both")
         _check_shared(manifest, engine)
+        _check_names(manifest, engine)
         if odd := sorted(name for name, sizes in engine.profile.items() if list(sizes) != sorted(sizes)):
             raise ValueError(
                 f"engines: {odd[0]} for {engine.target} is {engine.profile[odd[0]]}: expected increasing sizes: build "
@@ -89,6 +97,29 @@ def _check_shared(manifest: Structure, engine: Engine) -> None:
                 f"engines: {path} for {engine.target} holds stages that are no consecutive blocks: build it again"
             )
         seen.add(path)
+
+
+def _check_names(manifest: Structure, engine: Engine) -> None:
+    """Check that each file is called as what it is for, so that no two can be swapped: the stage's own ONNX file, or a
+    plan in the entry's one folder that has the name of its stage, its blocks or its combination.
+    """
+    if engine.backend == "onnx":
+        expected = {stage.name: stage.onnx for stage in manifest.stages}
+    else:
+        folder = min(engine.stages.values()).rpartition("/")[0] + "/"
+        runs = itertools.groupby(manifest.stages, key=lambda stage: engine.stages[stage.name])
+        expected = {
+            name: f"{folder}{name_of(run)}.plan"
+            for run in (tuple(s.name for s in run) for _, run in runs)
+            for name in run
+        }
+        expected |= {COMBINATIONS + name: f"{folder}{COMBINATIONS}{name}.plan" for name in engine.combinations}
+    found = engine.stages | {COMBINATIONS + name: path for name, path in engine.combinations.items()}
+    if odd := sorted(name for name, path in found.items() if path != expected.get(name)):
+        raise ValueError(
+            f"engines: {odd[0]} for {engine.target} is {found[odd[0]]}: expected {expected.get(odd[0], 'none')}, as it "
+            "is called"
+        )
 
 
 def check_programs(manifest: Structure) -> None:

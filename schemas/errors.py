@@ -10,7 +10,7 @@ class OTCacheError(Exception):
 
 
 class UsageError(OTCacheError):
-    """An option or argument is out of its range."""
+    """An option or argument is out of its range, or a place for results cannot be written."""
 
     exit_code = 2
 
@@ -22,7 +22,7 @@ class ModelError(OTCacheError):
 
 
 class ArtifactError(OTCacheError):
-    """An artifact is damaged, incomplete, of an unknown version, or would be overwritten."""
+    """An artifact is damaged, incomplete or of an unknown version."""
 
     exit_code = 4
 

@@ -18,6 +18,8 @@ Granularity = Literal["block", "segment", "trunk"]
 SEGMENT_BLOCKS = 4
 """Blocks of a segment, at most: four of FLUX.1's double blocks are a plan of 2.7 GB, which takes some 14 GB to build.
 """
+COMBINATIONS = "combinations/"
+"""What a combination's name has before it, where stages are named beside it; no stage's name has a slash."""
 Segment = tuple[str, ...]
 """Names of consecutive blocks with one engine."""
 

@@ -17,7 +17,9 @@ from pydantic import Field, model_validator
 from .program import Frozen
 
 AxisName = Literal["height", "width", "num_frames", "max_sequence_length"]
-Extent = Annotated[int, Field(ge=1, le=1 << 31)]
+MAX_EXTENT = 1 << 16
+Extent = Annotated[int, Field(ge=1, le=MAX_EXTENT)]
+"""Of a request along one axis: pixels, frames or text tokens."""
 Factor = Annotated[int, Field(ge=-(1 << 40), le=1 << 40)]
 SymbolName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$", max_length=128)]
 Symbols = tuple[SymbolName | None, ...]
@@ -67,7 +69,7 @@ class Symbol(Frozen):
 
     name: SymbolName
     terms: tuple[Term, ...] = Field(min_length=1, max_length=16)
-    divisor: Extent = 1
+    divisor: Annotated[int, Field(ge=1, le=1 << 31)] = 1
 
     def size(self, request: Request) -> int:
         """The size at a request. Raises ValueError where it is no whole number from 1 to 2³¹.

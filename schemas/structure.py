@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from .program import MAX_STEPS, Coefficient, Frozen, Payload, Program
 from .prompt_steps import PromptStep, apply_steps
-from .shapes import Axis, AxisName, Symbol, SymbolName, Symbols
+from .shapes import Axis, AxisName, Extent, Symbol, SymbolName, Symbols
 
 SCHEMA_MAJOR, SCHEMA_MINOR = 1, 8
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
@@ -43,7 +43,7 @@ def _check_onnx(path: str) -> str:
     return path
 
 
-ArtifactPath = Annotated[str, AfterValidator(_check_path)]
+ArtifactPath = Annotated[str, Field(json_schema_extra={"maxLength": 255}), AfterValidator(_check_path)]
 """Relative path with forward slashes, inside the artifact: no parent, absolute, hidden or drive parts."""
 OnnxPath = Annotated[ArtifactPath, AfterValidator(_check_onnx)]
 """ONNX Runtime takes the format of a file from its name."""
@@ -51,6 +51,18 @@ Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$", max_length=128)]
 Count = Annotated[int, Field(ge=0, le=1 << 48)]
 Size = Annotated[int, Field(ge=1, le=1 << 31)]
+StepIndex = Annotated[int, Field(ge=0, lt=MAX_STEPS)]
+Prompts = Annotated[int, Field(ge=0, le=1 << 24)]
+"""How many were used."""
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]
+RelativeError = Annotated[float, Field(ge=0, le=1)]
+"""1 is as large as the largest value there is."""
+MAX_FIGURE = 1e6
+Figure = Annotated[float, Field(ge=-MAX_FIGURE, le=MAX_FIGURE)]
+"""What was measured of pictures and latents. Larger errors count as this."""
+Label = Annotated[str, Field(max_length=256)]
+Text = Annotated[str, Field(max_length=1 << 16)]
+"""Of people, for people or the model."""
 Budget = Annotated[str, Field(pattern=r"^(full|[1-9][0-9]{0,3})$")]
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
 
@@ -84,7 +96,7 @@ class Stage(Frozen):
     onnx: OnnxPath
     external_data: tuple[ArtifactPath, ...] = Field(default=(), max_length=64)
     """Since 1.1: files beside `onnx` that hold weights of it. It may refer to no other file."""
-    max_relative_error: float = Field(ge=0)
+    max_relative_error: RelativeError
     """Largest difference of the exported stage from the original, relative to the largest output."""
 
 
@@ -100,8 +112,8 @@ class Tokenizer(Frozen):
 
     input_name: Name
     path: ArtifactPath
-    length: int = Field(ge=1, le=65536)
-    pad_id: int = Field(ge=0)
+    length: Extent
+    pad_id: int = Field(ge=0, lt=1 << 31)
     template: str = Field(default=PLACE, max_length=8192)
     """Since 1.3: what is encoded, with the prompt in the place of the one `{}`."""
     length_symbol: SymbolName | None = None
@@ -126,7 +138,7 @@ class Latents(Frozen):
     noise_shape: tuple[Size, ...] = Field(min_length=1, max_length=6)
     """Shape of one sample's noise, as the pipeline draws it."""
     split: tuple[Size, ...] = Field(min_length=1, max_length=12)
-    permutation: tuple[int, ...] = Field(min_length=1, max_length=12)
+    permutation: tuple[Annotated[int, Field(ge=0, lt=12)], ...] = Field(min_length=1, max_length=12)
     shape: tuple[Size, ...] = Field(min_length=1, max_length=6)
     """Shape of one sample's latents, as the scheduler sees them."""
     initial_scale: Coefficient
@@ -162,7 +174,7 @@ class Guidance(Frozen):
     minimum: Coefficient
     maximum: Coefficient
     """Range of scales that the coefficients were calibrated for."""
-    negative_prompt: str | None = ""
+    negative_prompt: Text | None = ""
     """Of a request that names none. Since 1.8, None: the pipeline takes something then that no text gives, such as
     zeros, and the artifact has no text encoder.
     """
@@ -190,8 +202,9 @@ class Guidance(Frozen):
 class Sampler(Frozen):
     """The diffusers scheduler that the programs were lowered from."""
 
-    scheduler: str
+    scheduler: Label
     config: dict[str, Any]
+    """As it was: nothing but its own host reads it, and only the manifest's size bounds it."""
     num_inference_steps: int = Field(ge=1, le=MAX_STEPS)
 
 
@@ -199,8 +212,8 @@ class Model(Frozen):
     """The diffusers pipeline that was compiled."""
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
-    pipeline: str
-    transformer: str
+    pipeline: Label
+    transformer: Label
     config_digest: Digest
     weights_digest: Digest
     denoiser_digest: Digest | None = None
@@ -212,32 +225,32 @@ class Model(Frozen):
 class Conditions(Frozen):
     """What the artifact was calibrated for; requests outside are refused."""
 
-    height: Size
-    width: Size
-    num_frames: Size | None = None
+    height: Extent
+    width: Extent
+    num_frames: Extent | None = None
     """Since 1.3: of a video; None for pictures."""
-    max_sequence_length: int = Field(ge=1)
+    max_sequence_length: Extent
     dtype: DType
-    objective: str
+    objective: Label
     prompts_digest: Digest
-    calibration_prompts: int
-    evaluation_prompts: int
-    seed: int
+    calibration_prompts: Prompts
+    evaluation_prompts: Prompts
+    seed: Seed
 
 
 class Policy(Frozen):
     """A schedule and the budget at which it was found; its measure's quantile function is linear between its steps."""
 
-    schedule: tuple[int, ...] = Field(min_length=1, max_length=MAX_STEPS)
+    schedule: tuple[StepIndex, ...] = Field(min_length=1, max_length=MAX_STEPS)
     num_inference_steps: int = Field(ge=1, le=MAX_STEPS)
-    source: str
+    source: Label
 
     @model_validator(mode="after")
     def _consistent(self) -> Policy:
         steps = self.schedule
         if any(after <= before for before, after in itertools.pairwise(steps)):
             raise ValueError("schedule: expected increasing step indices")
-        if steps[0] < 0 or steps[-1] >= self.num_inference_steps:
+        if steps[-1] >= self.num_inference_steps:
             raise ValueError(f"schedule: expected step indices from 0 to {self.num_inference_steps - 1}")
         return self
 
@@ -245,9 +258,9 @@ class Policy(Frozen):
 class Statistic(Frozen):
     """Mean, standard deviation and worst value over prompts."""
 
-    mean: float
-    std: float
-    worst: float
+    mean: Figure
+    std: Figure
+    worst: Figure
 
 
 class Quality(Frozen):
@@ -261,21 +274,21 @@ class Quality(Frozen):
 class Candidate(Frozen):
     """A program that was rolled out on the calibration set and could have been chosen."""
 
-    name: str
+    name: Label
     payload: Payload
-    schedule: tuple[int, ...]
-    weight: float | None = None
+    schedule: tuple[StepIndex, ...] = Field(max_length=MAX_STEPS)
+    weight: Coefficient | None = None
     """Position on the path from the reference (0) to the anchor policy (1), if it is interpolated."""
-    psnr_db: float
-    ssim: float
+    psnr_db: Figure
+    ssim: Figure
     chosen: bool = False
 
 
 class Baseline(Frozen):
     """A peer at the same number of model evaluations, on the same prompts and seeds as `Quality`."""
 
-    name: str
-    nfe: int
+    name: Label
+    nfe: int = Field(ge=0, le=MAX_STEPS)
     quality: Quality
 
 
@@ -292,7 +305,7 @@ class BudgetProgram(Frozen):
 class ServedSize(Frozen):
     """One of the sizes that are served, where not every size within the ranges is."""
 
-    size: dict[AxisName, Size] = Field(min_length=1, max_length=4)
+    size: dict[AxisName, Extent] = Field(min_length=1, max_length=4)
     """A value for each axis."""
     constants: dict[Name, ArtifactPath] = Field(default={}, max_length=64)
     """Files with the values of `Shapes.constants` at this size: little-endian, in C order, nothing else in the file."""
@@ -310,38 +323,46 @@ class Shapes(Frozen):
     """
     sizes: tuple[ServedSize, ...] = Field(default=(), max_length=1024, fail_fast=True)
     """Where it is not empty, no other size is served."""
-    fixed: dict[AxisName, str] = Field(default={}, max_length=4)
+    fixed: dict[AxisName, Text] = Field(default={}, max_length=4)
     """Axes that stay as compiled although others were asked for, with the reason."""
 
 
 class Cost(Frozen):
     """Model evaluations that a pass took, in full runs of T steps per calibration prompt."""
 
-    name: str
-    full_runs: float
+    name: Label
+    full_runs: float = Field(ge=0, le=MAX_FIGURE)
+
+
+PlanName = Annotated[str, Field(max_length=512)]
+"""Of a stage, of several, or of a combination."""
+ProfileName = Annotated[str, Field(pattern=r"^(batch|height|width|num_frames|max_sequence_length)$")]
+Digests = Annotated[tuple[Digest, ...], Field(max_length=65)]
+Layers = Annotated[dict[Label, Count], Field(max_length=64)]
 
 
 class Engine(Frozen):
     """Engines of one backend and target; `stages` names a file for each stage."""
 
     backend: Literal["onnx", "tensorrt", "tensorrt-rtx"]
-    version: str
-    target: str
+    version: Annotated[str, Field(max_length=64)]
+    target: Annotated[str, Field(pattern=r"^(any|sm_[0-9]{2,3}[a-z]?)$")]
     """`any`, or the compute capability that plans were built for, such as `sm_89`."""
-    stages: dict[str, ArtifactPath]
-    combinations: dict[str, ArtifactPath] = Field(default={}, max_length=4096)
+    stages: dict[PlanName, ArtifactPath] = Field(max_length=4096)
+    """Which is what follows from their names (`consistency.py`)."""
+    combinations: dict[PlanName, ArtifactPath] = Field(default={}, max_length=4096)
     """Since 1.4: a plan for each linear combination between the stages (`combinations.py`)."""
     platform: str = Field(default="any", max_length=64)
     """Since 1.4: system and machine whose code plans hold, such as `linux-x86_64`."""
-    profile: dict[str, tuple[Size, Size, Size]] = Field(default={}, max_length=8)
+    profile: dict[ProfileName, tuple[Size, Size, Size]] = Field(default={}, max_length=8)
     """Smallest, most frequent and largest, since 1.4 of `batch`, which counts samples, since 1.5 of each axis that is
     served.
     """
     workspace_bytes: Count | None = None
     """Since 1.4: the limit that plans were built under; None for the library's own."""
-    sources: dict[str, tuple[Digest, ...]] = Field(default={}, max_length=4096)
+    sources: dict[PlanName, Digests] = Field(default={}, max_length=4096)
     """Since 1.4: digests of what each stage's plan was built from: its ONNX file, then its external data."""
-    layers: dict[str, dict[str, Count]] = Field(default={}, max_length=8192)
+    layers: dict[PlanName, Layers] = Field(default={}, max_length=8192)
     """Since 1.4: of each plan the number of layers, by the type of what they write."""
 
 
@@ -350,7 +371,7 @@ class Golden(Frozen):
 
     prompt: str = Field(max_length=4096)
     budget: Budget
-    seed: int = Field(ge=-(1 << 63), lt=1 << 64)
+    seed: Seed
     guidance_scale: Coefficient | None
     """None for an artifact without guidance."""
     latents: ArtifactPath
@@ -362,9 +383,9 @@ class Golden(Frozen):
 class Measurement(Frozen):
     """A timing of this host; outside the digested core."""
 
-    name: str
-    value: float
-    unit: str
+    name: PlanName
+    value: float = Field(ge=0, le=1e12)
+    unit: Label
 
 
 class Structure(Frozen):
@@ -374,7 +395,7 @@ class Structure(Frozen):
     """
 
     schema_version: Annotated[str, Field(pattern=r"^\d{1,4}\.\d{1,4}$")] = SCHEMA_VERSION
-    producer: dict[str, str]
+    producer: dict[Label, Text] = Field(max_length=256)
     model: Model
     sampler: Sampler
     conditions: Conditions
@@ -385,7 +406,7 @@ class Structure(Frozen):
     timestep_input: Name
     output: Name
     guidance: Guidance
-    max_relative_error: float = Field(default=0.0, ge=0)
+    max_relative_error: RelativeError = 0.0
     """Largest difference of the exported trunk from the original model, end to end, relative to the largest output."""
     stages: tuple[Stage, ...] = Field(max_length=4096, fail_fast=True)
     """None in an artifact of programs alone, which hosts that keep torch can use."""

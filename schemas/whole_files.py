@@ -2,7 +2,8 @@
 
 What is written goes to a temporary name beside its place, which ends in `.part`; it is put on the disk, renamed, and
 then the folder that holds the name is put on the disk as well. After a power cut, therefore, the old content or the new
-one is there, never a part of it. What a killed process leaves behind is a `.part`.
+one is there, never a part of it. What a killed process leaves behind is a `.part`: whoever fills one holds a lock on
+it, which the kernel drops with the process, so that `sweep_leftovers` knows it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -29,13 +31,14 @@ def whole_file(path: Path, *, alone: bool = False) -> Iterator[Path]:
         alone: whether no other process can write it at the same time. The temporary name is then `.<name>.part`, and
             what a killed process left there is overwritten: for files that are too large to be left.
     """
-    part = path.with_name(f".{path.name}.part" if alone else f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part") if alone else own_part(path)
     try:
         part.unlink(missing_ok=True)
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # nobody's link is followed from here on
-        yield part
-        sync(part)
-        os.replace(part, path)
+        with _locked(part):
+            yield part
+            sync(part)
+            os.replace(part, path)
         sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
@@ -46,6 +49,11 @@ def write_whole(path: Path, data: bytes | memoryview | str, *, alone: bool = Fal
     """Put data, text as UTF-8, in the place of a file (`whole_file`). Raises OSError and leaves the old file then."""
     with whole_file(path, alone=alone) as part:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def own_part(target: Path) -> Path:
+    """A name for a temporary file or folder beside `target` that says whose it is: `.<name>.<process>.part`."""
+    return target.with_name(f".{target.name}.{os.getpid()}.part")
 
 
 def name_part(target: Path) -> Path:
@@ -63,9 +71,62 @@ def part_folder(target: Path, part: Path | None = None) -> Iterator[Path]:
     part = part or name_part(target.absolute())  # named before it is made: a signal may come at any time
     try:
         part.mkdir(mode=0o700)
-        yield part
+        with _locked(part):
+            yield part
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def sweep_leftovers(target: Path) -> list[Path]:
+    """Remove the files and folders `.<name>.<process>.part` beside `target` that killed processes have left.
+
+    One whose process lives, or whose lock is held, as by a process of another host, stays. Returns what is gone; raises
+    OSError.
+    """
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.([0-9]+)\.part\Z")
+    folder, removed = target.absolute().parent, []
+    for name in sorted(os.listdir(folder)):
+        part = folder / name
+        match = pattern.match(name)
+        if match is None or part.is_symlink() or (runs(match.group(1)) and int(match.group(1)) != os.getpid()):
+            continue
+        with contextlib.suppress(OSError), _locked(part) as is_ours:  # another's may not even be opened
+            if is_ours:
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+                removed.append(part)
+    return removed
+
+
+def runs(process: str) -> bool:
+    """Whether the process of a number lives."""
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _locked(part: Path) -> Iterator[bool]:
+    """Hold a lock on a file or folder. False where another process holds it, or the system has no such locks."""
+    try:
+        import fcntl
+
+        descriptor = os.open(part, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_held = True
+        except OSError:
+            is_held = False
+        yield is_held
+    finally:
+        os.close(descriptor)
 
 
 def publish_folder(part: Path, target: Path, *, replace: bool = True) -> None:

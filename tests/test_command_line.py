@@ -87,6 +87,16 @@ def test_every_command_has_examples_that_parse(name):
         command(called).make_context(called, arguments, parent=click.Context(cli.main))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_do_not_run_together(name):
+    found = command(name)
+    with click.Context(found, info_name=name, parent=click.Context(cli.main, info_name="otc")) as context:
+        shown = [line.strip() for line in found.get_help(context).splitlines()]
+    text = (found.help or "") + "\n" + (found.epilog or "")
+    written = [line.strip() for line in text.splitlines() if line.startswith("  ") and line.strip().startswith("otc ")]
+    assert written and [line for line in shown if line.startswith("otc ")] == written
+
+
 def test_examples_of_the_group_parse():
     lines = examples(cli.main)
     assert len(lines) >= 3

@@ -9,6 +9,7 @@ import numpy as np
 
 from otcache.schemas.manifest import Quality, Statistic
 from otcache.schemas.program import Program
+from otcache.schemas.structure import MAX_FIGURE
 
 from . import metrics
 from .samples import Rows, Samples
@@ -20,7 +21,7 @@ def quality_from_scores(scores: Rows) -> Quality:
     return Quality(
         psnr_db=_statistic(scores["psnr_db"], higher_is_better=True),
         ssim=_statistic(scores["ssim"], higher_is_better=True),
-        relative_latent_error=_statistic(scores["latent_error"], higher_is_better=False),
+        relative_latent_error=_statistic(np.minimum(scores["latent_error"], MAX_FIGURE), higher_is_better=False),
     )
 
 

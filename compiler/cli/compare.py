@@ -11,6 +11,7 @@ import click
 
 from .compile import check_packages, complete_models
 from .options import call_options, device_options, search_options
+from .stopped import stopped_error
 
 if TYPE_CHECKING:
     from ..compare.cells import Comparison
@@ -35,8 +36,7 @@ if TYPE_CHECKING:
 )
 @click.option("--force", is_flag=True, help="Replace an existing comparison.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON, events on stderr.")
-@click.pass_context
-def compare_command(ctx: click.Context, **choices: Any) -> None:
+def compare_command(**choices: Any) -> None:
     """Measure every method's fidelity to MODEL's full runs, on the same prompts and seeds.
 
     \b
@@ -53,8 +53,7 @@ def compare_command(ctx: click.Context, **choices: Any) -> None:
         with interruptible():
             _compare(**choices)
     except Interrupted as stop:
-        click.echo(f"otc compare was stopped by {stop}: run the same command again to go on where it stopped", err=True)
-        ctx.exit(stop.exit_code)
+        raise stopped_error("otc compare", stop) from None
 
 
 def _compare(
@@ -68,7 +67,8 @@ def _compare(
     **choices: Any,
 ) -> None:
     check_packages("otc compare")
-    from otcache.schemas.errors import ArtifactError
+    from otcache.schemas.errors import UsageError
+    from otcache.schemas.places import check_creatable, unwritable
 
     from ..options import CompileOptions, parse_budgets, parse_guidance, parse_micro_batch
     from ..workspace.progress import reporter_for
@@ -76,7 +76,8 @@ def _compare(
 
     output: Path = choices.pop("output") or Path("artifacts/compare") / Path(choices["model"]).name
     if (output / "comparison.json").exists() and not choices["force"]:
-        raise ArtifactError(f"{output} holds a comparison already: expected none; choose another -o, or give --force")
+        raise UsageError(f"-o is {output}: it holds a comparison already: choose another, or replace it with --force")
+    check_creatable(output / "comparison.json", "-o")
     options = CompileOptions(
         budgets=parse_budgets(budgets),
         guidance_scale=parse_guidance(guidance_scale),
@@ -94,7 +95,10 @@ def _compare(
         comparison = compare(options, names, reporter, claim=claim, robust=robustness)
     finally:
         reporter.close()
-    write_comparison(comparison, output)
+    try:
+        write_comparison(comparison, output)
+    except OSError as error:
+        raise unwritable(output, "-o", error) from None
     if as_json:
         click.echo(json.dumps(comparison.json()))
         return

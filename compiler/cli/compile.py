@@ -12,6 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from .options import call_options, device_options, search_options
+from .stopped import stopped_error
 
 if TYPE_CHECKING:
     from otcache.schemas.manifest import Manifest
@@ -127,17 +128,13 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
 )
 @click.option("-v", "--verbose", is_flag=True, help="A line per pass on stderr; also with OTC_LOG=info.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, events on stderr.")
-@click.pass_context
-def compile_command(
-    ctx: click.Context, as_json: bool, dry_run: bool, measure: bool, verbose: bool, **choices: Any
-) -> None:
+def compile_command(as_json: bool, dry_run: bool, measure: bool, verbose: bool, **choices: Any) -> None:
     """Compile MODEL (a bundled name, a diffusers folder or a hub id) into an artifact.
 
     \b
     Examples:
       otc compile shapes --budgets 4,8,16
       otc compile ./my-pipeline --budgets 6,10 --prompts prompts.txt --guidance-scale 2:6 -o artifacts/mine
-
       otc compile ./my-pipeline --sizes 512x512,768x512 --text-lengths 128,512
       otc compile shapes --budgets 4,8,12,16 --force     # adds a budget to what the workspace knows
       otc compile shapes --effort quick --engines none   # programs alone, in minutes
@@ -155,8 +152,7 @@ def compile_command(
         with interruptible():
             _compile(as_json, dry_run, measure, verbose, **choices)
     except Interrupted as stop:
-        click.echo(f"otc compile was stopped by {stop}: run the same command again to go on where it stopped", err=True)
-        ctx.exit(stop.exit_code)
+        raise stopped_error("otc compile", stop) from None
 
 
 def _compile(

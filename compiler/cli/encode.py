@@ -40,6 +40,7 @@ def encode_command(output: Path, force: bool, as_json: bool, **choices: Any) -> 
     """
     check_packages("otc encode")
     from otcache.schemas.errors import UsageError
+    from otcache.schemas.places import check_writable
 
     from ..workspace.quiet import quiet
 
@@ -48,6 +49,7 @@ def encode_command(output: Path, force: bool, as_json: bool, **choices: Any) -> 
         raise UsageError(f"-o is {output}: it exists: choose another name, or overwrite it with --force")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"-o is {output}: its folder does not exist: create it, or choose another")
+    check_writable(output, "-o")
     from ..passes.encode import encode
 
     shapes = encode(output, **choices)

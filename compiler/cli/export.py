@@ -10,6 +10,7 @@ import click
 
 from ..options import DTypeName
 from .compile import check_packages, complete_models
+from .stopped import stopped_error
 
 
 @click.command("export", short_help="Add engines to an artifact of programs alone.")
@@ -31,8 +32,7 @@ from .compile import check_packages, complete_models
 @click.option("--force", is_flag=True, help="Export again what has engines, or replace what is at -o.")
 @click.option("-v", "--verbose", is_flag=True, help="A line per pass on stderr; also with OTC_LOG=info.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, events on stderr.")
-@click.pass_context
-def export_command(ctx: click.Context, as_json: bool, verbose: bool, **choices: Any) -> None:
+def export_command(as_json: bool, verbose: bool, **choices: Any) -> None:
     """Export engines of MODEL into ARTIFACT, which was compiled from it with --engines none.
 
     \b
@@ -54,8 +54,7 @@ def export_command(ctx: click.Context, as_json: bool, verbose: bool, **choices: 
         with interruptible():
             folder, manifest = export_engines(ExportOptions(**choices), reporter)
     except Interrupted as stop:
-        click.echo(f"otc export was stopped by {stop}: run the same command again", err=True)
-        ctx.exit(stop.exit_code)
+        raise stopped_error("otc export", stop) from None
     finally:
         reporter.close()
     if as_json:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from otcache.schemas.errors import ModelError
+from otcache.schemas.operators import fault_of
 
 from ..graph.stages import Stages, run_in_turn
 from ..graph.trace import Bound, export_program, reason_of
@@ -305,6 +306,7 @@ def _export(contract: _Contract, module: nn.Module, trials: _Trials, tolerance: 
     with sdpa_kernel(SDPBackend.MATH):
         program = export_program(f"stage {contract.name}", module, example, static=static, dimensions=dimensions)
         model = _convert(contract, program)
+    _check_operators(contract, model)
     _normalise(model, inputs, outputs)
     _save(model, contract.path)
 
@@ -379,6 +381,17 @@ def _convert(contract: _Contract, program: torch.export.ExportedProgram) -> onnx
         ) from error
     assert exported is not None
     return exported.model
+
+
+def _check_operators(contract: _Contract, model: onnx_ir.Model) -> None:
+    """Raise ModelError where the file would hold what readers refuse: see `schemas/operators.py`."""
+    faults = [fault_of(node.op_type, node.domain) for node in model.graph.all_nodes()]
+    faults += [f"the function {function.name}" for function in model.functions.values()]
+    if found := next(filter(None, faults), None):
+        raise ModelError(
+            f"stage {contract.name} has {found} in its ONNX form: expected operators that every reader of artifacts "
+            "takes, without loops and branches; write the layer with others"
+        )
 
 
 @contextlib.contextmanager

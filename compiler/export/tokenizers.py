@@ -14,9 +14,10 @@ import torch
 from tokenizers import normalizers
 from torch import Tensor
 
-from otcache.schemas.errors import ModelError
+from otcache.schemas.errors import ArtifactError, ModelError
 from otcache.schemas.manifest import PLACE
 from otcache.schemas.prompt_steps import PromptStep, apply_steps
+from otcache.schemas.tokenizer_file import parse_tokenizer
 
 PROBES = (
     "",
@@ -70,7 +71,8 @@ def convert_tokenizer(
         lower: the pipeline gives it prompts in lower case, without white space at either end.
 
     Raises:
-        ModelError: the tokenizer has no fast backend, or the ids differ on one of `PROBES`.
+        ModelError: the tokenizer has no fast backend, or what readers refuse (`schemas/tokenizer_file.py`); or the ids
+            differ on one of `PROBES`.
     """
     subject = f"{type(tokenizer).__name__} of {input_name}"
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -84,6 +86,12 @@ def convert_tokenizer(
         own = [plain.normalizer] if plain.normalizer is not None else []
         plain.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Lowercase(), *own])
     spec = TokenizerSpec(input_name, plain.to_str(), length, tokenizer.pad_token_id, template)
+    try:
+        parse_tokenizer(spec.tokenizer_json, subject)
+    except ArtifactError as error:
+        raise ModelError(
+            f"{subject} has what no reader of artifacts takes: {error}: load the tokenizer that its family has"
+        ) from None
     received = spec.encode(PROBES)
     expected = tokenizer(
         [template.replace(PLACE, prompt.lower().strip() if lower else prompt) for prompt in PROBES],

@@ -33,7 +33,7 @@ from ..pipelines.full_run import capture, conditioning_of
 from ..report.evidence import read_evidence
 from ..report.page import ATTACHMENTS, FOLDER
 from ..workspace.progress import Reporter
-from .emit import emit
+from .emit import check_target, emit
 from .engines import Engines, exportable_from_session
 from .export import Exportable, export_parts, serve_trunk
 from .golden import golden_record, rounding_of, tolerance_of
@@ -72,6 +72,8 @@ def export_engines(
     manifest = read.manifest
     if not manifest.programs_alone and not options.force:
         raise UsageError(f"{options.artifact} has engines: give --force to export them again")
+    target = options.output or options.artifact
+    check_target(target, force=options.force or options.output is None)
     session, prompts, _ = begin(compile_options(options, manifest), reporter, live)
     _check_weights(options, manifest, session.model)
     scale = session.options.nominal_scale
@@ -90,7 +92,6 @@ def export_engines(
     conditions = {**read.migrated["conditions"], "dtype": options.dtype}
     fields = {**read.migrated, **engines.fields, "latents": latents, "conditions": conditions}
     fields["schema_version"] = schema.SCHEMA_VERSION
-    target = options.output or options.artifact
 
     def fill(folder: Path) -> None:
         engines.write(folder)

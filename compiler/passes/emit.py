@@ -7,38 +7,34 @@ system can exchange two folders (Linux), there is no moment without an artifact.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from otcache.schemas.digest import digest_of_file
-from otcache.schemas.errors import ArtifactError
+from otcache.schemas.errors import UsageError
 from otcache.schemas.manifest import MANIFEST_NAME, FileEntry, Manifest
 from otcache.schemas.manifest_file import seal, write_manifest
+from otcache.schemas.places import check_creatable, unwritable
 from otcache.schemas.whole_files import publish_folder, recover_folder
 
 from ..workspace.disk import locked_part_folder, name_full_disk, remove_leftovers
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Raise ArtifactError when the artifact cannot be written to `target`."""
+    """Raise UsageError when the artifact cannot be written to `target`."""
+    check_creatable(target, "-o")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise ArtifactError(f"output {target} exists and is no folder: choose another with -o")
+        raise UsageError(f"-o is {target}: it exists and is no folder: choose another")
     if target.is_dir() and any(target.iterdir()):
         if not force:
-            raise ArtifactError(f"output folder {target} exists: choose another with -o, or replace it with --force")
+            raise UsageError(f"-o is {target}: it exists: choose another, or replace it with --force")
         if not (target / MANIFEST_NAME).is_file():
-            raise ArtifactError(
-                f"output folder {target} holds no {MANIFEST_NAME}, so it is no artifact: --force will not remove it"
+            raise UsageError(
+                f"-o is {target}: it holds no {MANIFEST_NAME}, so it is no artifact: --force will not remove it: "
+                "choose another"
             )
-    parent = target.absolute().parent
-    ancestor = next(folder for folder in (parent, *parent.parents) if folder.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise ArtifactError(
-            f"output folder {target} cannot be made in {ancestor}: expected a folder that can be written to"
-        )
 
 
 def emit(
@@ -52,14 +48,14 @@ def emit(
         manifest: the manifest's fields without `files`, `attachments` and `digest`.
         attachments: first parts of the paths that are reports rather than parts of the artifact.
 
-    Returns the manifest as written. Raises ArtifactError, or HostError when the disk is full, and leaves nothing
-    behind, when something cannot be written. What killed compiles to the same target left beside it is removed.
+    Returns the manifest as written. Raises UsageError and leaves nothing behind when something cannot be written. What
+    killed compiles to the same target left beside it is removed.
     """
     target = target.absolute()
     recover(target)
     check_target(target, force=force)
     try:
-        with name_full_disk(target.parent, "choose another folder with -o"):
+        with name_full_disk(target.parent, "choose another folder with -o", UsageError):
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(target.parent, re.escape(target.name))
             with locked_part_folder(target) as work:
@@ -68,9 +64,7 @@ def emit(
                 check_target(target, force=force)  # another compile may have finished meanwhile
                 publish_folder(work, target)
     except OSError as error:
-        raise ArtifactError(
-            f"artifact {target} could not be written: {error.strerror or error}; nothing was left behind"
-        ) from error
+        raise unwritable(target, "-o", error) from error
     return whole
 
 

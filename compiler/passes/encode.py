@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from otcache.schemas.errors import ModelError
 from otcache.schemas.manifest_file import read_manifest
+from otcache.schemas.places import unwritable
 from otcache.schemas.whole_files import whole_file
 
 from ..models.load import load_model
@@ -53,6 +55,9 @@ def encode(
     )
     interface = probe(loaded.pipeline, options, scale, loaded.prompts or prompts)
     tensors = conditioning_of(loaded.pipeline, interface, options, scale, prompts)
-    with whole_file(output) as part:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, part)
+    try:
+        with whole_file(output) as part:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, part)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(output, "-o", error) from None
     return {name: list(value.shape) for name, value in tensors.items()}

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from otcache.schemas.digest import digest_of_file
-from otcache.schemas.errors import ArtifactError
+from otcache.schemas.errors import ArtifactError, UsageError
 from otcache.schemas.manifest import FileEntry, Manifest
 from otcache.schemas.manifest_file import read_manifest, write_manifest
+from otcache.schemas.places import check_writable, unwritable
 from otcache.schemas.whole_files import write_whole
 
 from ..workspace.disk import locked_part_folder, name_full_disk
@@ -22,12 +23,13 @@ def redraw(artifact: Path) -> tuple[Path, list[str]]:
     """Write report.html and the figures anew; returns the page and the names of the budgets whose latency it shows.
 
     The manifest first lets go of the attachments that change and lists them again when they are in place, so the
-    artifact is whole at every moment. Raises ArtifactError.
+    artifact is whole at every moment. Raises ArtifactError, UsageError where it cannot be written.
     """
     read = read_manifest(artifact)
+    check_writable(artifact / PAGE, "ARTIFACT")
     manifest = read.manifest
     try:
-        with name_full_disk(artifact, "free some of it"), locked_part_folder(artifact.absolute()) as work:
+        with name_full_disk(artifact, "free some of it", UsageError), locked_part_folder(artifact.absolute()) as work:
             _copy_evidence(artifact, manifest, work)
             draw_report(work, manifest.model_dump(mode="json"))
             drawn = {path.relative_to(work).as_posix(): path for path in work.rglob("*") if path.is_file()}
@@ -42,7 +44,7 @@ def redraw(artifact: Path) -> tuple[Path, list[str]]:
             new = sorted(kept + entries, key=lambda entry: entry["path"])
             write_manifest(artifact, {**read.stated, "attachments": new})
     except OSError as error:
-        raise ArtifactError(f"artifact {artifact}: its report cannot be written: {error.strerror or error}") from error
+        raise unwritable(artifact / PAGE, "ARTIFACT", error) from error
     return artifact / PAGE, [m.name.removeprefix(LATENCY) for m in manifest.measurements if m.name.startswith(LATENCY)]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from otcache.schemas import whole_files
-from otcache.schemas.errors import HostError
+from otcache.schemas.errors import HostError, OTCacheError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FULL_TEXTS = (*(os.strerror(number) for number in FULL), "database or disk is full")
@@ -29,18 +29,21 @@ _LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def name_full_disk(folder: Path, remedy: str) -> Iterator[None]:
-    """Turn every exception that a full disk is behind into a HostError that names the folder and how much is free."""
+def name_full_disk(folder: Path, remedy: str, kind: type[OTCacheError] = HostError) -> Iterator[None]:
+    """Turn every exception that a full disk is behind into one that names the folder and how much is free.
+
+    `kind` is UsageError where the user chose the folder for the results.
+    """
     try:
         yield
-    except HostError:
+    except OTCacheError:
         raise
     except Exception as error:
         if not is_full_disk(error):
             raise
         place = _existing(folder)
         free = shutil.disk_usage(place).free
-        raise HostError(
+        raise kind(
             f"no space left on the disk of {place} ({free / 1e6:.1f} MB free): free some or {remedy}, then run the "
             "same command again: it goes on where it stopped"
         ) from error
@@ -102,7 +105,7 @@ def remove_leftovers(folder: Path, name: str) -> list[Path]:
         if part.is_symlink():
             continue
         if part.is_file():
-            if not _runs(part.name.split(".")[-2]):
+            if not whole_files.runs(part.name.split(".")[-2]):
                 part.unlink(missing_ok=True)
                 removed.append(part)
             continue
@@ -116,17 +119,6 @@ def remove_leftovers(folder: Path, name: str) -> list[Path]:
                 finally:
                     _drop(lock)
     return removed
-
-
-def _runs(process: str) -> bool:
-    """Whether the process of a number lives."""
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, OverflowError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _lock_of(part: Path) -> BaseFileLock:

@@ -1,11 +1,14 @@
-"""Which other files an ONNX file makes a library read, found without ONNX and without loading the model.
+"""What an ONNX file consists of, and which other files it makes a library read, found without ONNX and without loading
+the model.
 
 An ONNX file may say of any tensor that its values lie in another file, by a path that ONNX Runtime opens as it stands:
 `../../etc/passwd`, an absolute path, or `*/_ORT_MEM_ADDR_/*`, which is an address in the process's own memory. A digest
 proves whose file it is, not that it is harmless, so `Artifact.engine_path` compares these paths with the manifest
-first.
+first. And it may hold loops that never end: only the operators of `schemas/operators.py` are let through, and neither
+functions, nor graphs in nodes, nor training.
 
-This walks the protobuf wire format through every place where a tensor can stand. Field numbers: onnx/onnx.proto3.
+This walks the protobuf wire format through every place where a tensor or a node can stand. Field numbers:
+onnx/onnx.proto3.
 """
 
 from __future__ import annotations
@@ -15,42 +18,43 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
+from otcache.schemas.errors import ArtifactError
 from otcache.schemas.messages import damage_error, one_line
+from otcache.schemas.operators import fault_of
 
 MAX_FIELDS = 4_000_000
 """Fields of one file that are looked at: minutes in Python; exported graphs have some ten thousand."""
-MAX_DEPTH = 64
-"""Messages within messages; the graphs of control flow nest."""
 MAX_TEXT = 4096
 """Bytes of a path or name that is read."""
 
 _INSIDE: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
-    "training": {1: "graph", 2: "graph"},
-    "function": {7: "node", 11: "attribute"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "node": {4: "operator", 5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "node": {4: "operator", 5: "attribute", 7: "domain"},
+    "attribute": {5: "tensor", 6: "inner", 10: "tensor", 11: "inner", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "external"},
 }
-"""Of each message, the fields that lead to tensors, and what is in them."""
-_REFUSED = {b"EPContext": "a compiled engine in another file", b"PythonOp": "Python code"}
-"""Operators that make ONNX Runtime read or run something beside the graph."""
+"""Of each message, the fields that lead to tensors and nodes, and what is in them. No message holds one of its kind."""
+_REFUSED = {
+    "function": "a function, which may call others without end",
+    "inner": "a graph within a node, as loops and branches have",
+    "training": "a graph for training",
+}
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
 
 
 def external_locations(path: Path, name: str) -> tuple[str, ...]:
     """Every path that an ONNX file names as external data, in order, as it names them.
 
-    `name` is what messages call the file. Raises ArtifactError for a file that is no protobuf message, or holds an
-    operator that reads files by itself.
+    `name` is what messages call the file. Raises ArtifactError for a file that is no protobuf message, or holds
+    anything but plain operators.
     """
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
-            return tuple(dict.fromkeys(_Walk(file, name).locations(size, "model", 0)))
+            return tuple(dict.fromkeys(_Walk(file, name).locations(size, "model")))
     except OSError as error:
         raise damage_error(name, one_line(error), "a readable file") from None
 
@@ -61,23 +65,39 @@ class _Walk:
     def __init__(self, file: BinaryIO, name: str) -> None:
         self.file, self.name, self.fields = file, name, 0
 
-    def locations(self, end: int, kind: str, depth: int) -> Iterator[str]:
+    def locations(self, end: int, kind: str) -> Iterator[str]:
         """External paths in the message `kind` between here and `end`."""
-        if depth > MAX_DEPTH:
-            raise damage_error(self.name, f"more than {MAX_DEPTH} levels of messages", "an ONNX model")
+        operator, domain = "", ""
         for field, size in self.messages(end):
             inside = _INSIDE[kind].get(field)
             after = self.file.tell() + size
             if inside == "external":
                 yield from self.location(size)
             elif inside == "operator":
-                operator = self.file.read(min(size, MAX_TEXT))
-                if operator in _REFUSED:
-                    found = f"the operator {one_line(operator.decode())}, which is {_REFUSED[operator]}"
-                    raise damage_error(self.name, found, "a graph that stands for itself", "compile it again")
+                operator = self.text(size)
+                self.check_operator(operator, "")
+            elif inside == "domain":
+                domain = self.text(size)
+            elif inside in _REFUSED:
+                raise self.fault(_REFUSED[inside])
             elif inside is not None:
-                yield from self.locations(after, inside, depth + 1)
+                yield from self.locations(after, inside)
             self.file.seek(after)
+        if kind == "node":
+            self.check_operator(operator, domain)
+
+    def check_operator(self, operator: str, domain: str) -> None:
+        """Raise ArtifactError unless an engine may hold a node of this type."""
+        if found := fault_of(operator, domain):
+            raise self.fault(found)
+
+    def fault(self, found: str) -> ArtifactError:
+        """The error of a graph that holds something else than plain operators."""
+        return damage_error(self.name, found, "operators that otc compile exports", "compile it again")
+
+    def text(self, size: int) -> str:
+        """The name that stands here, made fit for messages."""
+        return one_line(self.file.read(min(size, MAX_TEXT)).decode("utf-8", "replace"), 80)
 
     def messages(self, end: int) -> Iterator[tuple[int, int]]:
         """Number and length of every field with bytes; the caller leaves the file behind them."""

@@ -22,6 +22,7 @@ from otcache.schemas.messages import AGAIN, damage_error, one_line
 from otcache.schemas.safe_files import locate, open_regular
 
 from ..messages import MODULES, build_command
+from .limits import check_size
 from .onnx_references import external_locations
 
 _verified: set[tuple[Any, ...]] = set()
@@ -53,8 +54,12 @@ class Artifact:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Artifact:
-        """Read and check the manifest; no other file is touched. Raises ArtifactError and nothing else."""
+        """Read and check the manifest, and the sizes that it states; no other file is touched.
+
+        Raises ArtifactError; UsageError for an `OTC_MAX_BYTES` that is no number.
+        """
         read = read_manifest(folder)
+        check_size(read.manifest, len(read.data))
         entries = {entry.path: entry for entry in (*read.manifest.files, *read.manifest.attachments)}
         return cls(Path(folder), read.manifest, len(read.data), entries)
 
@@ -78,9 +83,14 @@ class Artifact:
             self._check_references(name, path)
         return path
 
-    def read(self, name: str) -> bytes:
-        """Content of a listed file, the very bytes whose digest was checked. Raises ArtifactError."""
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """Content of a listed file, the very bytes whose digest was checked.
+
+        limit: bytes that it may have, for what is made of it; None for what an artifact may have. Raises ArtifactError.
+        """
         entry = self._entry(name)
+        if limit is not None and entry.size_bytes > limit:
+            raise damage_error(name, f"{entry.size_bytes} bytes", f"at most {limit} bytes")
         path, _ = self._locate(entry)
         try:
             with open_regular(path) as file:

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from otcache.schemas.errors import ArtifactError, HostError
-from otcache.schemas.manifest import SIGNATURE_NAME
+from otcache.schemas.errors import ArtifactError, UsageError
+from otcache.schemas.manifest import MANIFEST_NAME, SIGNATURE_NAME
 from otcache.schemas.messages import one_line
+from otcache.schemas.places import check_writable
 from otcache.schemas.segments import Granularity
 
 from ..artifact.reader import Artifact
@@ -95,6 +96,7 @@ def build_engines(
             f"{folder} is signed, and the signature would not cover new engines: expected an unsigned artifact: "
             "remove it with --unsign, and sign again with otc sign"
         )
+    check_writable(folder / MANIFEST_NAME, "ARTIFACT")
     whole = profile_for(artifact.manifest, profile or {})
     if granularity != "block":
         check_onnx()
@@ -111,9 +113,9 @@ def build_engines(
         try:
             results.append(_build_target(artifact, choices, jobs, unsign, progress))
         except OSError as error:
-            raise HostError(
-                f"{folder}: plans for {target} cannot be written: {one_line(error.strerror or error)}: make room, or "
-                "copy the artifact to where it can be written; what is finished is kept"
+            raise UsageError(
+                f"ARTIFACT is {folder}: plans for {target} cannot be written: {one_line(error.strerror or error)}: "
+                "make room, or copy it to where it can be written; what is finished is kept"
             ) from None
     return tuple(results)
 

@@ -19,11 +19,12 @@ from otcache.schemas.manifest import (
     Measurement,
 )
 from otcache.schemas.manifest_file import read_manifest, seal, write_manifest
+from otcache.schemas.segments import COMBINATIONS
 
 from ..artifact.reader import Artifact
 from ..engines.tensorrt_library import host_platform
 from .plan import BuiltPlan
-from .specs import COMBINATIONS, Choices, PlanSpec
+from .specs import Choices, PlanSpec
 
 BUILD_TIME = "build_s/"
 """Measurements of the manifest with this prefix say how long a plan took: build_s/<backend>/<target>/<name>."""

@@ -8,16 +8,13 @@ from pathlib import Path
 from otcache.schemas.combinations import Combination, combinations
 from otcache.schemas.digest import digest_of_value
 from otcache.schemas.manifest import Manifest, Stage
-from otcache.schemas.segments import Granularity, coarsen, name_of, segments
+from otcache.schemas.segments import COMBINATIONS, Granularity, coarsen, name_of, segments
 
 from ..artifact.reader import Artifact
 from ..engines.profiles import BATCH, Profile, Range, Triple, input_shapes
 from ..engines.tensorrt_library import host_platform
 from .plan import BuildJob
 from .segments import OnnxSegment
-
-COMBINATIONS = "combinations/"
-"""What a combination's name has before it, where stages are named beside it; no stage's name has a slash."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,10 @@ from otcache.schemas.errors import UsageError
 
 from .options import artifact_argument, backend_option, json_option, print_json, threads_option
 from .progress import progress_bar
+from .whole_tables import print_whole
+
+MOST_REQUESTS = 1_000_000
+"""Of each budget and batch: their times are kept in memory."""
 
 
 @click.command(
@@ -26,11 +30,15 @@ Examples:
 @click.option("--budget", default=None, metavar="N|full[,…]", help="Budgets to measure; default: all.")
 @click.option("--batch", default="1", show_default=True, metavar="N[,…]", help="Pictures in a request.")
 @click.option(
-    "--repeat", type=click.IntRange(min=1), default=20, show_default=True, help="Requests of each budget and batch."
+    "--repeat",
+    type=click.IntRange(1, MOST_REQUESTS),
+    default=20,
+    show_default=True,
+    help="Requests of each budget and batch.",
 )
 @click.option(
     "--warmup",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, MOST_REQUESTS),
     default=1,
     show_default=True,
     help="Requests of each before that, which do not count.",
@@ -126,5 +134,5 @@ def _print_table(result: dict[str, Any]) -> None:
         kind = (entry["budget"], str(entry["batch"]))
         latency.add_row(*kind, *(f"{1e3 * entry['latency_s'][name]:.1f}" for name in names))
         shares.add_row(*kind, *(f"{1e3 * entry['parts'][part]['p50']:.1f}" for part in parts))
-    console.print(latency)
-    console.print(shares)
+    print_whole(console, latency)
+    print_whole(console, shares)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from ..build.build_engines import Progress
 
+MOST_JOBS = 256
+"""Processes that build at once, each with gigabytes."""
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -48,7 +50,7 @@ A build that was stopped goes on where it was when it is started again. Engines 
 )
 @click.option("--workspace", default=None, metavar="SIZE", help="Most memory of one layer, such as 4GB.")
 @granularity_option
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Plans built at once.")
+@click.option("--jobs", type=click.IntRange(1, MOST_JOBS), default=1, show_default=True, help="Plans built at once.")
 @click.option("--unsign", is_flag=True, help="Remove the signature of a signed artifact; it cannot cover new engines.")
 @json_option
 def build_command(

@@ -30,7 +30,7 @@ def engines_table(manifest: Manifest) -> Table:
 
     table = Table(title="Engines", title_justify="left", box=None, show_header=False)
     table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    table.add_column()
     for engine in manifest.engines:
         facts = _facts(manifest, engine)
         together = f", up to {facts['blocks_per_plan']} blocks in one" if facts["blocks_per_plan"] > 1 else ""
@@ -135,7 +135,7 @@ def _table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left", box=None)
     for heading in headings:
         justify: Literal["left", "right"] = "right" if heading.startswith(">") else "left"
-        table.add_column(heading.removeprefix(">"), justify=justify, no_wrap=justify == "right", overflow="fold")
+        table.add_column(heading.removeprefix(">"), justify=justify, no_wrap=justify == "right")
     return table
 
 

@@ -15,9 +15,12 @@ from otcache.schemas.manifest import FULL, BudgetProgram, Manifest, TensorInfo
 from otcache.schemas.segments import Granularity
 from otcache.schemas.targets import TIERS, tiers_of
 
+from ..loop.backend import MOST_SAMPLES
+from ..messages import one_line, readable_size
 from .engine_tables import engine_summaries, engines_table, memory_summary, memory_tables
 from .options import artifact_argument, granularity_option, json_option, size_options
 from .options import print_json as _print_json
+from .whole_tables import print_whole
 
 
 @click.command(
@@ -33,7 +36,9 @@ Examples:
 @click.option(
     "--memory", is_flag=True, help="Show the device memory of each budget at a size, and every address, instead."
 )
-@click.option("-n", "--images", type=click.IntRange(min=1), default=1, show_default=True, help="At once, for --memory.")
+@click.option(
+    "-n", "--images", type=click.IntRange(1, MOST_SAMPLES), default=1, show_default=True, help="At once, for --memory."
+)
 @size_options
 @granularity_option
 @json_option
@@ -146,25 +151,16 @@ def _tiers_table(manifest: Manifest) -> Table:
 
 
 def _print_tables(tables: Sequence[Any]) -> None:
-
     console = Console(highlight=False)
     for table in tables:
-        console.print(table)
+        print_whole(console, table)
 
 
 def _print_manifest(manifest: Manifest) -> None:
-
-    from ..messages import one_line, readable_size
     from .engine_tables import size_lines
-
-    def safe(value: object) -> str:
-        return escape(one_line(value))
 
     console = Console(highlight=False)
     model, sampler, conditions, guidance = manifest.model, manifest.sampler, manifest.conditions, manifest.guidance
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column()
-    facts.add_column(overflow="fold")
     scale = f"{guidance.kind} {guidance.scale:g} (served {guidance.minimum:g} to {guidance.maximum:g})"
     for name, value in (
         ("model", f"{model.name} ({model.pipeline}, {model.transformer})"),
@@ -175,20 +171,10 @@ def _print_manifest(manifest: Manifest) -> None:
         ("calibrated", f"{conditions.calibration_prompts} prompts for {conditions.objective}, seed {conditions.seed}"),
         ("digest", manifest.digest),
     ):
-        facts.add_row(name, safe(value))
-    console.print(facts)
-    sizes = {entry.path: entry.size_bytes for entry in manifest.files}
-    stages = Table(title="Stages", title_justify="left", box=None)
-    for heading in ("stage", "kind", "reads", "writes", "size", "error"):
-        figure = heading in ("size", "error")
-        stages.add_column(heading, justify="right" if figure else "left", no_wrap=figure, overflow="fold")
-    for stage in manifest.stages:
-        reads, writes = ("\n".join(safe(_tensor(t)) for t in side) for side in (stage.inputs, stage.outputs))
-        error = f"{stage.max_relative_error:.1e}"
-        stages.add_row(safe(stage.name), stage.kind, reads, writes, readable_size(sizes[stage.onnx]), error)
-    console.print(stages)
+        console.print(f"{name:<10}  {_safe(value)}", soft_wrap=True)  # a digest is copied as one
+    print_whole(console, _stages_table(manifest), _stages_list(manifest))
     if manifest.engines:
-        console.print(engines_table(manifest))
+        print_whole(console, engines_table(manifest))
     budgets = Table(title="Budgets", title_justify="left", box=None)
     for heading in ("budget", "payload", "PSNR dB", "worst", "SSIM", "schedule"):
         budgets.add_column(heading, no_wrap=True, justify="left" if heading in ("payload", "schedule") else "right")
@@ -196,9 +182,39 @@ def _print_manifest(manifest: Manifest) -> None:
     for name in manifest.budgets:
         if entry := manifest.program(name):
             budgets.add_row(*_budget_row(entry, sampler.num_inference_steps, width))
-    console.print(budgets)
+    print_whole(console, budgets)
     if _tiers_summary(manifest):
-        console.print(_tiers_table(manifest))
+        print_whole(console, _tiers_table(manifest))
+
+
+def _stages_table(manifest: Manifest) -> Table:
+    """A row for each stage, which breaks between a tensor's name and its shape alone."""
+    sizes = {entry.path: entry.size_bytes for entry in manifest.files}
+    stages = Table(title="Stages", title_justify="left", box=None)
+    for heading in ("stage", "kind", "reads", "writes", "size", "error"):
+        figure = heading in ("size", "error")
+        stages.add_column(heading, justify="right" if figure else "left", no_wrap=figure)
+    for stage in manifest.stages:
+        reads, writes = ("\n".join(_safe(_tensor(t)) for t in side) for side in (stage.inputs, stage.outputs))
+        error = f"{stage.max_relative_error:.1e}"
+        stages.add_row(_safe(stage.name), stage.kind, reads, writes, readable_size(sizes[stage.onnx]), error)
+    return stages
+
+
+def _stages_list(manifest: Manifest) -> str:
+    """The same below one another, for narrow terminals."""
+    sizes = {entry.path: entry.size_bytes for entry in manifest.files}
+    lines = ["Stages"]
+    for stage in manifest.stages:
+        size, error = readable_size(sizes[stage.onnx]), f"{stage.max_relative_error:.1e}"
+        lines.append(f" {_safe(stage.name)}  {stage.kind}, {size}, error {error}")
+        for word, side in (("reads", stage.inputs), ("writes", stage.outputs)):
+            lines += [f"  {word:<6}  {_safe(_tensor(tensor))}" for tensor in side]
+    return "\n".join(lines)
+
+
+def _safe(value: object) -> str:
+    return escape(one_line(value))
 
 
 def _tensor(tensor: TensorInfo) -> str:

@@ -15,6 +15,7 @@ from otcache.schemas.errors import HostError, OTCacheError
 
 from .completion import completion
 from .inspect import inspect
+from .json_lines import json_lines_only
 from .run import run
 from .serve import serve
 from .shipping import pack, sign, unpack, verify
@@ -24,7 +25,7 @@ EXIT_CODES = """\b
 Exit codes:
   0  success
   1  any other failure
-  2  usage: an option, argument or output file
+  2  usage: an option, an argument, or a place that cannot be written
   3  model: cannot be loaded or compiled
   4  artifact: damaged, incomplete or of an unknown version
   5  request: a budget, prompt or size that is not served
@@ -34,11 +35,13 @@ Exit codes:
 \b
 Environment:
   OTC_LOG          debug, info, warning (default) or error: what is logged to stderr
+  OTC_MAX_BYTES    most bytes of an artifact that is opened; default 256 GiB
   OTC_CACHE        where compiles keep their results; default ~/.cache/otcache
   HF_HUB_OFFLINE   1: hub ids are taken from the local cache only
 """
 INTERRUPTED = 130
 """Exit code of Ctrl-C, as shells report it."""
+AGAIN = "interrupted: start it again"
 KINDS = {1: "other", 2: "usage", 3: "model", 4: "artifact", 5: "request", 6: "host"}
 """Exit codes by name, as `--json` reports errors."""
 _JSON = "--json"
@@ -68,15 +71,23 @@ class Commands(click.Group):
         args = list(sys.argv[1:] if args is None else args)
         if not standalone_mode or not _asks_for_json(args):
             return super().main(args, prog_name, standalone_mode=standalone_mode, **extra)
+        with json_lines_only():
+            try:
+                code = super().main(args, prog_name, standalone_mode=False, **extra)
+            except click.ClickException as error:
+                _print_json_error(error.format_message(), error.exit_code)
+                sys.exit(error.exit_code)
+            except click.Abort:
+                _print_json_error(AGAIN, INTERRUPTED)
+                sys.exit(INTERRUPTED)
+            sys.exit(code if isinstance(code, int) else 0)
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """As click's, where Ctrl-C meanwhile ends as everywhere else."""
         try:
-            code = super().main(args, prog_name, standalone_mode=False, **extra)
-        except click.ClickException as error:
-            _print_json_error(error.format_message(), error.exit_code)
-            sys.exit(error.exit_code)
-        except click.Abort:
-            _print_json_error("interrupted: start it again", 1)
-            sys.exit(1)
-        sys.exit(code if isinstance(code, int) else 0)
+            return super().make_context(*args, **extra)
+        except KeyboardInterrupt:
+            raise _one_line_error(AGAIN, INTERRUPTED) from None
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[_JSON] = _asks_for_json(args)
@@ -89,7 +100,7 @@ class Commands(click.Group):
             _log.debug("%s was raised here", type(error).__name__, exc_info=True)
             raise _one_line_error(str(error), error.exit_code) from None
         except KeyboardInterrupt:
-            raise _one_line_error("interrupted: start it again", INTERRUPTED) from None
+            raise _one_line_error(AGAIN, INTERRUPTED) from None
         except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
@@ -110,7 +121,7 @@ def _print_json_error(message: str, exit_code: int) -> None:
     event = {
         "event": "error",
         "exit_code": exit_code,
-        "kind": "interrupted" if exit_code == INTERRUPTED else KINDS.get(exit_code, "other"),
+        "kind": "interrupted" if exit_code > 128 else KINDS.get(exit_code, "other"),
         "message": one_line(message, 2000),
     }
     click.echo(json.dumps(event, ensure_ascii=False), err=True)

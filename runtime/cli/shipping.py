@@ -19,7 +19,7 @@ from otcache.schemas.messages import one_line
 
 from ..messages import readable_size
 from .completion import complete_backends
-from .options import artifact_argument, json_option, print_json
+from .options import artifact_argument, json_option, print_json, threads_option
 
 if TYPE_CHECKING:
     from ..shipping.packing import Packed
@@ -67,7 +67,7 @@ Examples:
     shell_complete=complete_backends,
     help="For the levels host and golden: auto, onnxruntime, tensorrt or tensorrt-rtx.",
 )
-@click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads; default: one for each core.")
+@threads_option
 @json_option
 def verify(
     artifact: Path, level: str, public_key: Path | None, backend: str, threads: int | None, as_json: bool
@@ -132,10 +132,11 @@ def sign(artifact: Path, key: Path, force: bool, as_json: bool) -> None:
     Signed is the digest, and with it every program and file. Measurements and reports are not covered by it.
     """
     from ..artifact.reader import Artifact
-    from ..shipping.signing import SIGNATURE_NAME
+    from ..shipping.signing import SIGNATURE_NAME, check_place
     from ..shipping.signing import sign as sign_artifact
 
     opened = Artifact.open(artifact)
+    check_place(artifact, force=force)
     opened.verify()
     signature = sign_artifact(opened, key, force=force)
     target = artifact / SIGNATURE_NAME
@@ -166,9 +167,11 @@ Examples:
 def pack(artifact: Path, output: Path, force: bool, as_json: bool) -> None:
     """Write ARTIFACT into one tar file, the same bytes for the same artifact. A signature travels along."""
     from ..artifact.reader import Artifact
+    from ..shipping.packing import check_file, pack_file
     from ..shipping.packing import pack as pack_stream
-    from ..shipping.packing import pack_file
 
+    if str(output) != "-":
+        check_file(output, force)
     opened = Artifact.open(artifact)
     unlisted = opened.check_structure().unlisted
     with _ended_by_sigterm():
@@ -228,12 +231,16 @@ def _opened(archive: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+class _Stopped(BaseException):
+    """SIGTERM has come. No Exception, so that nothing takes it for a failure of its own."""
+
+
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does, so that temporary files are removed; the exit code is 143."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
+        raise _Stopped
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -241,6 +248,10 @@ def _ended_by_sigterm() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except _Stopped:
+        error = click.ClickException("stopped by SIGTERM: start it again")
+        error.exit_code = 128 + signal.SIGTERM  # type: ignore[misc]
+        raise error from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

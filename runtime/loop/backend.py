@@ -129,6 +129,9 @@ class Backend(Protocol):
 
 MOST_THREADS = 1024
 """CPU threads of a stage that may be asked for: more than the largest hosts have cores. Each costs memory."""
+MOST_SAMPLES = 4096
+"""Pictures that one request may ask for: beyond what any device holds at once, so that a slip of the finger is told at
+once rather than when memory is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,10 @@ from otcache.schemas.errors import ArtifactError, UsageError
 from otcache.schemas.manifest import MANIFEST_NAME
 from otcache.schemas.manifest_file import read_manifest, write_manifest
 from otcache.schemas.messages import one_line
+from otcache.schemas.places import check_writable
 
 from ..artifact.reader import Artifact
 from ..loop.timing import PARTS, StepTiming, Timer, Timing
-from ..places import check_writable
 from .sampler import LATENCY, Sampler
 
 PERCENTILES = (50, 90, 95, 99)

@@ -19,14 +19,10 @@ from otcache.schemas.manifest import BudgetProgram, Guidance, Manifest, TensorIn
 from otcache.schemas.messages import one_line
 from otcache.schemas.program import Program
 
-from ..loop.backend import Array
+from ..loop.backend import MOST_SAMPLES, Array
 from ..loop.finite import is_spoilt
 from .noise import SEED_MAXIMUM, SEED_MINIMUM, noise
 from .request_size import Given, Sizes
-
-MOST_SAMPLES = 4096
-"""Pictures that one request may ask for: beyond what any device holds at once, so that a slip of the finger is told at
-once rather than when memory is gone."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

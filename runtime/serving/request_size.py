@@ -72,9 +72,9 @@ class Sizes:
         inputs = {tensor.name: tensor for tensor in manifest.steady_inputs}
         constants = {}
         for name, path in (entry.constants if entry else {}).items():
-            data, dtype = self._artifact.read(path), np.dtype(DTYPES[inputs[name].dtype]).newbyteorder("<")
-            shape = shape_of(inputs[name], 1)
+            dtype, shape = np.dtype(DTYPES[inputs[name].dtype]).newbyteorder("<"), shape_of(inputs[name], 1)
             expected = math.prod(shape) * dtype.itemsize
+            data = self._artifact.read(path, expected)
             if len(data) != expected:
                 raise damage_error(path, f"{len(data)} bytes", f"{expected} bytes for {name} at {describe_size(size)}")
             constants[name] = np.frombuffer(data, dtype).reshape(shape)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from otcache.schemas.errors import ArtifactError
 from otcache.schemas.manifest import Tokenizer
 from otcache.schemas.messages import one_line
+from otcache.schemas.tokenizer_file import MAX_TOKENIZER_BYTES, parse_tokenizer
 
 from ..artifact.reader import Artifact
 from ..loop.backend import Array
@@ -34,8 +36,10 @@ class Tokenizers:
         with self._lock:
             ids = {}
             for entry, tokenizer in self._tokenizers:
-                _set_length(tokenizer, entry, lengths[entry.input_name] if lengths else entry.length)
-                ids[entry.input_name] = np.array([tokenizer.encode(entry.text(text)).ids for text in texts], np.int64)
+                said = [entry.text(text) for text in texts]
+                with _named(entry):
+                    _set_length(tokenizer, entry, lengths[entry.input_name] if lengths else entry.length)
+                    ids[entry.input_name] = np.array([tokenizer.encode(text).ids for text in said], np.int64)
             return ids
 
 
@@ -47,12 +51,21 @@ def _set_length(tokenizer: Any, entry: Tokenizer, length: int) -> None:
 def _load(artifact: Artifact, entry: Tokenizer) -> Any:
     from tokenizers import Tokenizer as FastTokenizer
 
-    data = artifact.read(entry.path)
-    try:
-        tokenizer = FastTokenizer.from_buffer(data)
+    checked = parse_tokenizer(artifact.read(entry.path, MAX_TOKENIZER_BYTES), entry.path)
+    with _named(entry):
+        tokenizer = FastTokenizer.from_str(checked)
         _set_length(tokenizer, entry, entry.length)
-    except Exception as error:  # the library raises plain Exception
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _named(entry: Tokenizer) -> Iterator[None]:
+    """Whatever the library raises, a panic of its Rust code among it, which is no Exception, as an ArtifactError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
         raise ArtifactError(
             f"tokenizer {entry.path}: {one_line(error)}: expected a tokenizer.json: compile it again"
         ) from None
-    return tokenizer

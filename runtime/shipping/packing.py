@@ -18,14 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from otcache.schemas.errors import ArtifactError, HostError, UsageError
+from otcache.schemas.errors import ArtifactError, UsageError
 from otcache.schemas.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNATURE_NAME, FileEntry, Manifest
 from otcache.schemas.manifest_file import parse_manifest, read_manifest
 from otcache.schemas.messages import damage_error, one_line
+from otcache.schemas.places import check_creatable, check_writable, unwritable
 from otcache.schemas.safe_files import read_small
 from otcache.schemas.signature import MAX_SIGNATURE_BYTES
-from otcache.schemas.whole_files import part_folder, publish_folder, recover_folder, whole_file
+from otcache.schemas.whole_files import (
+    own_part,
+    part_folder,
+    publish_folder,
+    recover_folder,
+    sweep_leftovers,
+    whole_file,
+)
 
+from ..artifact.limits import check_size
 from ..artifact.reader import Artifact
 from .signing import compare_signature, load_public_key, parse_signature, unsigned_error
 
@@ -148,21 +157,25 @@ def _copy(read: Callable[[int], bytes], entry: FileEntry, write: Callable[[bytes
 
 def pack_file(artifact: Artifact, target: Path, *, force: bool) -> Packed:
     """Write an artifact's archive to a file, whole or not at all. Raises ArtifactError, UsageError, HostError."""
-    _check_file(target, force)
+    check_file(target, force)
+    with _naming(target):
+        sweep_leftovers(target)
     with _naming(target), whole_file(target) as part:
         with open(part, "wb") as out:
             packed = pack(artifact, out)
-        _check_file(target, force)  # something may have appeared there meanwhile
+        check_file(target, force)  # something may have appeared there meanwhile
     return packed
 
 
-def _check_file(target: Path, force: bool) -> None:
+def check_file(target: Path, force: bool) -> None:
+    """Raise UsageError if no archive can be written there."""
     if target.is_dir():
         raise UsageError(f"-o is {one_line(target)}: expected a file's name, but a folder is there: choose another")
     if os.path.lexists(target) and not force:
         raise UsageError(f"-o is {one_line(target)}: it exists: choose another name, or overwrite it with --force")
     if not target.absolute().parent.is_dir():
         raise UsageError(f"-o is {one_line(target)}: its folder does not exist: create it, or choose another")
+    check_writable(target, "-o")
 
 
 @contextlib.contextmanager
@@ -171,10 +184,7 @@ def _naming(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = one_line(error.strerror or error)
-        raise HostError(
-            f"{one_line(target)} cannot be written: {reason}: free some space, or choose another with -o"
-        ) from None
+        raise unwritable(target, "-o", error) from None
 
 
 class _Members:
@@ -259,17 +269,20 @@ def unpack(stream: BinaryIO, target: Path, *, force: bool = False, public_key: P
     """Restore an artifact from an archive into the folder `target`: checked as a whole before it stands there.
 
     Nothing is written outside a temporary folder beside `target`, which is gone afterwards whatever happens (but for a
-    kill, which leaves a folder `.<name>.….part`). With `public_key` the signature is checked before any file is read.
-    Raises ArtifactError, UsageError, HostError.
+    kill, whose `.<name>.<process>.part` the next one removes). With `public_key` the signature is checked before any
+    file is read. Raises ArtifactError, UsageError, HostError.
     """
     with _naming(target):
         recover_folder(target, MANIFEST_NAME)
     _check_folder(target, force)
     key = load_public_key(public_key) if public_key else None
-    with _naming(target), part_folder(target) as part:
+    with _naming(target):
+        sweep_leftovers(target)
+    with _naming(target), part_folder(target, own_part(target.absolute())) as part:
         members = _Members(stream)
         read = parse_manifest(members.small(MANIFEST_NAME, MAX_MANIFEST_BYTES))
         manifest = read.manifest
+        check_size(manifest, len(read.data))
         count = 1
         if _names(members, SIGNATURE_NAME):
             data = members.small(SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
@@ -329,3 +342,4 @@ def _check_folder(target: Path, force: bool) -> None:
             raise UsageError(
                 f"-o is {one_line(target)}: it is no artifact, so --force will not remove it: choose another"
             )
+    check_creatable(target, "-o")

@@ -18,6 +18,7 @@ from otcache.schemas.digest import canonical_json
 from otcache.schemas.errors import ArtifactError, HostError, UsageError
 from otcache.schemas.manifest import SIGNATURE_NAME
 from otcache.schemas.messages import damage_error, one_line
+from otcache.schemas.places import check_writable, unwritable
 from otcache.schemas.safe_files import read_small
 from otcache.schemas.signature import MAX_SIGNATURE_BYTES, Signature, signed_message
 from otcache.schemas.strict_json import parse_object
@@ -44,7 +45,8 @@ def sign(artifact: Artifact, key: Path, *, force: bool = False) -> Signature:
         public_key=_base64(public),
         signature=_base64(private.sign(signed_message(digest))),
     )
-    _write(artifact.folder / SIGNATURE_NAME, signature, force)
+    check_place(artifact.folder, force=force)
+    _write(artifact.folder / SIGNATURE_NAME, signature)
     return signature
 
 
@@ -119,18 +121,21 @@ def _verifies(public: Any, signature: bytes, message: bytes) -> bool:
     return True
 
 
-def _write(target: Path, signature: Signature, force: bool) -> None:
+def check_place(folder: Path, *, force: bool) -> None:
+    """Raise UsageError if no signature can be written beside the manifest in `folder`, or one is there."""
+    target = folder / SIGNATURE_NAME
     if os.path.lexists(target) and not force:
         raise UsageError(
             f"{one_line(target)} exists: the artifact is signed already: replace the signature with --force"
         )
+    check_writable(target, "ARTIFACT")
+
+
+def _write(target: Path, signature: Signature) -> None:
     try:
         write_whole(target, canonical_json(signature.model_dump(mode="json")) + b"\n")
     except OSError as error:
-        raise UsageError(
-            f"{one_line(target)} cannot be written: {one_line(error.strerror or error)}: copy the artifact to where it "
-            "can"
-        ) from None
+        raise unwritable(target, "ARTIFACT", error) from None
 
 
 def _private_key(path: Path) -> Any:

@@ -8,6 +8,7 @@ golden      the request that was stored at compile time gives the latents that w
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,8 @@ def _check_plans(artifact: Artifact) -> tuple[PlansCheck, ...]:
 
 def _run_golden(sampler: Sampler, golden: Golden) -> GoldenCheck:
     artifact = sampler.artifact
-    expected = np.frombuffer(artifact.read(golden.latents), "<f4").astype(np.float64)
+    size = 4 * math.prod(artifact.manifest.latents.shape)
+    expected = np.frombuffer(artifact.read(golden.latents, size), "<f4").astype(np.float64)
     if not np.isfinite(expected).all() or not expected.any():
         raise damage_error(golden.latents, "zeros alone, or numbers that are not finite", "latents", "compile it again")
     found = sampler.sample(

@@ -8,6 +8,8 @@ well, unless the attack is about those. The message is a part of what `otc verif
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +89,8 @@ fields("engine_is_a_tokenizer", "no ONNX file", lambda v: v["stages"][0].update(
 fields("engine_in_another_format", "no ONNX file", lambda v: v["stages"][0].update(onnx="engines/onnx/embed.ort"))
 fields("file_of_another_size", "expected 1 bytes", lambda v: v["files"][0].update(size_bytes=1))
 fields("file_of_a_negative_size", "greater than or equal to 0", lambda v: v["files"][0].update(size_bytes=-1))
+fields("files_of_terabytes", "set OTC_MAX_BYTES=", lambda v: v["files"][-1].update(size_bytes=4 << 40))
+fields("onnx_of_terabytes", "expected at most 2147483647", lambda v: v["files"][0].update(size_bytes=4 << 40))
 fields("file_of_a_huge_size", "less than or equal to", lambda v: v["files"][0].update(size_bytes=1 << 60))
 fields("file_with_another_digest", "found digest", lambda v: v["files"][0].update(digest="sha256:" + "0" * 64))
 fields("file_with_a_weak_digest", "should match pattern", lambda v: v["files"][0].update(digest="md5:" + "0" * 32))
@@ -179,7 +183,7 @@ def external_in_a_constant(folder: Path, value: Value) -> None:
     _model(folder, [node, *_PLAIN], [])
 
 
-@attack("found weights that are read from '/etc/passwd'")
+@attack("found the operator If")
 def external_in_a_branch(folder: Path, value: Value) -> None:
     inner = [helper.make_node("Constant", [], ["c"], value=_external("/etc/passwd"))]
     graph = helper.make_graph(inner, "then", [], [helper.make_tensor_value_info("c", TensorProto.FLOAT, [12, 12])])
@@ -188,14 +192,14 @@ def external_in_a_branch(folder: Path, value: Value) -> None:
     _model(folder, [node, *_PLAIN], [condition])
 
 
-@attack("found weights that are read from '/etc/passwd'")
+@attack("found the operator Read")
 def external_in_a_function(folder: Path, value: Value) -> None:
     inner = [helper.make_node("Constant", [], ["c"], value=_external("/etc/passwd"))]
     function = helper.make_function("own", "Read", [], ["c"], inner, [helper.make_opsetid("", 20)])
     _model(folder, [helper.make_node("Read", [], ["w"], domain="own"), *_PLAIN], [], [function])
 
 
-@attack("a compiled engine in another file")
+@attack("found the operator EPContext")
 def engine_in_another_file(folder: Path, value: Value) -> None:
     node = helper.make_node(
         "EPContext", ["h1"], ["h2"], domain="com.microsoft", ep_cache_context="/etc/passwd", embed_mode=0
@@ -203,7 +207,7 @@ def engine_in_another_file(folder: Path, value: Value) -> None:
     _model(folder, [node], [])
 
 
-@attack("more than 64 levels of messages")
+@attack("found a graph within a node")
 def onnx_nested_without_end(folder: Path, value: Value) -> None:
     """Graphs in attributes in nodes in graphs, 200 deep."""
 
@@ -221,9 +225,115 @@ def onnx_nested_without_end(folder: Path, value: Value) -> None:
     (folder / BLOCK).write_bytes(wrap(7, data))
 
 
+def _loop(condition: str) -> tuple[list[Any], list[Any]]:
+    """A loop that never ends, as nodes and initializers."""
+    sides = [helper.make_tensor_value_info(name, kind, []) for name, kind in (("i", 7), ("go", 9), ("went", 9))]
+    body = helper.make_graph([helper.make_node("Identity", ["go"], ["went"])], "body", sides[:2], sides[2:])
+    return [helper.make_node("Loop", ["", condition], [], body=body), *_PLAIN], [
+        numpy_helper.from_array(np.array(True), "yes"),
+        numpy_helper.from_array(np.zeros((12, 12), "float32"), "w"),
+    ]
+
+
+@attack("found the operator Loop")
+def loop_without_end(folder: Path, value: Value) -> None:
+    _model(folder, *_loop("yes"))
+
+
+@attack("found a graph within a node")
+def loop_in_an_operator_that_is_let_through(folder: Path, value: Value) -> None:
+    nodes, initializers = _loop("yes")
+    inner = helper.make_graph(nodes[:1], "inner", [], [])
+    _model(folder, [helper.make_node("MatMul", ["h1", "w"], ["h2"], body=inner)], initializers)
+
+
+@attack("found a function, which may call others")
+def loop_in_a_function(folder: Path, value: Value) -> None:
+    nodes, initializers = _loop("yes")
+    function = helper.make_function("", "MatMul", ["a", "b"], ["c"], nodes[:1], [helper.make_opsetid("", 20)])
+    _model(folder, _PLAIN, initializers, [function])
+
+
+@attack("found the operator Gelu of com.microsoft")
+def operator_of_a_library(folder: Path, value: Value) -> None:
+    _model(folder, [helper.make_node("Gelu", ["h1"], ["h2"], domain="com.microsoft")], [])
+
+
+@attack("found the operator RegexFullMatch")
+def operator_that_backtracks(folder: Path, value: Value) -> None:
+    _model(folder, [helper.make_node("RegexFullMatch", ["h1"], ["h2"], pattern="(a+)+$")], [])
+
+
 @attack("a field beyond its message")
 def onnx_longer_than_its_file(folder: Path, value: Value) -> None:
     (folder / BLOCK).write_bytes(b"\x3a\xff\xff\xff\xff\x0f")
+
+
+# --- tokenizers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def tokenizer(name: str, message: str, change: Callable[[Value], object]) -> None:
+    """An attack on the tokenizer file: seen when it is loaded, which `otc verify` does on its level host."""
+
+    def attack(folder: Path, value: Value) -> None:
+        path = folder / "tokenizers/words.json"
+        content = json.loads(path.read_bytes())
+        change(content)
+        path.write_bytes(json.dumps(content).encode())
+
+    TOKENIZER_ATTACKS[name] = (attack, message)
+
+
+TOKENIZER_ATTACKS: dict[str, tuple[Attack, str]] = {}
+_THOUSAND = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+_TEN = {**_THOUSAND, "content": "a" * 10}
+
+
+def _split(pattern: str) -> Callable[[Value], object]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return lambda v: v.update(pre_tokenizer=split)
+
+
+def _normalizers(*parts: Value) -> Callable[[Value], object]:
+    return lambda v: v.update(normalizer={"type": "Sequence", "normalizers": list(parts)})
+
+
+def _table(*texts: bytes) -> Value:
+    """A table of SentencePiece with an empty trie."""
+    table = (4).to_bytes(4, "little") + bytes(4) + b"\0".join(texts)
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+
+
+tokenizer("regex_that_backtracks", "the regular expression '(a+)+$'", _split("(a+)+$"))
+tokenizer("regex_that_is_none", "the regular expression '('", _split("("))
+tokenizer("thousandfold", "at most 64 characters", _normalizers(*[_THOUSAND] * 8))
+tokenizer("tenfold_four_times", "makes up to 1e+04 bytes of one: expected at most 1024", _normalizers(*[_TEN] * 4))
+tokenizer(
+    "tenfold_four_times_inside", "makes up to 1e+04", _normalizers({"type": "Sequence", "normalizers": [_TEN] * 4})
+)
+tokenizer("table_of_long_texts", "makes up to 2e+03 bytes of one", _normalizers(_table(b"a", b"b" * 2000)))
+tokenizer("table_that_is_none", "has a trie of", _normalizers({**_table(), "precompiled_charsmap": "AAAA"}))
+tokenizer("replaces_nothing", "at least 1 character", _normalizers({**_TEN, "pattern": {"String": ""}}))
+tokenizer("normalizers_without_end", "at most 16", _normalizers(*[{"type": "NFC"}] * 17))
+tokenizer("of_another_kind", "does not match any of the expected tags", lambda v: v["model"].update(type="WordPiece"))
+tokenizer("that_drops_merges", "dropout: Input should be null", lambda v: v.update(model=_bpe(dropout=0.5)))
+tokenizer("with_an_empty_piece", "at least 1 character", lambda v: v.update(model=_unigram(["", 0.0])))
+tokenizer("without_pieces", "at least 1 item", lambda v: v.update(model=_unigram()))
+tokenizer("of_a_wrong_id", "less than 2147483648", lambda v: v["model"]["vocab"].update(ring=1 << 40))
+tokenizer("with_a_merge_of_nothing", "tokenizers/words.json", lambda v: v.update(model=_bpe(merges=[["x", "y"]])))
+tokenizer("whose_unknown_is_none", "tokenizers/words.json", lambda v: v.update(model=_unigram(["a", 0.0], unk_id=7)))
+tokenizer("with_another_component", "Extra inputs are not permitted", lambda v: v["model"].update(cache=1 << 40))
+tokenizer("with_long_tokens", "at most 512", lambda v: v["model"]["vocab"].update({"a" * 513: 9}))
+tokenizer("that_is_empty", "Field required", lambda v: v.clear())
+
+
+def _bpe(**more: Any) -> Value:
+    return {"type": "BPE", "vocab": {"a": 0}, "merges": [], **more}
+
+
+def _unigram(*vocabulary: Any, **more: Any) -> Value:
+    return {"type": "Unigram", "vocab": list(vocabulary), **more}
 
 
 # --- programs
@@ -342,6 +452,34 @@ fields(
     ),
 )
 
+
+def _engine(backend: str, **swapped: str) -> Callable[[Value], object]:
+    """An entry of `engines`, with some of the files of stages in the places of others."""
+
+    def change(value: Value) -> None:
+        names = [stage["name"] for stage in value["stages"]]
+        paths = {stage["name"]: stage["onnx"] for stage in value["stages"]}
+        if backend != "onnx":
+            paths = {name: f"engines/plans/{name}.plan" for name in names}
+            value["files"] += [{**value["files"][0], "path": path} for path in paths.values()]
+        stages = {name: paths[swapped.get(name, name)] for name in names}
+        value["engines"] = [{"backend": backend, "version": "10", "target": "any", "stages": stages}]
+
+    return change
+
+
+for _backend in ("onnx", "tensorrt-rtx"):
+    fields(
+        f"engines_swapped_{_backend.partition('-')[0]}",
+        "engines: block_0 for any is",
+        _engine(_backend, block_0="block_1", block_1="block_0"),
+    )
+    fields(
+        f"engines_of_another_kind_{_backend.partition('-')[0]}",
+        "engines: decoder for any is",
+        _engine(_backend, decoder="text", text="decoder"),
+    )
+
 # --- golden
 # --------------------------------------------------------------------------------------------------------------
 
@@ -367,6 +505,32 @@ golden("without_a_scale", "with guidance of kind cfg", guidance_scale=None)
 golden("of_a_huge_seed", "out of range", seed=1 << 64)
 golden("that_allows_everything", "less than or equal to 1", max_relative_error=1e9)
 golden("outside", "no plain relative path", latents="../x")
+
+# --- numbers that nothing else is compared with
+# ----------------------------------------------------------------------------------------
+
+
+def number(name: str, message: str, value: Any, *place: Any) -> None:
+    def change(manifest: Value) -> None:
+        holder: Any = manifest
+        for key in place[:-1]:
+            holder = holder[key]
+        holder[place[-1]] = value
+
+    fields(f"number_{name}", message, change)
+
+
+_COST = [{"name": "capture", "full_runs": -1.0}]
+number("tokens_without_end", "less than or equal to 65536", 1 << 48, "conditions", "max_sequence_length")
+number("frames_without_end", "less than or equal to 65536", 1 << 31, "conditions", "num_frames")
+number("negative_cost", "greater than or equal to 0", _COST, "costs")
+number("huge_error", "less than or equal to 1", 1e308, "max_relative_error")
+number("huge_error_of_a_stage", "less than or equal to 1", 1e308, "stages", 0, "max_relative_error")
+number("negative_prompts", "greater than or equal to 0", -1, "conditions", "calibration_prompts")
+number("huge_quality", "less than or equal to 1000000", 1e300, "programs", 0, "quality", "ssim", "mean")
+number("negative_latency", "greater than or equal to 0", -1.0, "measurements", 0, "value")
+number("padding_beyond_any_table", "less than 2147483648", 1 << 40, "tokenizers", 0, "pad_id")
+number("huge_seed", "out of range", 1 << 64, "conditions", "seed")
 
 # --- the value as a whole
 # ------------------------------------------------------------------------------------------------

@@ -143,9 +143,9 @@ def test_an_existing_folder_is_kept_without_force(compiled, tiny_flux_folder, wo
     target.mkdir()
     (target / "notes.txt").write_text("keep me")
     result = otc("compile", str(tiny_flux_folder), *COMPILE, "-o", str(target), workspace=workspace)
-    assert result.exit_code == 4 and "--force" in result.stderr and "Traceback" not in result.stderr
+    assert result.exit_code == 2 and "--force" in result.stderr and "Traceback" not in result.stderr
     result = otc("compile", str(tiny_flux_folder), *COMPILE, "-o", str(target), "--force", workspace=workspace)
-    assert result.exit_code == 4 and "it is no artifact" in result.stderr
+    assert result.exit_code == 2 and "it is no artifact" in result.stderr
     assert [path.name for path in target.iterdir()] == ["notes.txt"]
     shutil.rmtree(target)
     shutil.copytree(compiled, target)

@@ -100,7 +100,9 @@ def stop_and_resume(forks, undisturbed, folder, workspace, number, wait):
     else:
         assert status == (-number if number == signal.SIGKILL else 128 + number), forks.stderr
         if number != signal.SIGKILL:
-            assert forks.stderr.splitlines()[-1].endswith("run the same command again to go on where it stopped")
+            last = [json.loads(line) for line in forks.stderr.splitlines()][-1]
+            assert (last["event"], last["kind"], last["exit_code"]) == ("error", "interrupted", 128 + number)
+            assert last["message"].endswith("run the same command again to go on where it stopped")
             assert not list(folder.glob("out/.*")), "a compile that is asked to stop cleans up"
     again = forks.run(*arguments, "--force", workspace=workspace, log=folder / "resumed")
     assert again == 0, forks.stderr

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from otcache.runtime.artifact import limits
 from otcache.runtime.artifact import onnx_references as onnx_files
-from otcache.schemas import consistency, manifest, program, signature, strict_json, structure
+from otcache.schemas import consistency, manifest, program, signature, strict_json, structure, tokenizer_file
 from otcache.schemas.digest import canonical_json, digest_of_value
 from otcache.schemas.migrations import MIGRATIONS
 
@@ -32,7 +33,11 @@ def spaced(number):
         f"more than {spaced(strict_json.MAX_VALUES)} commas",
         f"nesting deeper than {strict_json.MAX_DEPTH} ",
         f"of at most {signature.MAX_SIGNATURE_BYTES} bytes",
-        f"(here: {spaced(onnx_files.MAX_FIELDS)} fields, {onnx_files.MAX_DEPTH} levels)",
+        f"(here: {spaced(onnx_files.MAX_FIELDS)} fields)",
+        f"at most {spaced(limits.DEFAULT)} bytes",
+        f"at most {spaced(tokenizer_file.MAX_TOKENIZER_BYTES)} bytes",
+        f"at most {tokenizer_file.MAX_EXPANSION} bytes",
+        f"MUST have at most {spaced(consistency.MAX_ONNX_BYTES)} bytes",
         f"the ASCII text `{signature.PREFIX[:-1].decode()}`, one zero byte",
         *(f"`{name}`" for name in sorted(consistency.RESERVED)),
         *(f"| 1.{minor} |" for minor in range(manifest.SCHEMA_MINOR + 1)),

@@ -152,7 +152,7 @@ def test_a_comparison_goes_on_where_it_stopped(tiny_flux_folder, workspace, comp
 
 def test_nothing_is_overwritten_without_force(tiny_flux_folder, workspace, compared):
     refused = compare(tiny_flux_folder, compared[0], workspace)
-    assert refused.exit_code == 4 and "--force" in refused.output
+    assert refused.exit_code == 2 and "--force" in refused.output
 
 
 def test_an_unknown_method_lists_the_known(tiny_flux_folder, workspace, tmp_path):

@@ -275,3 +275,13 @@ def test_relative_error():
     assert relative_error(np.array([0.5]), np.array([0.0])) == 0.5
     assert relative_error(np.zeros(2), np.zeros(3)) == float("inf")
     assert relative_error(np.array([np.nan]), np.array([1.0])) == float("inf")
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+
+
+def test_a_branch_in_a_graph_is_refused_as_readers_do(tmp_path):
+    with pytest.raises(ModelError, match="stage branches has the operator If in its ONNX form"):
+        export_module(Branches().eval(), {"x": torch.ones(2, 3)}, ["y"], tmp_path / "branches.onnx", kind="decoder")

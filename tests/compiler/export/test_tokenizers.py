@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
 from otcache.artifacts.training.text import POOLED_LENGTH, make_tokenizers
 from otcache.compiler.export.tokenizers import PROBES, convert_tokenizer
@@ -39,4 +40,11 @@ def test_tokenizer_that_json_cannot_express_is_refused():
     clip, _ = make_tokenizers()
     clip.padding_side = "left"
     with pytest.raises(ModelError, match="gives other ids than the pipeline"):
+        convert_tokenizer(clip, "input_ids", 16)
+
+
+def test_tokenizer_that_no_reader_takes_is_refused():
+    clip, _ = make_tokenizers()
+    clip.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    with pytest.raises(ModelError, match=r"no reader of artifacts takes: .*regular expression '\(a\+\)\+\$'"):
         convert_tokenizer(clip, "input_ids", 16)

@@ -11,7 +11,7 @@ import pytest
 from otcache.compiler.passes.emit import check_target, emit, recover
 from otcache.runtime.artifact.reader import Artifact
 from otcache.schemas import whole_files
-from otcache.schemas.errors import ArtifactError, HostError, OTCacheError
+from otcache.schemas.errors import OTCacheError, UsageError
 from otcache.schemas.manifest import core_digest
 
 
@@ -46,7 +46,7 @@ def test_an_interrupted_write_leaves_nothing(parts, tmp_path, error):
         fill(folder)
         raise error
 
-    with pytest.raises((HostError, KeyboardInterrupt)):
+    with pytest.raises((UsageError, KeyboardInterrupt)):
         emit(tmp_path / "a", failing, fields, force=False, attachments=frozenset())
     assert list(tmp_path.iterdir()) == []
 
@@ -59,7 +59,7 @@ def test_a_failed_replacement_keeps_the_old_artifact(parts, tmp_path):
     def failing(folder):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(HostError, match=rf"no space left on the disk of {tmp_path} .*choose another folder with -o"):
+    with pytest.raises(UsageError, match=rf"no space left on the disk of {tmp_path} .*choose another folder with -o"):
         emit(tmp_path / "a", failing, fields, force=True, attachments=frozenset())
     assert (tmp_path / "a" / "manifest.json").read_bytes() == before
     emit(tmp_path / "a", fill, fields, force=True, attachments=frozenset())
@@ -70,9 +70,9 @@ def test_targets_that_are_not_ours_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path)
     for name in ("file", "link"):
-        with pytest.raises(ArtifactError, match="is no folder"):
+        with pytest.raises(UsageError, match="is no folder"):
             check_target(tmp_path / name, force=True)
-    with pytest.raises(ArtifactError, match="cannot be made"):
+    with pytest.raises(UsageError, match="cannot be written: Not a directory"):
         check_target(tmp_path / "file" / "below", force=False)
     (tmp_path / "empty").mkdir()
     check_target(tmp_path / "empty", force=False)
@@ -86,7 +86,7 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(parts, tmp_path):
         fill(folder)
         emit(tmp_path / "a", fill, fields, force=False, attachments=frozenset())
 
-    with pytest.raises(ArtifactError, match=r"output folder .* exists"):
+    with pytest.raises(UsageError, match=r"-o is .*: it exists"):
         emit(tmp_path / "a", slow, fields, force=False, attachments=frozenset())
     Artifact.open(tmp_path / "a").verify()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

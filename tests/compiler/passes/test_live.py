@@ -19,7 +19,7 @@ from otcache.compiler.passes.live import _name_of
 from otcache.compiler.workspace.progress import Reporter
 from otcache.runtime import Sampler
 from otcache.runtime.artifact.reader import Artifact
-from otcache.schemas.errors import ArtifactError, ModelError, UsageError
+from otcache.schemas.errors import ModelError, UsageError
 
 PROMPTS = [f"a {colour} {shape} on black" for colour in ("red", "blue") for shape in ("ring", "star")]
 SMALL = dict(
@@ -140,7 +140,7 @@ def test_every_option_is_taken(pipeline, tmp_path):
         otcache.compiler.compile(pipeline, **{**SMALL, "prompts": "a red ring"})
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
-    with pytest.raises(ArtifactError, match="replace it with --force"):
+    with pytest.raises(UsageError, match="replace it with --force"):
         otcache.compiler.compile(pipeline, **SMALL, output=str(tmp_path / "taken"), progress=False)
     with pytest.raises(UsageError, match="--target is 'psnr': expected conditions such as psnr>=35"):
         otcache.compiler.compile(pipeline, **SMALL, targets="psnr", output=tmp_path / "out", progress=False)

@@ -21,6 +21,8 @@ attacks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(attacks)
 
 ABOUT_FILES = {
+    "files_of_terabytes",
+    "onnx_of_terabytes",
     "file_of_another_size",
     "file_of_a_negative_size",
     "file_of_a_huge_size",
@@ -64,6 +66,18 @@ def test_attack(damaged, name):
     finally:
         _opened = None
     assert opened and not [path for path in opened if not path.startswith(str(damaged))]
+    with pytest.raises(ArtifactError):
+        Sampler.load(damaged)
+
+
+@pytest.mark.parametrize("name", attacks.TOKENIZER_ATTACKS)
+def test_attack_on_a_tokenizer(damaged, name):
+    change, message = attacks.TOKENIZER_ATTACKS[name]
+    change(damaged, {})
+    small.reseal_file(damaged, "tokenizers/words.json")
+    result = CliRunner().invoke(cli.main, ["verify", str(damaged), "--level", "host"])
+    assert result.exit_code == 4 and not result.stdout, result.output
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
     with pytest.raises(ArtifactError):
         Sampler.load(damaged)
 

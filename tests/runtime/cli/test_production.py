@@ -53,6 +53,7 @@ def test_ctrl_c_is_130_and_leaves_nothing(folder, tmp_path, command, as_json):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        preexec_fn=heed_interrupts,
     )
     wait_for_work(process, command)
     process.send_signal(signal.SIGINT)
@@ -68,6 +69,11 @@ def test_ctrl_c_is_130_and_leaves_nothing(folder, tmp_path, command, as_json):
             "kind": "interrupted",
             "message": "",
         }
+
+
+def heed_interrupts():
+    """In the child: Ctrl-C is ignored in what a shell starts in the background, this process perhaps among it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_work(process, command):
@@ -143,6 +149,81 @@ def test_slips_of_the_finger_are_told_at_once(folder, tmp_path, options, code, w
     result = otc(*drawing(folder, tmp_path / "out.png"), *options)
     assert result.returncode == code and words in result.stderr
     assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["verify", "--level", "host", "--threads", "100000"], "1<=x<=1024"),
+        (["bench", "--threads", "100000"], "1<=x<=1024"),
+        (["bench", "--repeat", 10**12], "1<=x<=1000000"),
+        (["bench", "--warmup", 10**12], "0<=x<=1000000"),
+        (["inspect", "--memory", "-n", 10**12], "1<=x<=4096"),
+        (["build-engines", "--backend", "tensorrt-rtx", "--jobs", 10**6], "1<=x<=256"),
+    ],
+)
+def test_so_are_those_of_other_commands(folder, line, words):
+    command, *options = line
+    result = otc(command, folder, *options)
+    assert result.returncode == 2 and f"is not in the range {words}" in result.stderr
+
+
+def test_what_an_artifact_may_hold_can_be_said(folder, tmp_path):
+    def at_most(number):
+        return otc("verify", folder, env={**os.environ, "OTC_MAX_BYTES": number})
+
+    whole = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert at_most(str(whole)).returncode == 0
+    refused = at_most(str(whole - 1))
+    assert refused.returncode == 4 and f"set OTC_MAX_BYTES={whole}" in refused.stderr
+    wrong = at_most("1 TB")
+    assert wrong.returncode == 2 and "OTC_MAX_BYTES is '1 TB'" in wrong.stderr
+    archive = tmp_path / "small.tar"
+    assert otc("pack", folder, "-o", archive).returncode == 0
+    unpacked = otc("unpack", archive, "-o", tmp_path / "a", env={**os.environ, "OTC_MAX_BYTES": "1000"})
+    assert unpacked.returncode == 4 and not (tmp_path / "a").exists()
+
+
+def test_a_file_of_terabytes_is_refused_at_once(folder):
+    path = folder / "tokenizers/words.json"
+    with open(path, "r+b") as file:
+        file.truncate(4 << 40)
+    value = small.read_manifest(folder)
+    next(entry for entry in value["files"] if entry["path"] == "tokenizers/words.json")["size_bytes"] = 4 << 40
+    small.write_manifest(folder, value)
+    begin = time.monotonic()
+    result = otc("verify", folder)
+    assert result.returncode == 4 and "expected at most 274877906944" in result.stderr
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("command", ["pack", "unpack"])
+def test_what_a_killed_one_leaves_is_swept_by_the_next(folder, tmp_path, command):
+    archive, target = tmp_path / "small.tar", tmp_path / "target"
+    assert otc("pack", folder, "-o", archive).returncode == 0
+    code = (
+        "import os, signal, sys; from pathlib import Path; from otcache.schemas.whole_files import *\n"
+        "target = Path(sys.argv[2])\n"
+        "with whole_file(target) if sys.argv[1] == 'pack' else part_folder(target, own_part(target)) as part:\n"
+        "    (part / 'x').write_bytes(b'x') if part.is_dir() else part.write_bytes(b'x')\n"
+        "    print('there', flush=True) or sys.stdin.read()\n"
+    )
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, command, target], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    for writer in writers:
+        assert writer.stdout.readline() == "there\n"
+    killed, living = writers
+    killed.kill()
+    killed.wait()
+    source = folder if command == "pack" else archive
+    result = otc(command, source, "-o", target)
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in tmp_path.glob(".*")] == [f".target.{living.pid}.part"]
+    living.communicate("")
 
 
 def test_a_benchmark_of_too_many_pictures_is_refused(folder):

@@ -23,7 +23,7 @@ from otcache.runtime.cli import main as cli
 from otcache.runtime.shipping.packing import BLOCK, END, header, pack, padding, unpack
 from otcache.runtime.shipping.verify import verify
 from otcache.schemas.digest import digest_of_bytes
-from otcache.schemas.errors import ArtifactError, HostError
+from otcache.schemas.errors import ArtifactError, UsageError
 from otcache.schemas.manifest import MANIFEST_NAME
 
 
@@ -374,7 +374,7 @@ def test_a_full_disk(artifact_folder, archive, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(HostError, match="No space left on device: free some space"):
+    with pytest.raises(UsageError, match="cannot be written: No space left on device"):
         unpack(io.BytesIO(archive), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

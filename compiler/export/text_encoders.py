@@ -63,7 +63,7 @@ def make_text_encoders(pipeline: Any, max_sequence_length: int) -> Encoders | No
     missing = [part for part in family.parts if getattr(pipeline, part, None) is None]
     if missing:
         raise ModelError(
-            f"{type(pipeline).__name__} has no {', '.join(missing)}: expected all of them; load the pipeline whole"
+            f"{type(pipeline).__name__} has no {', '.join(missing)}: expected all of {', '.join(family.parts)}"
         )
     found = family.encoders(pipeline, max_sequence_length)
     found.module.eval()

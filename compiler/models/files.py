@@ -60,6 +60,15 @@ def components_of(index: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def components_without(index: Mapping[str, Any]) -> list[str]:
+    """Names of components that a pipeline was saved without, such as the T5 of Stable Diffusion 3.
+
+    >>> components_without({"_class_name": "P", "vae": ["diffusers", "AutoencoderKL"], "text_encoder_3": [None, None]})
+    ['text_encoder_3']
+    """
+    return [name for name, value in index.items() if value == [None, None]]
+
+
 def variant_of(name: str) -> str | None:
     """The variant that the name of a weights file says, as diffusers writes it; None for the plain weights.
 

@@ -16,7 +16,7 @@ from otcache.schemas.errors import HostError, ModelError
 
 from ..workspace.workspace import default_workspace
 from .digests import denoiser_digest
-from .files import INDEX, files_in, read_config, weight_files
+from .files import INDEX, components_without, files_in, read_config, weight_files
 from .find import HUB_ID, bundled_models, find_model, first_line
 from .lora import fuse_lora
 from .mapped_weights import move_to_file
@@ -98,6 +98,7 @@ def _load(
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 **({"variant": variant} if variant else {}),
+                **dict.fromkeys(components_without(read_config(folder / INDEX, f"MODEL {name!r}"))),
             )
     except HostError:
         raise

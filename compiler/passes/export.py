@@ -94,7 +94,7 @@ def export_parts(source: Exportable, trunk_of: Callable[[], Served]) -> Exported
     """
     session, sizes = source.session, source.sizes
     encoders = session.encoders
-    encoders_there, text_sizes = encoders_at(session.model.pipeline, sizes)
+    encoders_there, text_sizes = encoders_at(session.model.pipeline if encoders is not None else None, sizes)
     parts: dict[str, Callable[[Path], None]] = {"export": partial(_export_trunk, source, trunk_of)}
     if encoders is not None:
         parts["export-text"] = partial(_export_text, source, encoders, text_sizes)

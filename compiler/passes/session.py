@@ -379,9 +379,12 @@ def _find_encoders(
     """The text encoders, if the runtime can make of every prompt what the pipeline makes of it; else a note
     says why.
     """
-    encoders = make_text_encoders(pipeline, call.max_sequence_length or 0)
-    served = with_prompt_steps(encoders, pipeline, interface, call, prompts) if encoders else None
     reason = "has no export of its text encoders"
+    try:
+        encoders = make_text_encoders(pipeline, call.max_sequence_length or 0)
+    except ModelError as error:
+        encoders, reason = None, f"{reason} ({error})"
+    served = with_prompt_steps(encoders, pipeline, interface, call, prompts) if encoders else None
     if encoders is not None and served is None:
         reason = "changes prompts before it tokenizes them in a way that the runtime does not know"
     elif served is not None and call.negative_prompt is None:

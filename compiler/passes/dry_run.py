@@ -232,6 +232,8 @@ def plan_compile(options: CompileOptions, reporter: Reporter | None = None, *, a
     if options.wanted:
         raise UsageError("--dry-run with --target: its budgets are found on the way: give --budgets that may reach it")
     reporter = reporter or Reporter()
+    if options.search_size is not None:
+        reporter.note("--search-size: searches are planned at the compiled size, on all prompts, as an upper bound")
     target = target_of(options)
     check_target(target, force=options.force)
     session, prompts, held_out = begin(options, reporter)

@@ -162,6 +162,12 @@ def test_measured_at_the_served_size(tiny_flux_folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_search_size_is_planned_as_an_upper_bound(tiny_flux_folder, tmp_path):
+    line = ["compile", str(tiny_flux_folder), *COMPILE, "-o", str(tmp_path / "a"), "--search-size", "8x8", "--dry-run"]
+    result = otc(*line, workspace=tmp_path / "none")
+    assert result.exit_code == 0 and "as an upper bound" in result.output and not (tmp_path / "a").exists()
+
+
 def test_measure_goes_with_a_dry_run(tiny_flux_folder):
     result = otc("compile", str(tiny_flux_folder), "--measure")
     assert result.exit_code == 2 and "give it with --dry-run" in result.stderr

@@ -60,14 +60,17 @@ def draw(found: dict[str, dict[str, Any]], model: str, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    for budget in next(iter(found.values()))["budgets"]:
+    budgets = list(next(iter(found.values()))["budgets"])
+    for budget in budgets:
         points = [(each["evaluations"], each["budgets"][budget]["psnr_db"]) for each in found.values()]
         axes.plot(*zip(*points, strict=True), marker="o", label=f"{budget} evaluations")
-    for name, each in found.items():
+    for each in found.values():
         axes.axvline(each["evaluations"], color="0.85", zorder=0)
-        axes.text(each["evaluations"], axes.get_ylim()[0], name, rotation=90, va="bottom", ha="right", fontsize=8)
     axes.set(xscale="log", xlabel="model evaluations of the compile", ylabel="PSNR (dB) to the full run", title=model)
-    axes.legend()
+    names = axes.secondary_xaxis("top")
+    names.set_xticks([each["evaluations"] for each in found.values()], found)
+    names.set_xticks([], minor=True)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=len(budgets), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from otcache.compiler.compare.cells import AHEAD_DB, FURTHER, Comparison
+from otcache.compiler.compare.picture import draw_comparison
 from otcache.compiler.compare.table import fidelity_table, markdown, verdict_table
 
 HERE = Path(__file__).parent
@@ -126,15 +127,17 @@ def replace_section(page: str, section: str, marks: tuple[str, str]) -> str:
 
 
 def keep_comparison(folder: Path, artifacts: Path = HERE) -> None:
-    """Copy a comparison, and its picture where it is the model's first. Raises ValueError for a folder without one."""
+    """Copy a comparison. Raises ValueError for a folder without one."""
     source = folder / "comparison.json"
     if not source.is_file():
         raise ValueError(f"{folder} has no comparison.json: expected a folder that `otc compare` wrote")
-    comparison = Comparison.from_json(json.loads(source.read_text(encoding="utf-8")))
     shutil.copyfile(source, artifacts / "results" / f"{folder.name}.json")
-    name = model_name(comparison)
-    if comparison == next(each for each in read_comparisons(artifacts) if model_name(each) == name):
-        shutil.copyfile(folder / "comparison.png", artifacts / "pictures" / picture_name(name))
+
+
+def draw_pictures(artifacts: Path = HERE) -> None:
+    """Draw every model's first comparison for the page."""
+    for name, group in itertools.groupby(read_comparisons(artifacts), key=model_name):
+        draw_comparison(next(group), artifacts / "pictures" / picture_name(name))
 
 
 def write_page(artifacts: Path = HERE) -> None:
@@ -151,6 +154,7 @@ def main() -> None:
     try:
         for folder in map(Path, sys.argv[1:]):
             keep_comparison(folder)
+        draw_pictures()
         write_page()
     except ValueError as error:
         raise SystemExit(str(error)) from None

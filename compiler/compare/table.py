@@ -1,4 +1,4 @@
-"""A comparison as files: JSON, Markdown tables, and fidelity against evaluations as a picture."""
+"""A comparison as files: JSON, and tables in Markdown; `picture` draws it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from otcache.schemas.whole_files import whole_file, write_whole
+from otcache.schemas.whole_files import write_whole
 
 from .cells import AHEAD_DB, DEFAULT, FURTHER, WORST_DB, AtScale, Claim, Comparison, Robustness
+from .picture import draw_comparison
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
     """Write comparison.json (last: its presence means that all is there), comparison.md and comparison.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw(comparison, folder / "comparison.png")
+    draw_comparison(comparison, folder / "comparison.png")
     write_whole(folder / "comparison.md", markdown(comparison))
     write_whole(folder / "comparison.json", json.dumps(comparison.json(), indent=1) + "\n")
 
@@ -221,56 +222,3 @@ def scale_words(rows: Sequence[AtScale]) -> str:
         return f"The advantage does not hold at guidance {' and '.join(missed)}."
     least = min(row.ahead_db for row in rows)
     return f"The advantage holds at every one of them: {least:+.1f} dB at least, with an SSIM that is not lower."
-
-
-def draw(comparison: Comparison, path: Path) -> None:
-    """PSNR and SSIM against mean evaluations: the default, the best peers named, the others in grey."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    methods = list(dict.fromkeys(cell.method for cell in comparison.cells))
-    peers = [method for method in methods if method != DEFAULT]
-    wins = {
-        method: max(
-            (
-                cell.psnr_db.mean - (other.psnr_db.mean if (other := comparison.cell(DEFAULT, cell.budget)) else 0.0)
-                for cell in comparison.cells
-                if cell.method == method and cell.budget in comparison.budgets
-            ),
-            default=-1e9,
-        )
-        for method in peers
-    }
-    named = sorted(peers, key=lambda method: -wins[method])[:6]
-    styles = [
-        ("#E69F00", "s"),
-        ("#56B4E9", "^"),
-        ("#009E73", "v"),
-        ("#CC79A7", "D"),
-        ("#D55E00", "P"),
-        ("#666666", "X"),
-    ]
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for axis, value, label in ((axes[0], "psnr_db", "PSNR (dB)"), (axes[1], "ssim", "SSIM")):
-        for method in [*[m for m in peers if m not in named], *named, DEFAULT]:
-            cells = sorted((c for c in comparison.cells if c.method == method), key=lambda cell: cell.nfe_mean)
-            xs = [cell.nfe_mean for cell in cells]
-            ys = [getattr(cell, value).mean for cell in cells]
-            if method == DEFAULT:
-                axis.plot(xs, ys, color="#0072B2", marker="o", linewidth=2.6, label=method, zorder=5)
-            elif method in named:
-                color, marker = styles[named.index(method)]
-                axis.plot(xs, ys, color=color, marker=marker, linewidth=1.3, markersize=5, label=method, zorder=3)
-            else:
-                others = "the others" if method == next(m for m in peers if m not in named) else None
-                axis.plot(xs, ys, color="#bbbbbb", linewidth=0.9, marker=".", label=others, zorder=1)
-        axis.set_xlabel(f"model evaluations (of {comparison.num_inference_steps})")
-        axis.set_ylabel(f"{label} to the full run")
-        axis.grid(alpha=0.25)
-    axes[1].legend(fontsize=8, loc="lower right")
-    figure.suptitle(f"{Path(comparison.model).name}: {comparison.prompts} held-out prompts", fontsize=11)
-    with whole_file(path) as part:
-        figure.savefig(part, dpi=140, format="png")
-    pyplot.close(figure)

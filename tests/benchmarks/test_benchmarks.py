@@ -58,7 +58,8 @@ def figures(line: str) -> dict[str, Any]:
 
 
 def line_of(script: str) -> str:
-    (line,) = [line for line in LINES if f"/{script}" in line]
+    """The one command of the pages that runs a script, however often it stands there."""
+    (line,) = {line.split("  #")[0].strip() for line in LINES if f"/{script}" in line}
     return line
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,13 @@ class Server:
 
     def logged(self) -> str:
         return self.log.read_text(encoding="utf-8")
+
+    def await_logged(self, timeout_s: float = 60.0) -> str:
+        """What is logged once there is a whole line: it goes through a pipe, and may come after the answer."""
+        end = time.monotonic() + timeout_s
+        while not self.logged().endswith("\n") and time.monotonic() < end:
+            time.sleep(0.02)
+        return self.logged()
 
 
 @contextmanager

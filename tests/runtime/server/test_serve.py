@@ -102,7 +102,7 @@ def test_numbers_that_are_not_finite_are_a_500(tmp_path):
     with serving(folder) as server:
         found = httpx.get(f"{server.address}/picture", params={"prompt": "a", "budget": 2})
         assert found.status_code == 500 and found.json()["error"]["message"].startswith("stage block_1: found numbers")
-        (line,) = server.logged().splitlines()
+        (line,) = server.await_logged().splitlines()
         assert json.loads(line)["level"] == "error" and "GET /picture: stage block_1" in json.loads(line)["message"]
 
 

@@ -360,7 +360,7 @@ def test_too_many_connections(server, client):
         for _ in range(serve.MOST_CONNECTIONS):
             stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
         assert httpx.get(f"{server.address}/healthz").status_code == 503
-    assert {json.loads(line)["logger"] for line in server.logged().splitlines()} == {"uvicorn.error"}
+    assert {json.loads(line)["logger"] for line in server.await_logged().splitlines()} == {"uvicorn.error"}
     deadline = time.monotonic() + 30
     while httpx.get(f"{server.address}/healthz").status_code != 200:
         assert time.monotonic() < deadline

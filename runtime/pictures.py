@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from otcache.schemas.errors import HostError, UsageError
-from otcache.schemas.places import check_writable, unwritable
+from otcache.schemas.places import check_new_file, unwritable
 from otcache.schemas.whole_files import whole_file
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -48,20 +48,7 @@ def check_targets(paths: Sequence[Path], *, force: bool, video: bool = False) ->
             raise UsageError(f"-o is {path}: expected a name that ends in {', '.join(allowed)}")
         if path.suffix.lower() == ".mp4":
             _av()
-        try:
-            _check_target(path, force=force)
-        except OSError as error:  # what a name that is too long gives, already when it is looked up
-            raise unwritable(path, "-o", error) from None
-
-
-def _check_target(path: Path, *, force: bool) -> None:
-    if not path.parent.is_dir():
-        raise UsageError(f"-o is {path}: its folder {path.parent} does not exist: create it, or choose another")
-    if path.is_dir():
-        raise UsageError(f"-o is {path}: expected a file's name, but a folder is there: choose another")
-    if path.exists() and not force:
-        raise UsageError(f"-o is {path}: it exists: choose another name, or overwrite it with --force")
-    check_writable(path, "-o")
+        check_new_file(path, "-o", force=force)
 
 
 def contact_sheet(pictures: NDArray[np.float32], gap: int = 2) -> NDArray[np.uint8]:
@@ -141,7 +128,7 @@ def save_video(frames: NDArray[np.uint8], path: Path, *, fps: int) -> None:
         with whole_file(path) as part:
             (_write_gif if path.suffix.lower() == ".gif" else _write_mp4)(frames, part, fps)
     except OSError as error:
-        raise UsageError(f"-o is {path}: it cannot be written: {error.strerror or error}: choose another") from None
+        raise unwritable(path, "-o", error) from None
 
 
 def _write_gif(frames: NDArray[np.uint8], path: Path | BinaryIO, fps: int) -> None:
@@ -198,4 +185,4 @@ def save(picture: NDArray[np.uint8], path: Path) -> None:
         with whole_file(path) as part:
             Image.fromarray(picture).save(part, _FORMATS[path.suffix.lower()])
     except OSError as error:
-        raise UsageError(f"-o is {path}: it cannot be written: {error.strerror or error}: choose another") from None
+        raise unwritable(path, "-o", error) from None

@@ -14,6 +14,27 @@ from .errors import UsageError
 from .messages import one_line
 
 
+def check_new_file(path: Path, option: str, *, force: bool) -> None:
+    """Raise UsageError unless a file can be written at `path`, anew or with `force` in place of another.
+
+    option: what the place was given as, such as `-o`.
+    """
+    try:
+        if path.is_dir():
+            raise UsageError(
+                f"{option} is {one_line(path)}: expected a file's name, but a folder is there: choose another"
+            )
+        if os.path.lexists(path) and not force:
+            raise UsageError(
+                f"{option} is {one_line(path)}: it exists: choose another name, or overwrite it with --force"
+            )
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"{option} is {one_line(path)}: its folder does not exist: create it, or choose another")
+    except OSError as error:  # what a name that is too long gives, already when it is looked up
+        raise unwritable(path, option, error) from None
+    check_writable(path, option)
+
+
 def check_writable(path: Path, option: str) -> None:
     """Write and remove a hidden file beside `path`, with a longer name than it.
 

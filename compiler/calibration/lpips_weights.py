@@ -24,6 +24,7 @@ from safetensors.numpy import save as bytes_from_arrays
 
 from otcache.schemas.digest import digest_of_file
 from otcache.schemas.errors import OTCacheError, UsageError
+from otcache.schemas.places import check_new_file, unwritable
 from otcache.schemas.whole_files import write_whole
 
 from .lpips import NETS, shapes_of
@@ -82,13 +83,12 @@ def tensors_from_values(values: Mapping[str, Any], network: str, net: str) -> di
 
 def write_weights(archive: Path, output: Path, net: str, *, force: bool) -> int:
     """Write the file that `OTC_LPIPS` names; returns its bytes. Raises UsageError."""
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists: choose another file with -o, or give --force")
+    check_new_file(output, "-o", force=force)
     data = bytes_from_arrays(weights_from_archive(archive, net), metadata={"net": net, "source": ARCHIVE})
     try:
         write_whole(output, data)
     except OSError as error:
-        raise UsageError(f"{output} cannot be written ({error.strerror or error}): choose another with -o") from error
+        raise unwritable(output, "-o", error) from None
     return len(data)
 
 

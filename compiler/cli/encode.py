@@ -39,17 +39,12 @@ def encode_command(output: Path, force: bool, as_json: bool, **choices: Any) -> 
       otc run artifacts/mine --budget 8 --conditioning ring.safetensors
     """
     check_packages("otc encode")
-    from otcache.schemas.errors import UsageError
-    from otcache.schemas.places import check_writable
+    from otcache.schemas.places import check_new_file
 
     from ..workspace.quiet import quiet
 
     quiet()
-    if output.exists() and not force:
-        raise UsageError(f"-o is {output}: it exists: choose another name, or overwrite it with --force")
-    if not output.absolute().parent.is_dir():
-        raise UsageError(f"-o is {output}: its folder does not exist: create it, or choose another")
-    check_writable(output, "-o")
+    check_new_file(output, "-o", force=force)
     from ..passes.encode import encode
 
     shapes = encode(output, **choices)

@@ -48,14 +48,13 @@ def export_schedule_command(artifact: Path, output: Path | None, force: bool, as
     """
     check_packages("otc export-schedule")
     from otcache.schemas.errors import UsageError
+    from otcache.schemas.places import check_new_file, unwritable
     from otcache.schemas.whole_files import write_whole
 
     if as_json and output is None:
         raise UsageError("--json says what was written: give -o as well")
-    if output is not None and output.exists() and not force:
-        raise UsageError(f"-o is {output}: it exists: choose another name, or overwrite it with --force")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UsageError(f"-o is {output}: its folder does not exist: create it, or choose another")
+    if output is not None:
+        check_new_file(output, "-o", force=force)
     made = _made(artifact, **choices)
     if output is None:
         click.echo(made.text, nl=False)
@@ -63,7 +62,7 @@ def export_schedule_command(artifact: Path, output: Path | None, force: bool, as
     try:
         write_whole(output, made.text)
     except OSError as error:
-        raise UsageError(f"-o is {output}: it cannot be written ({error.strerror or error}): choose another") from error
+        raise unwritable(output, "-o", error) from None
     if as_json:
         click.echo(json.dumps({"output": str(output), **made.json()}))
         return

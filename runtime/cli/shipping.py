@@ -16,6 +16,7 @@ import click
 
 from otcache.schemas.errors import UsageError
 from otcache.schemas.messages import one_line
+from otcache.schemas.places import check_new_file
 
 from ..messages import readable_size
 from .completion import complete_backends
@@ -167,11 +168,11 @@ Examples:
 def pack(artifact: Path, output: Path, force: bool, as_json: bool) -> None:
     """Write ARTIFACT into one tar file, the same bytes for the same artifact. A signature travels along."""
     from ..artifact.reader import Artifact
-    from ..shipping.packing import check_file, pack_file
     from ..shipping.packing import pack as pack_stream
+    from ..shipping.packing import pack_file
 
     if str(output) != "-":
-        check_file(output, force)
+        check_new_file(output, "-o", force=force)
     opened = Artifact.open(artifact)
     unlisted = opened.check_structure().unlisted
     with _ended_by_sigterm():

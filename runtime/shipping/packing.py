@@ -22,7 +22,7 @@ from otcache.schemas.errors import ArtifactError, UsageError
 from otcache.schemas.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNATURE_NAME, FileEntry, Manifest
 from otcache.schemas.manifest_file import parse_manifest, read_manifest
 from otcache.schemas.messages import damage_error, one_line
-from otcache.schemas.places import check_creatable, check_writable, unwritable
+from otcache.schemas.places import check_creatable, check_new_file, unwritable
 from otcache.schemas.safe_files import read_small
 from otcache.schemas.signature import MAX_SIGNATURE_BYTES
 from otcache.schemas.whole_files import (
@@ -157,25 +157,14 @@ def _copy(read: Callable[[int], bytes], entry: FileEntry, write: Callable[[bytes
 
 def pack_file(artifact: Artifact, target: Path, *, force: bool) -> Packed:
     """Write an artifact's archive to a file, whole or not at all. Raises ArtifactError, UsageError, HostError."""
-    check_file(target, force)
+    check_new_file(target, "-o", force=force)
     with _naming(target):
         sweep_leftovers(target)
     with _naming(target), whole_file(target) as part:
         with open(part, "wb") as out:
             packed = pack(artifact, out)
-        check_file(target, force)  # something may have appeared there meanwhile
+        check_new_file(target, "-o", force=force)  # something may have appeared there meanwhile
     return packed
-
-
-def check_file(target: Path, force: bool) -> None:
-    """Raise UsageError if no archive can be written there."""
-    if target.is_dir():
-        raise UsageError(f"-o is {one_line(target)}: expected a file's name, but a folder is there: choose another")
-    if os.path.lexists(target) and not force:
-        raise UsageError(f"-o is {one_line(target)}: it exists: choose another name, or overwrite it with --force")
-    if not target.absolute().parent.is_dir():
-        raise UsageError(f"-o is {one_line(target)}: its folder does not exist: create it, or choose another")
-    check_writable(target, "-o")
 
 
 @contextlib.contextmanager

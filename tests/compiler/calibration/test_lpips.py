@@ -169,7 +169,10 @@ def test_another_archive_is_refused(tmp_path, capsys):
     (tmp_path / "made").write_text("mine")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "other.tar.gz"), "-o", str(tmp_path / "made")])
-    assert "give --force" in capsys.readouterr().err and (tmp_path / "made").read_text() == "mine"
+    assert (
+        "it exists: choose another name, or overwrite it with --force" in capsys.readouterr().err
+        and (tmp_path / "made").read_text() == "mine"
+    )
 
 
 @NEEDS_ARCHIVE

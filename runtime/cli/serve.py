@@ -68,6 +68,14 @@ Examples:
     help="Pictures in one run: waiting requests of one budget, size and guidance join; last digits may differ then.",
 )
 @click.option(
+    "--max-wait",
+    "max_wait_s",
+    type=click.FloatRange(0, 60),
+    default=0.0,
+    show_default=True,
+    help="Seconds that a request waits for others to fill a run of --max-batch.",
+)
+@click.option(
     "--lowest-budget",
     default=None,
     metavar="N|full",
@@ -93,6 +101,7 @@ def serve(
     timeout_s: float,
     max_images: int,
     max_batch: int,
+    max_wait_s: float,
     lowest_budget: str | None,
     grace_s: float,
     backend: str,
@@ -118,6 +127,7 @@ def serve(
                 capacity=capacity,
                 max_images=max_images,
                 max_batch=max_batch,
+                max_wait_s=max_wait_s,
                 timeout_s=timeout_s,
             )
         )

@@ -86,7 +86,7 @@ async def draw(request: Request, asked: PictureQuery | Generation, service: Serv
     pictures = await _result_unless_left(request, job)
     if pictures is None or job.timing is None or job.budget is None:
         return None
-    metrics.drawn(job.budget, len(pictures), job.timing)
+    metrics.drawn(job.request.budget, job.budget, len(pictures), job.timing)
     files = [await run_in_threadpool(encoded, picture, kind) for picture in pictures]
     height, width = pictures.shape[-3:-1]
     return Drawn(files, kind, (width, height), job.budget, job.timing)

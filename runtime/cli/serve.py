@@ -159,15 +159,16 @@ def _server() -> Any:
 def _service(
     artifact: Path, backend: str, threads: int | None, workers: int, lowest_budget: str | None, **limits: Any
 ) -> Any:
-    """A service of as many samplers as workers, whose governor begins to lower when half of the queue is full."""
+    """A service of as many samplers as workers, with a governor."""
     from ..serving.governor import Governor
     from ..serving.sampler import Sampler
     from ..serving.service import Service
 
     with contextlib.ExitStack() as stack:
         samplers = [stack.enter_context(Sampler.load(artifact, backend, threads)) for _ in range(workers)]
-        high = workers + max(1, limits["capacity"] // 2)
-        governor = Governor(samplers[0].budgets, lowest=lowest_budget, high=high)
+        governor = Governor.of_queue(
+            samplers[0].budgets, capacity=limits["capacity"], workers=workers, lowest=lowest_budget
+        )
         service = Service(*samplers, governor=governor, **limits)
         stack.pop_all()  # the service closes them
         return service

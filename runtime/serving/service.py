@@ -168,6 +168,11 @@ class Service:
         """Whether a request would be taken now: the service is open, and the queue is not full."""
         return not self._closed and len(self._waiting) < self.capacity
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the service is open and every worker runs."""
+        return not self._closed and all(worker.is_alive() for worker in self._workers)
+
     def submit(
         self,
         prompt: str | list[str],

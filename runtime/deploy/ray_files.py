@@ -51,6 +51,8 @@ applications:
           min_replicas: 1
           max_replicas: {settings.instances}
           target_ongoing_requests: {max(1, settings.capacity // 4)}
+          upscale_delay_s: 10
+          downscale_delay_s: 300
         health_check_period_s: 10
         health_check_timeout_s: 30
         graceful_shutdown_timeout_s: {GRACE_S}

@@ -6,8 +6,6 @@ queue together, and those of one budget, size and guidance are drawn in one run;
 lowers the budgets that are served.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -13,8 +13,8 @@ TARGETS = ("triton", "ray-serve", "docker")
 """As `settings.TARGETS`, which costs more to import than a command line's help may."""
 NEXT = {
     "triton": "tritonserver --model-repository {folder}",
-    "ray-serve": "cd {folder} && serve run serve.yaml",
-    "docker": "docker compose --project-directory {folder} up",
+    "ray-serve": "serve run --app-dir {folder} {folder}/serve.yaml",
+    "docker": "docker compose --project-directory {folder} up --build",
 }
 """What serves a deployment."""
 

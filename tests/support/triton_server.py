@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import pages
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +76,8 @@ def serving_triton(repository: Path, work: Path, *options: str) -> Iterator[Trit
         if entry.name != "otcache":
             (modules / entry.name).symlink_to(entry)
     http, grpc, metrics = free_ports(3)
-    line = [str(server / "bin/tritonserver"), "--model-repository", str(repository)]
+    line = pages.command_line("runtime/README.md", "tritonserver")
+    line = [str(server / "bin" / line[0]), *line[1:-1], str(repository)]
     line += ["--backend-directory", str(work / "backends"), "--http-address", "127.0.0.1", "--grpc-address"]
     line += ["127.0.0.1", "--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
     line += ["--exit-timeout-secs", "1", *options]

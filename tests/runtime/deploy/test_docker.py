@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from urllib.request import urlopen
 
+import pages
 import pytest
 from http_server import serving
 from triton_server import free_ports
@@ -90,13 +91,14 @@ def test_it_is_built_and_serves_where_docker_works(deployed, artifact_folder, tm
     if subprocess.run([docker, "info"], capture_output=True).returncode:
         pytest.skip("no Docker daemon here: start one")
     folder = deployed(artifact_folder, "docker", tmp_path / "container", "--name", "otcache-test")
+    up = pages.command_line("runtime/README.md", "docker compose")
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder / "packages", ROOT)
     (port,) = free_ports(1)
     compose = folder / "compose.yaml"
     compose.write_text(compose.read_text().replace("127.0.0.1:8000:8000", f"127.0.0.1:{port}:8000"))
     line = [docker, "compose", "--project-directory", str(folder)]
     try:
-        run(*line, "up", "--build", "--detach", "--wait")
+        run(docker, *up[1:], cwd=tmp_path)
         with urlopen(f"http://127.0.0.1:{port}/picture?prompt=a&budget=2", timeout=60) as answer:
             assert answer.read(4) == b"\x89PNG"
         assert run(*line, "exec", "server", "id", "-u").strip() == "10001"

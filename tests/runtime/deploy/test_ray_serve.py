@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 from PIL import Image
 from triton_server import free_ports
@@ -64,9 +65,9 @@ def address(application):
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_SERVE_LOG_TO_STDERR": "0"}
     log = application.parent / "log"
     with log.open("w") as out:
-        line = ["serve", "run", "serve.yaml"]
+        line = pages.command_line("runtime/README.md", "serve run")
         process = subprocess.Popen(
-            line, cwd=application, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            line, cwd=application.parent, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         end = time.monotonic() + TIMEOUT_S

@@ -12,7 +12,9 @@ from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
+import pages
 import pytest
+from PIL import Image
 from triton_server import INSTALL, serving_triton, triton_folder
 
 from otcache.runtime import Sampler
@@ -171,6 +173,18 @@ def metric(triton, line):
     with urlopen(f"http://{triton.metrics}/metrics") as answer:
         found = re.search(rf"^{re.escape(line)} (\S+)$", answer.read().decode(), re.MULTILINE)
     return float(found.group(1)) if found else 0.0
+
+
+def test_the_client_on_the_page(triton, sampler, tmp_path, monkeypatch):
+    """With this server's address, model and budgets."""
+    text = pages.snippet("runtime/README.md", "ask_triton.py")
+    for old, new in (("localhost:8000", triton.http), ('"shapes"', '"small"'), ('"8"', '"3"')):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(text, "ask_triton.py", "exec"), {})
+    expected = to_uint8(sampler("a red ring", budget="3", seed=0))[0]
+    np.testing.assert_array_equal(np.asarray(Image.open("ring.png")), expected)
 
 
 def test_unload_and_reload(client, sampler):

@@ -13,7 +13,7 @@ TARGETS = ("triton", "ray-serve", "docker")
 """As `settings.TARGETS`, which costs more to import than a command line's help may."""
 NEXT = {
     "triton": "tritonserver --model-repository {folder}",
-    "ray-serve": "serve run --app-dir {folder} {folder}/serve.yaml",
+    "ray-serve": "serve run serve.yaml, in {folder}",
     "docker": "docker compose --project-directory {folder} up --build",
 }
 """What serves a deployment."""

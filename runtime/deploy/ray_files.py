@@ -23,7 +23,7 @@ def _config(manifest: Manifest, settings: Settings) -> str:
     """A `ServeDeploySchema` as YAML."""
     threads = settings.threads or 1
     return f"""\
-# `serve run --app-dir FOLDER FOLDER/serve.yaml`; the folder has to be at the same place on every node.
+# `serve run serve.yaml` in this folder, which has to be at the same place on every node.
 proxy_location: EveryNode
 http_options:
   host: 127.0.0.1

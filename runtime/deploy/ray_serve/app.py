@@ -1,9 +1,9 @@
 """An artifact of otcache on Ray Serve: the routes of `otc serve`, in as many replicas as the load asks for.
 
-Written by `otc deploy --to ray-serve`; `serve run --app-dir FOLDER FOLDER/serve.yaml` starts it, on hosts that have
-otcache with its extra [serve-ray]. `serve.yaml` has replicas and limits. Requests that come within `max_wait_s` enter a
-replica's queue together, and those of one budget, size and guidance are drawn in one run; while the queue is long, a
-governor lowers the budgets that are served.
+Written by `otc deploy --to ray-serve`; `serve run serve.yaml` in this folder starts it, on hosts that have otcache with
+its extra [serve-ray]. `serve.yaml` has replicas and limits. Requests that come within `max_wait_s` enter a replica's
+queue together, and those of one budget, size and guidance are drawn in one run; while the queue is long, a governor
+lowers the budgets that are served.
 """
 
 from pathlib import Path

@@ -62,6 +62,10 @@ NOT_RUN = {
     "otc serve": "runs until it is stopped: tests/runtime/server/test_app.py starts it",
     "curl": "needs the server: tests/runtime/server/test_app.py asks it the same",
     "client.py": "needs the server: tests/runtime/server/test_app.py has OpenAI's client",
+    "tritonserver": "needs Triton: tests/runtime/deploy/test_triton.py runs it where there is one",
+    "ask_triton.py": "needs that server: tests/runtime/deploy/test_triton.py runs it there",
+    "serve run": "runs until it is stopped: tests/runtime/deploy/test_ray_serve.py runs this line",
+    "docker": "needs Docker: tests/runtime/deploy/test_docker.py runs this line where there is one",
     "python tests/benchmarks/": "tests/benchmarks/test_benchmarks.py runs each of these lines at a tiny size",
 }
 """Beginnings of commands, and names of snippets, that no page test runs, each with the reason."""

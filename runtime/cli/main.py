@@ -14,6 +14,7 @@ import click
 from otcache.schemas.errors import HostError, OTCacheError
 
 from .completion import completion
+from .deploy import deploy
 from .inspect import inspect
 from .json_lines import json_lines_only
 from .run import run
@@ -180,7 +181,7 @@ def main(ctx: click.Context) -> None:
     configure(as_json=ctx.meta[_JSON])
 
 
-for _command in (completion, inspect, pack, run, serve, sign, unpack, verify):
+for _command in (completion, deploy, inspect, pack, run, serve, sign, unpack, verify):
     main.add_command(_command)
 
 

@@ -68,6 +68,14 @@ Examples:
     help="Pictures in one run: waiting requests of one budget, size and guidance join; last digits may differ then.",
 )
 @click.option(
+    "--max-wait",
+    "max_wait_s",
+    type=click.FloatRange(0, 60),
+    default=0.0,
+    show_default=True,
+    help="Seconds that a request waits for others to fill a run of --max-batch.",
+)
+@click.option(
     "--lowest-budget",
     default=None,
     metavar="N|full",
@@ -93,6 +101,7 @@ def serve(
     timeout_s: float,
     max_images: int,
     max_batch: int,
+    max_wait_s: float,
     lowest_budget: str | None,
     grace_s: float,
     backend: str,
@@ -118,6 +127,7 @@ def serve(
                 capacity=capacity,
                 max_images=max_images,
                 max_batch=max_batch,
+                max_wait_s=max_wait_s,
                 timeout_s=timeout_s,
             )
         )
@@ -149,15 +159,16 @@ def _server() -> Any:
 def _service(
     artifact: Path, backend: str, threads: int | None, workers: int, lowest_budget: str | None, **limits: Any
 ) -> Any:
-    """A service of as many samplers as workers, whose governor begins to lower when half of the queue is full."""
+    """A service of as many samplers as workers, with a governor."""
     from ..serving.governor import Governor
     from ..serving.sampler import Sampler
     from ..serving.service import Service
 
     with contextlib.ExitStack() as stack:
         samplers = [stack.enter_context(Sampler.load(artifact, backend, threads)) for _ in range(workers)]
-        high = workers + max(1, limits["capacity"] // 2)
-        governor = Governor(samplers[0].budgets, lowest=lowest_budget, high=high)
+        governor = Governor.of_queue(
+            samplers[0].budgets, capacity=limits["capacity"], workers=workers, lowest=lowest_budget
+        )
         service = Service(*samplers, governor=governor, **limits)
         stack.pop_all()  # the service closes them
         return service

@@ -28,7 +28,7 @@ from otcache.schemas.errors import OTCacheError
 
 from ..serving.service import Service, http_status
 from .bodies import CLOSE, NoBodies, read_object
-from .drawing import draw, kind_of, options_of
+from .drawing import Submit, draw, kind_of, options_of, submit_at_once
 from .fields import parse_generation, parse_query
 from .metrics import CONTENT_TYPE, Counted, Metrics
 from .openapi import openapi_document
@@ -46,14 +46,18 @@ _UNREAD = (408, 413, 415)
 _log = logging.getLogger(__name__)
 
 
-def make_app(service: Service) -> Starlette:
-    """The application. It neither opens nor closes the service."""
+def make_app(service: Service, submit: Submit | None = None) -> Starlette:
+    """The application. It neither opens nor closes the service.
+
+    submit: how requests come into the service's queue, for hosts that have a way of their own.
+    """
+    submit = submit or submit_at_once(service)
     metrics = Metrics(service)
     routes = [
         _fixed("/", "page.html", "text/html"),
         _fixed("/page.js", "page.js", "text/javascript"),
-        Route("/picture", _picture_route(service, metrics)),
-        Route("/v1/images/generations", _generations_route(service, metrics), methods=["POST"]),
+        Route("/picture", _picture_route(service, submit, metrics)),
+        Route("/v1/images/generations", _generations_route(service, submit, metrics), methods=["POST"]),
         _json("/artifact", lambda: (200, _artifact(service))),
         _json("/healthz", lambda: (200, {"status": "ok"})),
         _json("/readyz", lambda: _readiness(service)),
@@ -100,13 +104,13 @@ def parse_nothing(request: Request) -> None:
         raise Refusal(f"{name} is no parameter of {request.url.path}: expected none: leave it out", parameter=name)
 
 
-def _picture_route(service: Service, metrics: Metrics) -> Callable[[Request], Awaitable[Response]]:
+def _picture_route(service: Service, submit: Submit, metrics: Metrics) -> Callable[[Request], Awaitable[Response]]:
     async def picture(request: Request) -> Response:
         asked = parse_query(request.query_params.multi_items())
         if request.method == "HEAD":
             return _unseen(service, asked)
         await request.body()  # empty: others have been refused
-        drawn = await draw(request, asked, service, metrics)
+        drawn = await draw(request, asked, service, submit, metrics)
         if drawn is None:
             return Response(status_code=CLIENT_LEFT)
         headers = {**drawn.headers, "Cache-Control": "no-store"}
@@ -127,11 +131,11 @@ def _unseen(service: Service, asked: Any) -> Response:
     return response
 
 
-def _generations_route(service: Service, metrics: Metrics) -> Callable[[Request], Awaitable[Response]]:
+def _generations_route(service: Service, submit: Submit, metrics: Metrics) -> Callable[[Request], Awaitable[Response]]:
     async def generations(request: Request) -> Response:
         parse_nothing(request)
         asked = parse_generation(await read_object(request))
-        drawn = await draw(request, asked, service, metrics)
+        drawn = await draw(request, asked, service, submit, metrics)
         if drawn is None:
             return Response(status_code=CLIENT_LEFT)
         answer = {

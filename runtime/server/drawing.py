@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from .refusals import Refusal
 
 PICTURE_KINDS = ("png", "jpeg", "webp")
 VIDEO_KINDS = ("gif",)
+Submit = Callable[[dict[str, Any]], Awaitable[PictureFuture]]
+"""The arguments of `Service.submit` → what it returns; raises what it raises."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,26 @@ def kind_of(asked: PictureQuery | Generation, service: Service) -> str:
     return asked.output_format or kinds[0]
 
 
-async def draw(request: Request, asked: PictureQuery | Generation, service: Service, metrics: Metrics) -> Drawn | None:
+def submit_at_once(service: Service) -> Submit:
+    async def submit(options: dict[str, Any]) -> PictureFuture:
+        return service.submit(**options)
+
+    return submit
+
+
+async def draw(
+    request: Request, asked: PictureQuery | Generation, service: Service, submit: Submit, metrics: Metrics
+) -> Drawn | None:
     """The pictures that are asked for; None if the client hung up, whose request has then ended, too.
 
     request: whose body has been read. Raises what `Service.submit` and its future raise.
     """
     kind = kind_of(asked, service)
-    job = service.submit(**options_of(asked, service))
+    job = await submit(options_of(asked, service))
     pictures = await _result_unless_left(request, job)
     if pictures is None or job.timing is None or job.budget is None:
         return None
-    metrics.drawn(job.budget, len(pictures), job.timing)
+    metrics.drawn(job.request.budget, job.budget, len(pictures), job.timing)
     files = [await run_in_threadpool(encoded, picture, kind) for picture in pictures]
     height, width = pictures.shape[-3:-1]
     return Drawn(files, kind, (width, height), job.budget, job.timing)

@@ -40,6 +40,12 @@ class Metrics:
         self.waited = Histogram(
             "otcache_waiting_seconds", "Of a request in the queue.", buckets=SECONDS, registry=self._registry
         )
+        self.degraded = Counter(
+            "otcache_degraded_requests",
+            "Requests that were served at a lower budget than asked for, because of the load.",
+            ["asked", "served"],
+            registry=self._registry,
+        )
         for name, text, value in (
             ("otcache_requests_waiting", "Requests in the queue.", lambda: service.waiting),
             ("otcache_requests_running", "Requests that are drawn.", lambda: service.running),
@@ -48,8 +54,10 @@ class Metrics:
             Gauge(name, text, registry=self._registry).set_function(value)
         ProcessCollector(registry=self._registry)
 
-    def drawn(self, budget: str, pictures: int, timing: Timing) -> None:
-        """Count a request that was served."""
+    def drawn(self, asked: str, budget: str, pictures: int, timing: Timing) -> None:
+        """Count a request that was served, at a budget that may be lower than was asked for."""
+        if budget != asked:
+            self.degraded.labels(asked, budget).inc()
         self.pictures.labels(budget).inc(pictures)
         self.drawing.labels(budget).observe(timing.latency_s)
         self.waited.observe(timing.parts["wait"])

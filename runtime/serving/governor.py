@@ -83,6 +83,13 @@ class Governor:
         self._crossed = self._idled = -math.inf
         """When the load last came to the side of `high`, and of `low`, on which it is."""
 
+    @classmethod
+    def of_queue(
+        cls, budgets: Sequence[str], *, capacity: int, workers: int = 1, lowest: int | str | None = None
+    ) -> Governor:
+        """One that begins to lower when half of a queue of so many requests is full, in front of so many workers."""
+        return cls(budgets, lowest=lowest, high=workers + max(1, capacity // 2))
+
     @property
     def budgets(self) -> tuple[str, ...]:
         return self._budgets

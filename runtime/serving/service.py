@@ -2,8 +2,8 @@
 
 One worker thread for each sampler (one sampler for each device). Requests run one by one, in the order of arrival, and
 give the bits that `Sampler` gives alone. Only with `max_batch` are those that wait and have one budget, size and
-guidance drawn in one run: that is faster, but matrix products of another size add up in another order, and the last
-digits then depend on what else was asked.
+guidance drawn in one run, and with `max_wait_s` a request waits so long for others to join it: that is faster, but
+matrix products of another size add up in another order, and the last digits then depend on what else was asked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from types import TracebackType
 from typing import Any
@@ -77,7 +77,9 @@ class PictureFuture(Future[Float32]):
     awaitable, and cancelling the task that awaits it cancels the request.
     """
 
-    def __init__(self, service: Service, request: Request, minimum_budget: str | None, deadline: float) -> None:
+    def __init__(
+        self, service: Service, request: Request, minimum_budget: str | None, begins: float, deadline: float
+    ) -> None:
         super().__init__()
         self.request = request
         """What was asked for."""
@@ -88,6 +90,8 @@ class PictureFuture(Future[Float32]):
         self.timing: Timing | None = None
         """Where the time went, queue included; there when the pictures are."""
         self._service = service
+        self._begins = begins
+        """When it runs at the latest if a worker is free: until then it waits for others that may run with it."""
         self._deadline = deadline
         self._timer = Timer()
         self._outcome: BaseException | None = None
@@ -108,6 +112,7 @@ class Service:
         capacity: int = 16,
         max_images: int = 16,
         max_batch: int = 1,
+        max_wait_s: float = 0.0,
         timeout_s: float = math.inf,
         governor: Governor | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -115,7 +120,8 @@ class Service:
         """samplers: of one artifact, one for each device.
 
         capacity: requests that may wait. max_images: pictures that one request may ask for. max_batch: pictures of
-        several requests that may be drawn in one run. timeout_s: for requests that name none. governor: lowers the
+        several requests that may be drawn in one run. max_wait_s: that the first request in the queue waits for others
+        to fill a run; 0 takes those that are there. timeout_s: for requests that name none. governor: lowers the
         budgets under load. Raises UsageError.
         """
         if not samplers or len({sampler.manifest.digest for sampler in samplers}) != 1:
@@ -124,12 +130,15 @@ class Service:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UsageError(f"{name} is {one_line(repr(value), 40)}: expected a whole number of at least 1")
         _check_timeout(timeout_s)
+        if not _is_seconds(max_wait_s) or not 0 <= max_wait_s < math.inf:
+            raise UsageError(f"max_wait_s is {one_line(repr(max_wait_s), 40)}: expected seconds, at least 0")
         if governor is not None and governor.budgets != samplers[0].budgets:
             raise UsageError(
                 f"governor is for budgets {one_line(governor.budgets)}: expected the artifact's, {samplers[0].budgets}"
             )
         self.sampler = samplers[0]
         self.capacity, self.max_images, self.max_batch = capacity, max_images, max_batch
+        self.max_wait_s = max_wait_s if max_batch > 1 else 0.0
         self._samplers, self._timeout_s, self._governor, self._clock = samplers, timeout_s, governor, clock
         self._changed = threading.Condition()
         self._waiting: deque[PictureFuture] = deque()
@@ -158,6 +167,11 @@ class Service:
     def accepts(self) -> bool:
         """Whether a request would be taken now: the service is open, and the queue is not full."""
         return not self._closed and len(self._waiting) < self.capacity
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the service is open and every worker runs."""
+        return not self._closed and all(worker.is_alive() for worker in self._workers)
 
     def submit(
         self,
@@ -194,12 +208,27 @@ class Service:
             if len(self._waiting) >= self.capacity:
                 raise self._busy()
             now = self._clock()
-            future = PictureFuture(self, asked, minimum, now + (self._timeout_s if timeout_s is None else timeout_s))
+            deadline = now + (self._timeout_s if timeout_s is None else timeout_s)
+            future = PictureFuture(self, asked, minimum, now + self.max_wait_s, deadline)
             if self._governor is not None:
                 self._governor.arrived(now)
             self._waiting.append(future)
             self._changed.notify()
         return future
+
+    def submit_all(self, requests: Sequence[Mapping[str, Any]]) -> list[PictureFuture | OTCacheError]:
+        """As `submit` with the arguments of each, and all are in the queue before the first of them runs.
+
+        Of a request that `submit` refuses its error stands in its place.
+        """
+        with self._changed:
+            return [self._submitted(request) for request in requests]
+
+    def _submitted(self, request: Mapping[str, Any]) -> PictureFuture | OTCacheError:
+        try:
+            return self.submit(**request)
+        except OTCacheError as error:
+            return error
 
     def close(self) -> None:
         """End everything: waiting requests with ClosedError now, running ones with it at their next step.
@@ -247,18 +276,35 @@ class Service:
                 if not self._waiting:
                     self._changed.wait()
                     continue
-                batch = [self._begin(self._waiting.popleft())]
-                for other in tuple(self._waiting) if self.max_batch > 1 else ():
-                    if self._joins(other, batch, sampler):
-                        self._waiting.remove(other)
-                        batch.append(self._begin(other))
-                return batch
+                batch, is_full = self._gather(sampler)
+                if not is_full and (left_s := self._waiting[0]._begins - self._clock()) > 0:
+                    self._changed.wait(left_s)
+                    continue
+                return [self._begin(future, budget) for future, budget in batch]
 
-    def _begin(self, future: PictureFuture) -> PictureFuture:
-        """Take a request to the device, at the budget that the load allows."""
+    def _gather(self, sampler: Sampler) -> tuple[list[tuple[PictureFuture, str]], bool]:
+        """The first waiting request and those that may run with it, with the budgets that the load allows; and whether
+        no other could join them.
+        """
+        first = self._waiting[0]
+        request = self._request_now(first)
+        batch, samples = [(first, request.budget)], request.samples
+        for other in tuple(self._waiting)[1:] if self.max_batch > 1 else ():
+            wanted = self._request_now(other)
+            if can_join(request, wanted) and self._can_hold(sampler, samples + wanted.samples, request):
+                batch.append((other, wanted.budget))
+                samples += wanted.samples
+        return batch, not self._can_hold(sampler, samples + 1, request)
+
+    def _can_hold(self, sampler: Sampler, samples: int, request: Request) -> bool:
+        return samples <= self.max_batch and sampler.can_hold(samples, request)
+
+    def _begin(self, future: PictureFuture, budget: str) -> PictureFuture:
+        """Take a request from the queue to the device."""
+        self._waiting.remove(future)
         future.set_running_or_notify_cancel()
         self._running.add(future)
-        future.budget = self._allowed_budget(future)
+        future.budget = budget
         future._timer.waited()
         return future
 
@@ -266,15 +312,9 @@ class Service:
         wanted = future.request.budget
         return wanted if self._governor is None else self._governor.budget(self._clock(), wanted, future.minimum_budget)
 
-    def _joins(self, other: PictureFuture, batch: list[PictureFuture], sampler: Sampler) -> bool:
-        """Whether a request that waits may run with a batch."""
-        samples = other.request.samples + sum(future.request.samples for future in batch)
-        wanted = other.request.at_budget(self._allowed_budget(other))
-        return (
-            samples <= self.max_batch
-            and can_join(_request_at(batch[0]), wanted)
-            and sampler.can_hold(samples, batch[0].request)
-        )
+    def _request_now(self, future: PictureFuture) -> Request:
+        """What was asked for, at the budget that the load allows now."""
+        return future.request.at_budget(self._allowed_budget(future))
 
     def _run(self, sampler: Sampler, batch: list[PictureFuture]) -> None:
         """Draw what a batch asks for. One that fails runs again request by request: others are not to blame for it."""
@@ -417,5 +457,9 @@ def _request_at(future: PictureFuture) -> Request:
 
 
 def _check_timeout(timeout_s: Any) -> None:
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not timeout_s > 0:
+    if not _is_seconds(timeout_s) or not timeout_s > 0:
         raise UsageError(f"timeout_s is {one_line(repr(timeout_s), 40)}: expected seconds above 0")
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

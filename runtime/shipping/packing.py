@@ -111,14 +111,7 @@ def pack(artifact: Artifact, out: BinaryIO) -> Packed:
 
     Raises ArtifactError for a damaged file; the archive is then left without its end.
     """
-    read = read_manifest(artifact.folder)
-    parts = [(MANIFEST_NAME, read.data)]
-    if read.manifest != artifact.manifest:
-        raise ArtifactError(f"{one_line(artifact.folder)}: it has changed while it was packed: pack it again")
-    signed = os.path.lexists(artifact.folder / SIGNATURE_NAME)
-    if signed:
-        parts.append((SIGNATURE_NAME, read_small(artifact.folder, SIGNATURE_NAME, MAX_SIGNATURE_BYTES)))
-        parse_signature(parts[1][1])
+    parts = small_parts(artifact)
     present = artifact.present()
     for entry in present:
         header(entry.path, entry.size_bytes)  # a path that does not fit is found before anything is written
@@ -129,11 +122,27 @@ def pack(artifact: Artifact, out: BinaryIO) -> Packed:
         written += _write(out, header(entry.path, entry.size_bytes))
         entry, file = artifact.open_file(entry.path)
         with file:
-            _copy(file.read, entry, lambda piece: out.write(piece))
+            copy_checked(file.read, entry, lambda piece: out.write(piece))
         written += entry.size_bytes + _write(out, bytes(padding(entry.size_bytes)))
     written += _write(out, END)
     out.flush()
+    signed = len(parts) > 1
     return Packed(digest=artifact.manifest.digest, files=len(parts) + len(present), size_bytes=written, signed=signed)
+
+
+def small_parts(artifact: Artifact) -> list[tuple[str, bytes]]:
+    """The manifest's bytes, and then those of the signature if there is one, whose form is checked.
+
+    Raises ArtifactError, also for a manifest that is not the one that was opened.
+    """
+    read = read_manifest(artifact.folder)
+    parts = [(MANIFEST_NAME, read.data)]
+    if read.manifest != artifact.manifest:
+        raise ArtifactError(f"{one_line(artifact.folder)}: it has changed while it was read: start it again")
+    if os.path.lexists(artifact.folder / SIGNATURE_NAME):
+        parts.append((SIGNATURE_NAME, read_small(artifact.folder, SIGNATURE_NAME, MAX_SIGNATURE_BYTES)))
+        parse_signature(parts[1][1])
+    return parts
 
 
 def _write(out: BinaryIO, data: bytes) -> int:
@@ -141,7 +150,7 @@ def _write(out: BinaryIO, data: bytes) -> int:
     return len(data)
 
 
-def _copy(read: Callable[[int], bytes], entry: FileEntry, write: Callable[[bytes], object]) -> None:
+def copy_checked(read: Callable[[int], bytes], entry: FileEntry, write: Callable[[bytes], object]) -> None:
     """Copy exactly the bytes that an entry states. Raises ArtifactError unless size and digest are right."""
     running, left = hashlib.sha256(), entry.size_bytes
     while left:
@@ -315,7 +324,7 @@ def _extract(part: Path, entry: FileEntry, members: _Members) -> None:
     path = part / entry.path
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "xb") as file:
-        _copy(members.read, entry, file.write)
+        copy_checked(members.read, entry, file.write)
     members.end_member(entry.size_bytes)
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import small_artifact as small
 
+MANY = 600
+"""Steps of the artifact's full program."""
+
 
 @pytest.fixture(scope="session")
 def artifact_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,4 +41,20 @@ def built(artifact_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     line = [sys.executable, "-m", "otcache.runtime.cli.main", "build-engines", str(folder)]
     line += ["--backend", "tensorrt-rtx", "--target", "sm_89"]
     subprocess.run(line, check=True, env=environment)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def slow_artifact(artifact_folder, tmp_path_factory):
+    """The small artifact with a full program of hundreds of steps."""
+    folder = Path(shutil.copytree(artifact_folder, tmp_path_factory.mktemp("slow") / "small"))
+    value = small.read_manifest(folder)
+    for part in ("sampler", "reference", "anchor"):
+        value[part]["num_inference_steps"] = MANY
+    steps = [
+        {"step_index": i, "timestep": 1000 * (1 - i / MANY), "latent_coef": 1.0, "output_coefs": [-1 / MANY]}
+        for i in range(MANY)
+    ]
+    value["programs"][-1]["program"]["steps"] = steps
+    small.write_manifest(folder, value)
     return folder

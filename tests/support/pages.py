@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("compiler", "runtime", "schemas", "artifacts", "tests")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-COMMAND_WORDS = ("otc", "python", "pip", "make", "curl", "openssl")
+COMMAND_WORDS = ("otc", "python", "pip", "make", "curl", "openssl", "tritonserver", "serve", "docker")
 """What a line begins with that a reader would type."""
 
 
@@ -98,3 +99,15 @@ def anchors(name: str) -> set[str]:
 def code_spans(name: str) -> list[str]:
     """The page's inline code."""
     return [token.content for token in inline(name) if token.type == "code_inline"]
+
+
+def command_line(name: str, begin: str) -> list[str]:
+    """The words of the one command on a page that begins so."""
+    (found,) = {text for block in blocks(name) for _, text in commands(block) if text.startswith(begin)}
+    return shlex.split(found, comments=True)
+
+
+def snippet(name: str, file: str) -> str:
+    """The Python of a page's block that is named so."""
+    (found,) = [block.text for block in blocks(name) if block.name == file]
+    return found

@@ -10,6 +10,7 @@ import re
 import socket
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -283,7 +284,12 @@ def test_overload(client):
         error = response.json()["error"]
         assert int(response.headers["retry-after"]) >= 1 and "queue is full" in error["message"]
         assert error["type"] == "server_error"
-    assert {response.headers["x-budget"] for response in served} & {"2", "3"}
+    lowered = Counter(response.headers["x-budget"] for response in served)
+    del lowered["full"]
+    assert lowered
+    for budget, times in lowered.items():
+        line = f'otcache_degraded_requests_total{{asked="full",served="{budget}"}}'
+        assert metric(client, line) >= times
 
 
 def test_a_full_queue_is_not_ready(server, client):

@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError
 import numpy as np
 import pytest
 
-from otcache.runtime import DeadlineError, HostError, Sampler, Service, UsageError
+from otcache.runtime import DeadlineError, HostError, RequestError, Sampler, Service, UsageError
 
 TIMEOUT_S = 30
 
@@ -120,3 +120,39 @@ def test_a_batch_that_fails_is_drawn_one_by_one(sampler):
 def test_a_number_that_is_none(sampler):
     with pytest.raises(UsageError, match="max_batch is 0: expected a whole number of at least 1"):
         Service(sampler, max_batch=0)
+
+
+def test_a_request_waits_for_others_until_a_run_is_full(sampler):
+    """With real time: had it not waited, it would have run alone, and had a full run waited, this would take long."""
+    sampler.begins.set()
+    with Service(sampler, max_batch=3, max_wait_s=600) as service:
+        futures = [service.submit("a", budget="3", seed=seed) for seed in range(3)]
+        for future in futures:
+            future.result(TIMEOUT_S)
+        assert sampler.runs == [3]
+        leaves = service.submit("a", budget="3")
+        assert leaves.cancel() and leaves.cancelled() and not service.waiting
+
+
+def test_a_request_that_nobody_joins_runs_when_its_wait_is_over(sampler):
+    sampler.begins.set()
+    with Service(sampler, max_batch=8, max_wait_s=0.05) as service:
+        assert service.submit("a", budget="3").result(TIMEOUT_S).shape[0] == 1
+    assert sampler.runs == [1]
+
+
+def test_requests_of_one_call_are_all_there_before_the_first_runs(sampler):
+    sampler.begins.set()
+    with Service(sampler, max_batch=8) as service:
+        asked = [{"prompt": "a", "budget": budget, "seed": seed} for seed in range(3) for budget in ("3", "2", "9")]
+        found = service.submit_all(asked)
+        errors = [each for each in found if isinstance(each, RequestError)]
+        assert found[2::3] == errors and "budget is '9': expected one of 2, 3, full" in str(errors[0])
+        for future in (each for each in found if each not in errors):
+            future.result(TIMEOUT_S)
+    assert sampler.runs == [3, 3]
+
+
+def test_a_wait_that_is_none(sampler):
+    with pytest.raises(UsageError, match="max_wait_s is -1: expected seconds, at least 0"):
+        Service(sampler, max_wait_s=-1)

@@ -14,10 +14,13 @@ from ..passes.compile import search_schedules
 from ..passes.prepare import prepare
 from ..workspace.progress import Reporter
 from . import (
+    bns,
     budcache,
     cache_dit,
     diffusers_caches,
+    dpcache,
     graph_taylor,
+    l2p,
     lemica,
     meancache,
     paper,
@@ -25,6 +28,7 @@ from . import (
     solvers,
     spectrum,
     teacache,
+    zeus,
 )
 from . import robustness as elsewhere
 from .cells import FURTHER, Cell, Comparison, Skipped, budget_within_blocks, peers_at, verdict_at
@@ -38,14 +42,18 @@ BEST_PEERS = 3
 
 MODULES = (
     solvers,
+    bns,
     diffusers_caches,
     teacache,
     cache_dit,
     seacache,
+    zeus,
     spectrum,
     meancache,
     lemica,
     budcache,
+    dpcache,
+    l2p,
     graph_taylor,
     paper,
 )

@@ -33,10 +33,19 @@ from .method import Bench, Built, NotApplicable, ProgramMethod, choose_program
 
 STARTS = ("euler", "dpm++2m", "unipc")
 """Solvers, of `solvers`, whose best variants training may start from."""
-ROUNDS, BATCH, RATE = 80, 8, 0.01
-"""Of Adam: steps, samples of each, and the rate of the first, which falls to nothing in a straight line."""
+ROUNDS, BATCH = 80, 8
+"""Steps of Adam, and samples of each."""
 GRADIENT_EVALUATIONS = 3
 """What an evaluation counts as whose gradient is taken."""
+
+
+def rate(budget: int) -> float:
+    """Of the first step; it falls to nothing in a straight line.
+
+    >>> rate(4), rate(16)
+    (0.02, 0.01)
+    """
+    return min(0.02, 0.16 / budget)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +162,7 @@ def trained_program(bench: Bench, start: Program) -> Program:
     """The program that training comes to from another; the other where its losses are not finite numbers."""
     family, samples = Family(start=start, table=bench.table), bench.calibration.samples
     vector = torch.zeros(family.size, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([vector], lr=RATE)
+    optimizer = torch.optim.Adam([vector], lr=rate(family.budget))
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1.0 / ROUNDS, total_iters=ROUNDS)
     batches = [slice(first, first + BATCH) for first in range(0, samples.count, BATCH)]
     for position in range(ROUNDS):
@@ -181,7 +190,7 @@ def _build(bench: Bench, budget: int) -> Built:
     if budget > MAX_MEMORY or len(start.program.steps) < 2:
         raise NotApplicable(f"BNS trains programs of 2 to {MAX_MEMORY} evaluations")
     count = bench.calibration.count
-    key = [bench.key, count, [ROUNDS, BATCH, RATE], start.program.model_dump(mode="json")]
+    key = [bench.key, count, [ROUNDS, BATCH, rate(budget)], start.program.model_dump(mode="json")]
     found = bench.workspace.json("bespoke", key, lambda: trained_program(bench, start.program).model_dump(mode="json"))
     trained = Built(program=Program.model_validate(found), setting=f"trained {start.setting}")
     best = choose_program(bench, [trained, start])

@@ -56,7 +56,8 @@ def bench_of(prepared: Prepared, found: Found | None = None) -> Bench:
         calibration_seeds=prepared.seeds,
         guidance_scale=options.nominal_scale,
         workspace=session.workspace,
-        key=[session.key, list(prepared.held_out), *measured],
+        key=[session.key, list(prepared.held_out)],
+        measured=tuple(measured),
         set_timesteps=prepared.set_timesteps,
         seed=options.seed,
         own={} if found is None else {budget: trials[0].schedule for budget, trials in found.trials.items()},
@@ -85,7 +86,7 @@ def measure_cell(bench: Bench, method: Method, budget: int) -> Cell | Skipped:
     """
     made_of = method.made_of.get(budget) if isinstance(method, ProgramMethod) else None
     name = "compare-" + "".join(c if c.isalnum() else "-" for c in method.name)
-    key = [bench.key, method.name, budget, made_of and made_of.model_dump(mode="json")]
+    key = [[*bench.key, *bench.measured], method.name, budget, made_of and made_of.model_dump(mode="json")]
     if method.group == "library":
         key.append(library_versions())
     if method.uses_own:

@@ -55,10 +55,12 @@ class Bench:
     calibration_seeds: tuple[int, ...]
     guidance_scale: float
     workspace: Workspace
-    key: Any
+    key: list[Any]
     """What everything above depends on, for the workspace."""
     set_timesteps: Callable[[Any, int], None]
     seed: int = 0
+    measured: tuple[str, ...] = ()
+    """What is measured of pictures beside PSNR and SSIM: cells depend on it, and what methods prepare does not."""
     own: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """The default's own schedules by budget, for libraries that take any (`uses_own`)."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from otcache.compiler.compare.cells import AHEAD_DB, FURTHER, Comparison
 from otcache.compiler.compare.picture import draw_comparison
-from otcache.compiler.compare.table import fidelity_table, markdown, verdict_table
+from otcache.compiler.compare.table import fidelity_table, markdown, published_parts, verdict_table
 
 HERE = Path(__file__).parent
 MARKS = ("<!-- comparisons: written by otcache.artifacts.comparisons -->", "<!-- end of comparisons -->")
@@ -51,7 +51,7 @@ def comparison_sections(comparisons: Sequence[Comparison]) -> str:
             budgets = ",".join(map(str, other.budgets)) + ("" if other.claims else " --no-claim")
             parts.append(
                 f"Compiled and compared apart, for information (`otc compare {name} --budgets {budgets} -o FOLDER`):"
-                f"\n\n{fidelity_table(other)}\n\n{verdict_table(other)}"
+                + "\n\n".join(["", fidelity_table(other), *published_parts(other), verdict_table(other)])
             )
     return "\n\n".join(parts)
 

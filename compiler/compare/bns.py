@@ -198,4 +198,4 @@ def _build(bench: Bench, budget: int) -> Built:
     return replace(best, full_runs=spent)
 
 
-METHODS = (ProgramMethod(name="bns", group="solver", source="arXiv 2403.01329", build=_build),)
+METHODS = (ProgramMethod(name="bns", group="solver", source="arXiv 2403.01329", build=_build, published=(4, None)),)

@@ -112,4 +112,6 @@ def _build(bench: Bench, budget: int) -> Built:
     return Built(program=reuse_program(bench.table, found["schedule"]), full_runs=found["full_runs"])
 
 
-METHODS = (ProgramMethod(name="budcache", group="schedule", source="arXiv 2606.13496", build=_build),)
+METHODS = (
+    ProgramMethod(name="budcache", group="schedule", source="arXiv 2606.13496", build=_build, published=(6, 50)),
+)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -142,12 +143,14 @@ def _build(bench: Bench, budget: int) -> Built:
     candidates = []
     for order in ORDERS:
         for name, schedule in dpcache_schedules(costs[str(order)], budget):
-            program = forecast_program(table, schedule, lambda known, at, o=order: taylorseer_coefs(known, at, o))
+            program = forecast_program(table, schedule, partial(taylorseer_coefs, order=order))
             setting = f"order {order}, {name}, {schedule_text(schedule)}"
             candidates.append(Built(program=program, setting=setting))
     return replace(choose_program(bench, candidates, FeatureModel), full_runs=1.0)
 
 
 METHODS = (
-    ProgramMethod(name="dpcache", group="schedule", source="arXiv 2602.22654", build=_build, model=FeatureModel),
+    ProgramMethod(
+        name="dpcache", group="schedule", source="arXiv 2602.22654", build=_build, model=FeatureModel, published=(9, 50)
+    ),
 )

@@ -25,7 +25,7 @@ from .method import Bench, Built, NotApplicable, ProgramMethod, choose_program, 
 from .output_forecasts import program_from_rows
 
 RELEASED_STEPS = 50
-RELEASED = (
+RELEASED: tuple[tuple[int, ...], ...] = (
     (0, 1, 2, 4, 6, 9, 14, 23, 30, 37, 44),
     (0, 1, 2, 4, 7, 14, 23, 31, 38, 45),
     (0, 1, 2, 4, 9, 17, 26, 35, 43),
@@ -154,4 +154,4 @@ def _build(bench: Bench, budget: int) -> Built:
     return choose_program(bench, candidates)
 
 
-METHODS = (ProgramMethod(name="l2p", group="schedule", source="arXiv 2604.26365", build=_build),)
+METHODS = (ProgramMethod(name="l2p", group="schedule", source="arXiv 2604.26365", build=_build, published=(7, 50)),)

@@ -173,4 +173,6 @@ def _build(bench: Bench, budget: int) -> Built:
     return choose_program(bench, candidates)
 
 
-METHODS = (ProgramMethod(name="meancache", group="schedule", source="arXiv 2601.19961", build=_build),)
+METHODS = (
+    ProgramMethod(name="meancache", group="schedule", source="arXiv 2601.19961", build=_build, published=(10, 50)),
+)

@@ -135,4 +135,8 @@ def _build(bench: Bench, budget: int) -> Built:
     return choose_program(bench, candidates, FeatureModel)
 
 
-METHODS = (ProgramMethod(name="spectrum", group="cache", source="arXiv 2603.01623", build=_build, model=FeatureModel),)
+METHODS = (
+    ProgramMethod(
+        name="spectrum", group="cache", source="arXiv 2603.01623", build=_build, model=FeatureModel, published=(10, 50)
+    ),
+)

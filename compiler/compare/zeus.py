@@ -141,4 +141,4 @@ def _build(bench: Bench, budget: int) -> Built:
     return choose_program(bench, candidates)
 
 
-METHODS = (ProgramMethod(name="zeus", group="cache", source="arXiv 2604.01552", build=_build),)
+METHODS = (ProgramMethod(name="zeus", group="cache", source="arXiv 2604.01552", build=_build, published=(16, 50)),)

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 from otcache.compiler.calibration.scoring import final_latents, scores_of
 from otcache.compiler.compare import bns, dpcache, l2p, output_forecasts, zeus
+from otcache.compiler.compare.pipeline_method import run_pipeline
+from otcache.compiler.compare.residual_forecasts import reuse_program
 from otcache.compiler.compare.spectrum import FeatureModel
+from otcache.compiler.compare.spent import metered
 from otcache.compiler.programs.baselines import baseline_programs, uniform_reuse_program
 from otcache.compiler.programs.lower import lower
 from otcache.compiler.programs.solver_table import program_from_table
@@ -300,7 +303,8 @@ def test_bns_gradient_is_that_of_differences(bench, euler):
         assert gradient[index] == pytest.approx(difference, rel=0.05, abs=0.02)
 
 
-def test_bns_training_helps_prompts_that_it_has_not_seen(bench, euler):
+def test_bns_training_helps_prompts_that_it_has_not_seen(bench, euler, monkeypatch):
+    monkeypatch.setattr(bns, "ROUNDS", 30)
     family = bns.Family(start=euler, table=bench.table)
     trained = bns.trained_program(bench, euler)
     assert trained.nfe == 4 and trained != family.program(np.zeros(family.size))
@@ -309,7 +313,8 @@ def test_bns_training_helps_prompts_that_it_has_not_seen(bench, euler):
 
 
 @pytest.mark.parametrize("module", [l2p, zeus, bns])
-def test_methods_give_a_program_of_the_budget(bench, module):
+def test_methods_give_a_program_of_the_budget(bench, module, monkeypatch):
+    monkeypatch.setattr(bns, "ROUNDS", 3)
     built = module.METHODS[0].build(bench, 4)
     assert built.program.nfe == 4 and built.program.payload == "output" and built.setting
 
@@ -320,3 +325,21 @@ def test_every_step_computed_is_the_full_run(bench):
     assert output_forecasts.program_from_rows(bench.table, range(total), rows) == program_from_table(bench.table)
     reuse = l2p.rows_from_weights(np.eye(total), (0, 3))
     assert output_forecasts.program_from_rows(bench.table, (0, 3), reuse) == uniform_reuse_program(bench.table, (0, 3))
+
+
+# --- what it costs
+# -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluations_are_counted_whole_and_in_stages(bench):
+    """Four of eight steps, of outputs and of residuals, of all held-out samples; and the pipeline's own run."""
+    outputs = uniform_reuse_program(bench.table, (0, 2, 4, 6))
+    residuals = reuse_program(bench.table, (0, 2, 4, 6))
+    for program, known in ((outputs, 1), (residuals, 0)):  # the full run's first output is known
+        with metered(bench) as meter:
+            bench.evaluation.map(scores_of(program))
+        assert meter.spent().evaluations == pytest.approx((4 - known) * bench.count)
+    with metered(bench) as meter:
+        run_pipeline(bench, [0, 1], held_out=True)
+    assert meter.spent().evaluations == pytest.approx(2 * bench.table.num_inference_steps)
+    assert meter.spent().seconds > 0

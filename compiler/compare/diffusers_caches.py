@@ -167,10 +167,13 @@ def _taylor_method(name: str, source: str, order: int, published: Range | None =
     )
 
 
+TAYLORSEER_PUBLISHED = (9, 50)
+"""The least that paper and release show, by an audit of the first comparison."""
+
 METHODS = (
     _taylor_method("fora", "arXiv 2407.01425, diffusers", 0),
-    _taylor_method("taylorseer-1", "arXiv 2503.06923, diffusers", 1, (9, 50)),
-    _taylor_method("taylorseer-2", "arXiv 2503.06923, diffusers", 2, (9, 50)),
+    _taylor_method("taylorseer-1", "arXiv 2503.06923, diffusers", 1, TAYLORSEER_PUBLISHED),
+    _taylor_method("taylorseer-2", "arXiv 2503.06923, diffusers", 2, TAYLORSEER_PUBLISHED),
     PipelineMethod(
         name="first block",
         group="cache",

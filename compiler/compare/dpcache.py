@@ -1,10 +1,11 @@
 """DPCache (arXiv 2602.22654): the blocks' output forecast by a Taylor polynomial, at steps that are planned.
 
-As published (paper, and its released `dpcache/cali_utils.py` and `schedule_utils.py`): an edge from step i to j, with
-the step a computed before i, costs the sum of the mean absolute errors of TaylorSeer's forecast at every step up to j,
-made of the full run's features at i, a and the steps right before a; beyond the last step stands a forecast of the
-features, smoothed with their mean; the features are the last block's output; a path of exactly B steps is planned that
-begins with the first three; no edge spans more than 0.3 of the steps; the forecast is of the second order.
+As published (its released `dpcache/cali_utils.py` and `schedule_utils.py`, read in a copy of the repository, and the
+abstract and notes of the paper, whose text was not at hand): an edge from step i to j, with the step a computed before
+i, costs the sum of the mean absolute errors of TaylorSeer's forecast at every step up to j, made of the full run's
+features at i, a and the steps right before a; beyond the last step stands a forecast of the features, smoothed with
+their mean; the features are the last block's output; a path of exactly B steps is planned that begins with the first
+three; no edge spans more than 0.3 of the steps; the forecast is of the second order.
 
 Chosen here: the path is the best one over pairs of steps, where the release remembers one way to each step and may miss
 it; fewer first steps, edges of any length and the first order are tried too, on calibration samples, of which the
@@ -149,8 +150,16 @@ def _build(bench: Bench, budget: int) -> Built:
     return replace(choose_program(bench, candidates, FeatureModel), full_runs=1.0)
 
 
+PUBLISHED = (9, 50)
+"""The paper's least, on FLUX.1 and HunyuanVideo."""
+
 METHODS = (
     ProgramMethod(
-        name="dpcache", group="schedule", source="arXiv 2602.22654", build=_build, model=FeatureModel, published=(9, 50)
+        name="dpcache",
+        group="schedule",
+        source="arXiv 2602.22654",
+        build=_build,
+        model=FeatureModel,
+        published=PUBLISHED,
     ),
 )

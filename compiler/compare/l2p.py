@@ -1,9 +1,9 @@
 """L2P (arXiv 2604.26365): outputs forecast by weights for each step, learned along full runs.
 
-As published (paper, and its released `predictor/train.py` and `src/flux`): the guided output of the model is forecast;
-step t weighs everything before it, forecasts among them, with row t of a triangular matrix; the matrix starts as reuse
-of the newest output and is trained with Adam (rate 0.01, 201 rounds) on the squared error along full runs; computed
-steps are a list for each speed, of 50 steps.
+As published (its released `predictor/train.py` and `src/flux`, and the abstract and notes of the paper, whose text was
+not at hand): the guided output of the model is forecast; step t weighs everything before it, forecasts among them, with
+row t of a triangular matrix; the matrix starts as reuse of the newest output and is trained with Adam (rate 0.01, 201
+rounds) on the squared error along full runs; computed steps are a list for each speed, of 50 steps.
 
 Chosen here, by calibration: what the training tends to, the least squares themselves, with a ridge that pulls to reuse;
 forecasts from computed outputs alone, as the paper's text may be read; and computed steps where no list is released:
@@ -154,4 +154,7 @@ def _build(bench: Bench, budget: int) -> Built:
     return choose_program(bench, candidates)
 
 
-METHODS = (ProgramMethod(name="l2p", group="schedule", source="arXiv 2604.26365", build=_build, published=(7, 50)),)
+PUBLISHED = (7, 50)
+"""The paper's longest interval with figures, 10, on FLUX.1: the released list has 7 steps."""
+
+METHODS = (ProgramMethod(name="l2p", group="schedule", source="arXiv 2604.26365", build=_build, published=PUBLISHED),)

@@ -1,0 +1,116 @@
+"""Ray as a compile asks for it: a cluster of its own on this host, or one that runs; what it lacks, in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from otcache.schemas.errors import HostError
+
+ADDRESS = "RAY_ADDRESS"
+STORE_BYTES = 200 << 20
+"""Of Ray's object store on a cluster of our own: answers are a few kilobytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A cluster that this process is connected to."""
+
+    address: str
+    """Empty for one of our own."""
+    workers: int
+    resource: str
+    """What each worker takes one of: GPU, or CPU."""
+
+    @property
+    def name(self) -> str:
+        """As messages say it."""
+        return f"the cluster at {self.address}" if self.address else "this host"
+
+
+@contextlib.contextmanager
+def connected(workers: int | None, address: str | None, resource: str) -> Iterator[Cluster]:
+    """Connect to a cluster while the context lasts; one that is started for it is gone afterwards.
+
+    Args:
+        workers: how many it is to have room for; None takes all that the cluster has.
+        address: of a running cluster, or what RAY_ADDRESS says; without either one is started on this host.
+        resource: what each worker takes one of, GPU or CPU.
+
+    Raises HostError where the cluster does not answer, or is too small.
+    """
+    address = address or os.environ.get(ADDRESS) or ""
+    with contextlib.ExitStack() as stack:
+        if not ray.is_initialized():
+            stack.enter_context(_joined(address) if address else _started(workers))
+        there = {name: int(count) for name, count in ray.cluster_resources().items()}
+        nodes = sum(1 for node in ray.nodes() if node["Alive"])
+        cluster = Cluster(address=address, workers=workers or max(1, there.get(resource, 0)), resource=resource)
+        check_size(cluster, there.get(resource, 0), nodes)
+        yield cluster
+
+
+def check_size(cluster: Cluster, there: int, nodes: int) -> None:
+    """Raises HostError for a cluster with fewer of the resource than there are to be workers."""
+    if there < cluster.workers:
+        remedy = f"give --workers {there}" if there else "give --device cpu"
+        raise HostError(
+            f"--workers is {cluster.workers}: {cluster.name} has {there} {cluster.resource}s on {nodes} "
+            f"node{'s' if nodes != 1 else ''}, and each worker takes one: {remedy}, or add nodes"
+        )
+
+
+@contextlib.contextmanager
+def _started(workers: int | None) -> Iterator[None]:
+    """A cluster on this host, whose files go with it."""
+    # Sockets lie in the folder, and their paths may have a hundred characters.
+    folder = tempfile.mkdtemp(prefix="otc-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
+    try:
+        with _joined("local", num_cpus=workers, object_store_memory=STORE_BYTES, _temp_dir=folder):
+            yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _joined(address: str, **more: Any) -> Iterator[None]:
+    """Connected to a cluster. Raises HostError where there is none, or one of another version."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address == "local":
+        more["include_dashboard"] = False
+    try:
+        with _own_signals():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **more)
+    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise HostError(
+            f"--ray is {address}: no connection ({said}): expected a running cluster of ray {ray.__version__}, as "
+            "`ray start --head` makes one, or none, for one on this host"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Signals are ours again when the context ends: Ray takes SIGTERM for itself."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # not in the main thread, where there are no signals
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)

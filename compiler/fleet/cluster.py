@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 
 from otcache.schemas.errors import HostError
 
@@ -50,12 +51,13 @@ def connected(workers: int | None, address: str | None, resource: str) -> Iterat
     """
     address = address or os.environ.get(ADDRESS) or ""
     with contextlib.ExitStack() as stack:
+        if address and not ray.is_initialized():
+            stack.enter_context(_joined(address))
+        there, nodes = _size(resource) if ray.is_initialized() else (_own_size(resource), 1)
+        cluster = Cluster(address=address, workers=workers or max(1, there), resource=resource)
+        check_size(cluster, there, nodes)
         if not ray.is_initialized():
-            stack.enter_context(_joined(address) if address else _started(workers))
-        there = {name: int(count) for name, count in ray.cluster_resources().items()}
-        nodes = sum(1 for node in ray.nodes() if node["Alive"])
-        cluster = Cluster(address=address, workers=workers or max(1, there.get(resource, 0)), resource=resource)
-        check_size(cluster, there.get(resource, 0), nodes)
+            stack.enter_context(_started(cluster))
         yield cluster
 
 
@@ -69,13 +71,33 @@ def check_size(cluster: Cluster, there: int, nodes: int) -> None:
         )
 
 
+def _size(resource: str) -> tuple[int, int]:
+    """How many of a resource the cluster has, and how many nodes."""
+    return int(ray.cluster_resources().get(resource, 0)), sum(1 for node in ray.nodes() if node["Alive"])
+
+
+def _own_size(resource: str) -> int:
+    """How many GPUs, or cores that this process may use, the host has."""
+    if resource == "GPU":
+        return torch.cuda.device_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextlib.contextmanager
-def _started(workers: int | None) -> Iterator[None]:
-    """A cluster on this host, whose files go with it."""
+def _started(cluster: Cluster) -> Iterator[None]:
+    """A cluster on this host with room for its workers, whose files go with it."""
     # Sockets lie in the folder, and their paths may have a hundred characters.
     folder = tempfile.mkdtemp(prefix="otc-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
+    gpus = cluster.workers if cluster.resource == "GPU" else 0
     try:
-        with _joined("local", num_cpus=workers, object_store_memory=STORE_BYTES, _temp_dir=folder):
+        with _joined(
+            "local",
+            num_cpus=cluster.workers,
+            num_gpus=gpus,
+            object_store_memory=STORE_BYTES,
+            include_dashboard=False,
+            _temp_dir=folder,
+        ):
             yield
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -84,10 +106,6 @@ def _started(workers: int | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _joined(address: str, **more: Any) -> Iterator[None]:
     """Connected to a cluster. Raises HostError where there is none, or one of another version."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address == "local":
-        more["include_dashboard"] = False
     try:
         with _own_signals():
             ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **more)

@@ -152,9 +152,7 @@ class RayCrew:
             advance.facts.update(workers=self.living(len(parts)), samples=sum(done) // steps)
             advance(sum(done), steps * wanted.count)
 
-        found = self.each(make, self.posts[: len(parts)], parts, watch=watch)
-        watch()
-        return found
+        return self.each(make, self.posts[: len(parts)], parts, watch=watch)
 
     def _progress(self, post: RayPost) -> int:
         """Evaluations that a worker has made of what it is asked for; 0 where it does not say."""

@@ -44,7 +44,7 @@ Answer = TypeVar("Answer")
 
 POLL_S = 0.2
 """Between two looks at signals and progress."""
-MOST_DEATHS = 5
+MOST_DEATHS = 10
 """Of workers that are asked one question: after so many it is the question's fault, or the host's."""
 ROOM_S = 60.0
 """That a replacement may wait for room in the cluster, as after a node has died; then those that live do its work."""
@@ -326,7 +326,8 @@ def crew_of(
         try:
             yield crew, CrewReporter(reporter, crew)
             replaced = f", {crew.replaced} replaced" if crew.replaced else ""
-            reporter.note(f"{cluster.workers} workers on {cluster.name}{replaced}: {crew.traffic.text()}")
+            count = f"{cluster.workers} worker{'s' if cluster.workers != 1 else ''}"
+            reporter.note(f"{count} on {cluster.name}{replaced}: {crew.traffic.text()}")
         finally:
             crew.close()
 

@@ -19,6 +19,8 @@ TENSOR_ROWS = {"pictures", "latents", "conditioning"}
 class Count:
     """Of one kind of question."""
 
+    questions: int = 0
+    """Of one worker each."""
     sent: int = 0
     received: int = 0
     sample_steps: int = 0
@@ -41,6 +43,7 @@ class Traffic:
         """Count a question."""
         with self.lock:
             count = self.counts.setdefault(kind, Count())
+            count.questions += 1
             count.sent += sent
             count.received += received
             count.sample_steps += sample_steps

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,6 @@ from torch import Tensor
 from ..calibration.runs import Runs
 from ..calibration.samples import Samples
 from ..workspace.progress import Pass
-
-if TYPE_CHECKING:
-    from .session import Session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +78,14 @@ AnyRuns = Runs | RunsElsewhere
 class Crew(Protocol):
     """Workers that make full runs and hold samples."""
 
-    def full_runs(self, session: Session, wanted: SampleSet, advance: Pass) -> RunsElsewhere:
-        """Full runs of a set, made by the workers that will hold them; `advance` is told of evaluations."""
+    def full_runs(self, session: Any, wanted: SampleSet, advance: Pass) -> RunsElsewhere:
+        """Full runs of a set, made by the workers that will hold them.
+
+        Args:
+            session: a `session.Session`, which has its crew.
+            wanted: the set.
+            advance: told of evaluations.
+        """
 
 
 def key_differences(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import itertools
 from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("ray", reason="needs ray (pip install 'otcache[ray]')")
-torch = pytest.importorskip("torch")
+if importlib.util.find_spec("ray") is None or importlib.util.find_spec("torch") is None:
+    pytest.skip("needs torch, and ray (pip install 'otcache[ray]')", allow_module_level=True)
 
 from otcache.compiler.fleet.crew import split
 from otcache.compiler.fleet.packing import Absent, pack, pack_error, unpack, unpack_error
@@ -39,6 +41,8 @@ def test_what_stays_at_home_is_held_and_not_used():
 
 
 def test_weights_are_not_sent():
+    import torch
+
     layer = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match="holds a Linear"):
         pack(lambda: layer, {})
@@ -63,6 +67,6 @@ def test_errors_come_back_as_they_were():
 def test_samples_are_spread_in_whole_units(count, unit, workers):
     parts = split(count, unit, workers)
     assert parts[0][0] == 0 and parts[-1][1] == count
-    assert all(end == start for (_, end), (start, _) in zip(parts, parts[1:], strict=False))
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(parts))
     assert all(start % unit == 0 and end > start for start, end in parts)
     assert max(end - start for start, end in parts) - min(end - start for start, end in parts) < 2 * unit

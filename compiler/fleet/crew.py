@@ -32,8 +32,9 @@ from ..passes.crew import SampleSet
 from ..passes.session import Session, listed_prompts
 from ..pipelines.placement import device_from_name
 from ..workspace import interrupts
+from ..workspace.disk import remove_leftovers
 from ..workspace.progress import Pass, Reporter
-from ..workspace.workspace import default_workspace
+from ..workspace.workspace import RESULT, default_workspace
 from .cluster import Cluster, connected
 from .members import HeldRuns, Member
 from .packing import pack, shared_by_name, unpack_error
@@ -44,6 +45,8 @@ Answer = TypeVar("Answer")
 
 POLL_S = 0.2
 """Between two looks at signals and progress."""
+FINISH_S = 5.0
+"""That workers have to give back what they hold, and to end."""
 MOST_DEATHS = 10
 """Of workers that are asked one question: after so many it is the question's fault, or the host's."""
 ROOM_S = 60.0
@@ -86,6 +89,12 @@ class RayPost:
         """See `members.Post`."""
         return self.crew.ask(worker, kind, method, data, sample_steps)
 
+    def tell(self, worker: Any, method: str, data: bytes) -> None:
+        """See `members.Post`."""
+        if not self.crew.closed:
+            with contextlib.suppress(Exception):
+                worker.ask.remote(method, data)
+
 
 class RayCrew:
     """See the module."""
@@ -101,6 +110,8 @@ class RayCrew:
         self.pool = ThreadPoolExecutor(max_workers=cluster.workers, thread_name_prefix="crew")
         self.notes: list[str] = []
         self.said: set[str] = set()
+        self.folders: set[Path] = set()
+        """Of the workspace, which workers on this host share."""
 
     def full_runs(self, session: Session, wanted: SampleSet, advance: Pass) -> HeldRuns:
         """See `passes.crew.Crew`."""
@@ -108,6 +119,7 @@ class RayCrew:
         parts = split(wanted.count, unit_of(session), len(self.posts))
         self._check_spread(session, wanted, parts)
         self.holding = wanted.count
+        self.folders.add(session.workspace.folder)
         found = self._capture(recipe, wanted, parts, advance)
         if len({shapes for each in found for shapes in each["conditioning"]}) > 1 and len(parts) > 1:
             self._say(
@@ -267,6 +279,11 @@ class RayCrew:
         while self.notes:
             self.note(self.notes.pop(0))
 
+    def finish(self) -> None:
+        """Have all workers give back what they hold, if they do at once."""
+        with contextlib.suppress(Exception):
+            ray.get([post.worker.close.remote() for post in self.posts if post.worker is not None], timeout=FINISH_S)
+
     def close(self) -> None:
         """End all workers; what waits for them ends with Gone."""
         self.closed = True
@@ -321,15 +338,28 @@ def crew_of(
     Raises HostError for a cluster that does not answer, or is too small.
     """
     resource = "GPU" if device_from_name(options.device).type == "cuda" else "CPU"
-    with connected(workers, address, resource) as cluster:
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(connected(workers, address, resource))
         crew = RayCrew(cluster, reporter.note)
         try:
             yield crew, CrewReporter(reporter, crew)
+            crew.finish()
             replaced = f", {crew.replaced} replaced" if crew.replaced else ""
             count = f"{cluster.workers} worker{'s' if cluster.workers != 1 else ''}"
             reporter.note(f"{count} on {cluster.name}{replaced}: {crew.traffic.text()}")
         finally:
             crew.close()
+            stack.close()
+            for folder in crew.folders:
+                sweep(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what workers that were killed have left on this host; they may take a moment to end."""
+    end = time.monotonic() + FINISH_S
+    while time.monotonic() < end and list(folder.glob(".*.part")):
+        remove_leftovers(folder, f"samples|{RESULT}")
+        time.sleep(POLL_S)
 
 
 def recipe_of(session: Session) -> Recipe:

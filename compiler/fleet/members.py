@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -36,6 +37,9 @@ class Post(Protocol):
     def ask(self, worker: Any, kind: str, method: str, data: bytes, sample_steps: int) -> Any:
         """What a worker answers; raises what it raised, or what says that it is gone."""
 
+    def tell(self, worker: Any, method: str, data: bytes) -> None:
+        """Have a worker do something when it comes to it; nobody waits for it."""
+
 
 class Member:
     """See `Samples`."""
@@ -48,6 +52,9 @@ class Member:
         self.kept: dict[bytes, None] = {}
         """Questions to functions that keep something, in their order."""
         self.facts: dict[str, Any] = {}
+        self._held_by: list[Any] = []
+        self._drop = weakref.finalize(self, _drop, post, self.name, self._held_by)
+        self._drop.atexit = False  # all workers end then
         self.post.on_worker(self._bring)
 
     @property
@@ -86,8 +93,7 @@ class Member:
 
     def close(self) -> None:
         """See `Samples`."""
-        if self.worker is not None:
-            self.post.on_worker(self._drop)
+        self._drop()
 
     def ask(self, kind: str, method: str, data: bytes, sample_steps: int) -> Any:
         """A question about the set."""
@@ -104,12 +110,13 @@ class Member:
         self.facts = self.post.ask(worker, "hold", "hold", pack((self.name, self.holding), {}), 0)
         for question in self.kept:
             self.post.ask(worker, "again", "map", pickle.dumps((self.name, question)), self.count)
-        self.worker = worker
+        self.worker, self._held_by[:] = worker, [worker]
 
-    def _drop(self, worker: Any) -> None:
-        if worker is self.worker:
-            self.post.ask(worker, "hold", "drop", pack(self.name, {}), 0)
-        self.worker = None
+
+def _drop(post: Post, name: str, held_by: list[Any]) -> None:
+    """Have a worker give back what it holds of a set that nobody asks any more."""
+    for worker in held_by:
+        post.tell(worker, "drop", pack(name, {}))
 
 
 class MemberWalk:
@@ -138,8 +145,8 @@ class MemberWalk:
 
     def close(self) -> None:
         """See `samples.Walk`."""
-        if self.worker is not None and self.worker is self.member.worker:
-            self._ask("close")
+        if self.worker is not None:
+            self.member.post.tell(self.worker, "step", pack((self.name, "close", ()), {}))
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         data = pack((self.name, method, arguments), {})

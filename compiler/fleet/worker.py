@@ -175,6 +175,13 @@ class Worker:
             del self.walks[name]
         return getattr(walk, method)(*arguments)
 
+    def close(self) -> None:
+        """Give back everything that is held, scratch folders above all."""
+        for samples, _ in self.sets.values():
+            samples.close()
+        self.sets.clear()
+        self.walks.clear()
+
     def _advance(self, done: int, total: int) -> None:
         self.steps_done = done
 

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -79,13 +80,18 @@ def kill_one(draw: random.Random) -> bool:
     return bool(found)
 
 
+def at_work(otc_: Otc, count: int) -> bool:
+    """Whether so many workers live, or nobody needs them any more."""
+    return len(workers()) == count or otc_.process.poll() is not None
+
+
 def traffic(otc_: Otc) -> str:
     """What was said of the network in the end."""
     return next(each["text"] for each in reversed(otc_.events) if each["event"] == "note" and "crossed" in each["text"])
 
 
 @pytest.mark.slow
-def test_killed_in_a_walk_a_worker_is_replaced_and_the_digest_is_that_of_no_workers(start, alone):
+def test_killed_in_a_walk_a_worker_is_replaced_and_the_digest_is_that_of_no_workers(start, alone, tmp_path):
     compile_ = start("--workers", "2")
     compile_.until('"anchor", "done": 1')
     assert kill_one(random.Random(0)), compile_.stderr
@@ -99,6 +105,7 @@ def test_killed_in_a_walk_a_worker_is_replaced_and_the_digest_is_that_of_no_work
     progress = [each for each in compile_.events if each["event"] == "progress" and each["name"] == "capture"]
     assert progress[-1].items() >= {"workers": 2, "samples": 8, "done": 64, "total": 64, "seconds_left": 0.0}.items()
     assert wait_for(lambda: not workers()), "no worker is left on the cluster"
+    assert not list(tmp_path.glob("w/*/.*.part")), "nor anything of theirs in the workspace"
 
 
 def test_a_cluster_that_is_too_small_says_in_one_line_what_is_missing(tiny_flux_folder, cluster, monkeypatch):
@@ -157,7 +164,7 @@ def test_workers_that_are_killed_at_random_moments_change_nothing(start, alone):
         began, moments = time.monotonic(), list[str]()
         compile_ = start("--workers", "2", workspace=f"w{round_}")
         while len(moments) < KILLS_A_COMPILE and killed + len(moments) < MOMENTS:
-            wait_for(lambda: len(workers()) == 2 or compile_.process.poll() is not None)
+            wait_for(partial(at_work, compile_, 2))
             time.sleep(draw.uniform(0.0, reach))
             if compile_.process.poll() is not None or not kill_one(draw):
                 break

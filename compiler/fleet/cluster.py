@@ -18,6 +18,10 @@ import torch
 from otcache.schemas.errors import HostError
 
 ADDRESS = "RAY_ADDRESS"
+LOCAL = "local"
+"""Ray's own word for a cluster that is started here."""
+ATTEMPTS = 3
+"""To start one: a busy host takes longer than the half minute that Ray gives a node."""
 STORE_BYTES = 200 << 20
 """Of Ray's object store on a cluster of our own: answers are a few kilobytes."""
 
@@ -91,7 +95,7 @@ def _started(cluster: Cluster) -> Iterator[None]:
     gpus = cluster.workers if cluster.resource == "GPU" else 0
     try:
         with _joined(
-            "local",
+            LOCAL,
             num_cpus=cluster.workers,
             num_gpus=gpus,
             object_store_memory=STORE_BYTES,
@@ -106,15 +110,27 @@ def _started(cluster: Cluster) -> Iterator[None]:
 @contextlib.contextmanager
 def _joined(address: str, **more: Any) -> Iterator[None]:
     """Connected to a cluster. Raises HostError where there is none, or one of another version."""
-    try:
-        with _own_signals():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **more)
-    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
-        said = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-        raise HostError(
-            f"--ray is {address}: no connection ({said}): expected a running cluster of ray {ray.__version__}, as "
-            "`ray start --head` makes one, or none, for one on this host"
-        ) from error
+    attempts = ATTEMPTS if address == LOCAL else 1
+    while attempts:
+        attempts -= 1
+        try:
+            with _own_signals():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **more)
+            break
+        except Exception as error:  # Ray raises plain ones where a node does not start in time
+            ray.shutdown()
+            if attempts:
+                continue
+            said = next((line for line in str(error).splitlines() if line), type(error).__name__)[:200]
+            if address == LOCAL:
+                raise HostError(
+                    f"Ray does not start on this host ({said}): expected a node within half a minute: run the command "
+                    "again when the host is less busy, or leave --workers out"
+                ) from error
+            raise HostError(
+                f"--ray is {address}: no connection ({said}): expected a running cluster of ray {ray.__version__}, as "
+                "`ray start --head` makes one, or none, for one on this host"
+            ) from error
     try:
         yield
     finally:

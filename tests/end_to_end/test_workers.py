@@ -25,7 +25,7 @@ if importlib.util.find_spec("ray") is None or importlib.util.find_spec("torch") 
 from clusters import COMPILE, Otc, gone, name_of, processes_below, two_nodes, wait_for, workers
 
 MOMENTS = int(os.environ.get("OTC_TEST_KILLS", "10"))
-KILLS_A_COMPILE = 3
+KILLS_A_COMPILE = 5
 BOUND_BYTES = 10_000
 """That may cross the network for a sample and step."""
 
@@ -148,8 +148,9 @@ def test_with_engines_a_compile_on_workers_is_whole(start, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("moment", ['"capture", "done": 8', '"name": "interpolate, fit"', '"budgets 2, 4 and peers"'])
+@pytest.mark.parametrize("moment", ['"workers": 2', '"name": "interpolate, fit"', '"budgets 2, 4 and peers"'])
 def test_killed_in_a_pass_a_worker_is_replaced(start, alone, moment):
+    """While full runs are made, in walks, and while held-out samples are measured."""
     compile_ = start("--workers", "2")
     compile_.until(moment)
     assert kill_one(random.Random(1)), compile_.stderr

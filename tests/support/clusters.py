@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 
 STORE_BYTES = 100 << 20
+ATTEMPTS = 3
+"""To start a cluster: Ray gives a node half a minute, and a busy host takes longer."""
 COMPILE = (
     *("--budgets", "2,4", "--num-inference-steps", "8", "--calibration-prompts", "8", "--evaluation-prompts", "4"),
     *("--trials", "4", "--threads", "1", "--micro-batch", "1", "--engines", "none"),
@@ -29,9 +31,17 @@ def two_nodes(first: int = 1, second: int = 1) -> Iterator:
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     options = {"object_store_memory": STORE_BYTES, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": first, **options})
+    for attempt in range(ATTEMPTS):
+        cluster = Cluster()
+        try:
+            cluster.add_node(num_cpus=first, **options)
+            cluster.add_node(num_cpus=second, object_store_memory=STORE_BYTES)
+            break
+        except Exception:
+            cluster.shutdown()
+            if attempt == ATTEMPTS - 1:
+                raise
     try:
-        cluster.add_node(num_cpus=second, object_store_memory=STORE_BYTES)
         yield cluster
     finally:
         cluster.shutdown()

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from otcache.schemas.errors import HostError
 ADDRESS = "RAY_ADDRESS"
 LOCAL = "local"
 """Ray's own word for a cluster that is started here."""
+CONNECT_S = 20.0
 ATTEMPTS = 3
 """To start one: a busy host takes longer than the half minute that Ray gives a node."""
 STORE_BYTES = 200 << 20
@@ -110,6 +112,7 @@ def _started(cluster: Cluster) -> Iterator[None]:
 @contextlib.contextmanager
 def _joined(address: str, **more: Any) -> Iterator[None]:
     """Connected to a cluster. Raises HostError where there is none, or one of another version."""
+    _check_port(address)
     attempts = ATTEMPTS if address == LOCAL else 1
     while attempts:
         attempts -= 1
@@ -127,14 +130,28 @@ def _joined(address: str, **more: Any) -> Iterator[None]:
                     f"Ray does not start on this host ({said}): expected a node within half a minute: run the command "
                     "again when the host is less busy, or leave --workers out"
                 ) from error
-            raise HostError(
-                f"--ray is {address}: no connection ({said}): expected a running cluster of ray {ray.__version__}, as "
-                "`ray start --head` makes one, or none, for one on this host"
-            ) from error
+            raise _no_connection(address, said) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_port(address: str) -> None:
+    """Raise HostError where nothing listens at `host:port`: Ray itself would go on trying for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+        except (OSError, OverflowError) as error:
+            raise _no_connection(address, str(error)) from error
+
+
+def _no_connection(address: str, said: str) -> HostError:
+    return HostError(
+        f"--ray is {address}: no connection ({said}): expected a running cluster of ray {ray.__version__}, as "
+        "`ray start --head` makes one, or none, for one on this host"
+    )
 
 
 @contextlib.contextmanager

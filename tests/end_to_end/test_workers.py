@@ -118,6 +118,9 @@ def test_a_cluster_that_is_too_small_says_in_one_line_what_is_missing(tiny_flux_
     monkeypatch.delenv("RAY_ADDRESS")
     found = otc("compile", str(tiny_flux_folder), "--device", "cpu", "--workers", "999")
     assert found.exit_code == 6 and "--workers is 999: this host has" in found.stderr and len(found.stderr) < 200
+    found = otc("compile", str(tiny_flux_folder), "--device", "cpu", "--ray", "127.0.0.1:1")
+    assert found.exit_code == 6 and "--ray is 127.0.0.1:1: no connection (" in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
     found = otc("compile", str(tiny_flux_folder), "--workers", "0", "--ray", "auto")
     assert found.exit_code == 2 and "expected at least 1 worker" in found.stderr
 

@@ -107,44 +107,12 @@ def search_size_table() -> str:
     return table(head, "|---|" + "---:|" * (len(budgets) + 1), rows)
 
 
-def fleet_table() -> str:
-    """What two workers are worth, and a row for each model and number of prompts: hours on so many GPUs, and what most
-    of them go to.
-    """
-    found = kept("fleet")
-    one, two, measured = found["workers"]["1"], found["workers"]["2"], found["measured"]
-    same = "the same digest" if found["same_digest"] else "another digest"
-    lead = (
-        f"A compile of `{found['model']}` with {found['prompts']} + {found['prompts']} prompts at 8 of 50 steps, one "
-        f"thread a worker: {found['speed_up']:.2f} times as fast with two workers as with one, with {same} "
-        f"(calibration and evaluation; workers take {two['start_s']:.0f} s to start). "
-        f"{two['bytes_per_sample_and_step'] / 1e3:.1f} kB crossed the network for each sample and step "
-        f"({one['bytes_per_sample_and_step'] / 1e3:.1f} kB with one).\n\n"
-        f"On paper, with what was measured there (a question and its answer {1e3 * measured['round_trip_s']:.1f} ms, "
-        f"{measured['walk_bytes'] / 1e3:.1f} kB for each sample of a walk's step, a fit "
-        + " and ".join(f"{1e3 * each:.0f} ms for {n} prompts" for n, each in measured["fit_s"].items())
-        + ") and 1 Gbit/s, a calibration of the standard effort takes, mostly for:\n\n"
-    )
-    gpus = list(next(iter(found["on_paper"].values())))
-    rows = [
-        f"| {name} | " + " | ".join(f"{_hours(each['hours'])}, {each['bottleneck']}" for each in row.values()) + " |"
-        for name, row in found["on_paper"].items()
-    ]
-    head = "| | " + " | ".join(f"{n} GPU{'s' if n != '1' else ''}" for n in gpus) + " |"
-    return lead + table(head, "|---|" + "---:|" * len(gpus), rows)
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_table,
     "effort": effort_table,
     "walks": walks_table,
     "positions": positions_table,
     "search size": search_size_table,
-    "fleet": fleet_table,
 }
 """By the name in a page's marks."""
 

@@ -23,7 +23,6 @@ SCRIPTS = sorted(
 PREFIX = "python tests/benchmarks/"
 TINY = {
     "effort.py": "--efforts quick",
-    "fleet.py": "--prompts 2",
     "granularity.py": "--images 1 --rounds 1",
     "hosts.py": "--rounds 1",
     "memory.py": "--heads 1 --double 1 --single 1 --stored float32 --dtype float32 --directly",
@@ -193,15 +192,6 @@ def test_what_a_search_size_costs_and_saves():
     flops = found["flops_of_an_evaluation"]
     assert 0 < flops[" at 32x32"] < flops[""] and small["flops"] > 0 and served["flops"] > 0
     assert set(small["budgets"]) == set(served["budgets"]) == {"4", "8", "16"}
-
-
-@pytest.mark.long
-def test_what_workers_are_worth():
-    pytest.importorskip("ray", reason="needs ray (pip install 'otcache[ray]')")
-    found = figures(line_of("fleet.py"))
-    assert found["same_digest"] and found["speed_up"] > 0
-    assert 0 < found["workers"]["2"]["bytes_per_sample_and_step"] < 10_000
-    assert {each["bottleneck"] for row in found["on_paper"].values() for each in row.values()} > {"samples"}
 
 
 def test_a_pages_tables_are_those_of_the_kept_runs():

@@ -79,8 +79,13 @@ def export_engines(
     source = exportable_from_session(session, example_of_short_run(session, prompts))
     engines = _make_engines(source, options.artifact, manifest)
     latents = latents_with_engines(read.migrated["latents"], source, engines.exported)
-    conditions = {**read.migrated["conditions"], "dtype": options.dtype}
-    fields = {**read.migrated, **engines.fields, "latents": latents, "conditions": conditions}
+    fields = {
+        **read.migrated,
+        **engines.fields,
+        "latents": latents,
+        "conditions": {**read.migrated["conditions"], "dtype": options.dtype},
+        "guidance": {**read.migrated["guidance"], "negative_zeros": session.negative_zeros},
+    }
     fields["schema_version"] = schema.SCHEMA_VERSION
 
     def fill(folder: Path) -> None:

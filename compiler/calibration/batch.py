@@ -59,11 +59,18 @@ class Batch:
     denoiser: Denoiser
     scratch: Path
     """A folder that lives as long as the set, for what is kept of a sample between two answers."""
+    first: int = 0
+    """Place of the set's first sample where the set is a part of a larger one (`samples.Fleet`)."""
 
     @property
     def count(self) -> int:
         """m."""
         return self.rows.stop - self.rows.start
+
+    @property
+    def places(self) -> range:
+        """Of these samples in the whole set: which of all prompts and seeds they are."""
+        return range(self.first + self.rows.start, self.first + self.rows.stop)
 
     def latents(self, step_index: int) -> Tensor:
         """The full run's X_i, float32 (m, …); −1 is the last."""
@@ -89,7 +96,7 @@ class Batch:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.evaluator.device)
 
 
-def batch_from_rows(runs: Runs, evaluator: Evaluator, rows: slice, scratch: Path) -> Batch:
+def batch_from_rows(runs: Runs, evaluator: Evaluator, rows: slice, scratch: Path, first: int = 0) -> Batch:
     """The samples `rows`, with their conditioning and guidance on the device."""
     conditioning = {name: value.to(evaluator.device) for name, value in runs.conditioning(rows).items()}
     guidance = torch.from_numpy(runs.guidance(rows)).to(evaluator.device)
@@ -99,4 +106,4 @@ def batch_from_rows(runs: Runs, evaluator: Evaluator, rows: slice, scratch: Path
         conditioning=conditioning,
         guidance=guidance,
     )
-    return Batch(rows=rows, runs=runs, evaluator=evaluator, denoiser=denoiser, scratch=scratch)
+    return Batch(rows=rows, runs=runs, evaluator=evaluator, denoiser=denoiser, scratch=scratch, first=first)

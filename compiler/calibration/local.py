@@ -38,10 +38,16 @@ class LocalSamples:
     """Samples on one device. Everything large is in mapped files of a scratch folder, which goes with this object."""
 
     def __init__(
-        self, runs: Runs, evaluator: Evaluator, micro_batch: MicroBatch, folder: Path, output_bytes: int = OUTPUT_BYTES
+        self,
+        runs: Runs,
+        evaluator: Evaluator,
+        micro_batch: MicroBatch,
+        folder: Path,
+        output_bytes: int = OUTPUT_BYTES,
+        first: int = 0,
     ) -> None:
-        """`folder`: of the workspace, where the scratch folder is made."""
-        self.runs, self.evaluator, self.micro_batch = runs, evaluator, micro_batch
+        """`folder`: of the workspace, where the scratch folder is made. `first`: see `Batch`."""
+        self.runs, self.evaluator, self.micro_batch, self.first = runs, evaluator, micro_batch, first
         folder.mkdir(parents=True, exist_ok=True)
         stack = contextlib.ExitStack()
         self.scratch = stack.enter_context(locked_part_folder(folder / "samples"))
@@ -82,7 +88,7 @@ class LocalSamples:
         start, stop, _ = rows.indices(self.count)
 
         def compute(part: slice) -> Any:
-            return function(batch_from_rows(self.runs, self.evaluator, part, self.scratch))
+            return function(batch_from_rows(self.runs, self.evaluator, part, self.scratch, self.first))
 
         return self.micro_batch.run(slice(start, stop), compute, self.evaluator.device)
 

@@ -13,7 +13,7 @@ from otcache.schemas.structure import MAX_FIGURE
 
 from . import metrics
 from .samples import Rows, Samples
-from .scoring import kept_latents, kept_pictures, measure, scores_of
+from .scoring import Measure, kept_latents, kept_pictures, scores_of
 
 
 def quality_from_scores(scores: Rows) -> Quality:
@@ -53,7 +53,7 @@ def outcome_arrays(
     at the end, `positions` (k + 1,) of these on the full timeline, `latents` float32 (…) of the first sample,
     `pictures` and `worst_pictures` uint8, and `worst`, which samples those are.
     """
-    scores = samples.map(measure(program))
+    scores = samples.map(Measure(program))
     lowest = np.argsort(scores["psnr_db"], kind="stable")[:worst]
     more = {"lpips": scores["lpips"]} if "lpips" in scores else {}
     return {

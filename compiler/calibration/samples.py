@@ -9,7 +9,7 @@ Shapes: n samples, T steps, r regressors of a step: latents, the outputs that it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,8 @@ from .runs import FloatArray
 
 Rows = dict[str, NDArray[Any]]
 """Named arrays with one row a sample."""
+Each = Callable[..., Iterable[Any]]
+"""As `map`: what a function answers for each of several, in their order; one after the other, or all at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +84,28 @@ class Samples(Protocol):
         """Inner products float64 (n, 2T+1, 2T+1) of X_0 … X_T, V_0 … V_{T−1}."""
 
     def map(self, function: Callable[[Batch], Rows], rows: slice = slice(None)) -> Rows:
-        """What `function` answers for each micro-batch of the samples `rows`, one after the other."""
+        """What `function` answers for each micro-batch of the samples `rows`, one after the other.
+
+        A function that keeps something beside the samples for later ones has a true attribute `keeps`.
+        """
 
     def walk(self, memory: int) -> Walk:
         """A walk that starts at the full runs' first latents and weighs at most so many outputs."""
 
+    def close(self) -> None:
+        """Give back what the set holds; nothing can be asked afterwards."""
+
 
 class Fleet:
-    """Several sets of samples as one: their samples one after the other, in the order of the members."""
+    """Several sets of samples as one: their samples one after the other, in the order of the members.
 
-    def __init__(self, members: Sequence[Samples]) -> None:
-        self.members = tuple(members)
+    Answers are those of one set, to the bit, where members begin at multiples of the micro-batch, and `map` is asked
+    for samples from the first on, or for a single one: no batch then goes across members.
+    """
+
+    def __init__(self, members: Sequence[Samples], each: Each = map) -> None:
+        """`each`: asks the members."""
+        self.members, self.each = tuple(members), each
         counts = [member.count for member in self.members]
         ends = np.cumsum(counts).tolist()
         self.parts = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
@@ -114,32 +127,37 @@ class Fleet:
 
     def trajectory_gram(self) -> FloatArray:
         """See `Samples`."""
-        return np.concatenate([member.trajectory_gram() for member in self.members])
+        return np.concatenate(list(self.each(lambda member: member.trajectory_gram(), self.members)))
 
     def map(self, function: Callable[[Batch], Rows], rows: slice = slice(None)) -> Rows:
-        """See `Samples`. A batch's `rows` are those of its member."""
+        """See `Samples`. A batch's `rows` are those of its member, its `places` those of the fleet."""
         start, stop, _ = rows.indices(self.count)
-        answers = [
-            member.map(function, slice(max(start - part.start, 0), min(stop, part.stop) - part.start))
+        asked = [
+            (member, slice(max(start - part.start, 0), min(stop, part.stop) - part.start))
             for member, part in zip(self.members, self.parts, strict=True)
             if start < part.stop and stop > part.start
         ]
-        return {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
+        return _joined(self.each(lambda member, own: member.map(function, own), *zip(*asked, strict=True)))
 
     def walk(self, memory: int) -> Walk:
         """See `Samples`."""
-        return FleetWalk([member.walk(memory) for member in self.members], self.parts)
+        return FleetWalk([member.walk(memory) for member in self.members], self.parts, self.each)
+
+    def close(self) -> None:
+        """See `Samples`."""
+        for member in self.members:
+            member.close()
 
 
 class FleetWalk:
     """The walks of a fleet's members as one."""
 
-    def __init__(self, walks: Sequence[Walk], parts: Sequence[slice]) -> None:
-        self.walks, self.parts = walks, parts
+    def __init__(self, walks: Sequence[Walk], parts: Sequence[slice], each: Each = map) -> None:
+        self.walks, self.parts, self.each = walks, parts, each
 
     def compute(self, step_index: int, following: int, prior: FloatArray) -> StepStatistics:
         """See `Walk`."""
-        found = [walk.compute(step_index, following, prior) for walk in self.walks]
+        found = list(self.each(lambda walk: walk.compute(step_index, following, prior), self.walks))
         changes = [each.change for each in found if each.change is not None]
         return StepStatistics(
             gram=np.concatenate([each.gram for each in found]),
@@ -152,15 +170,19 @@ class FleetWalk:
 
     def advance(self, coefs: FloatArray) -> None:
         """See `Walk`."""
-        for walk, part in zip(self.walks, self.parts, strict=True):
-            walk.advance(coefs[part])
+        own = [coefs[part] for part in self.parts]
+        list(self.each(lambda walk, part: walk.advance(part), self.walks, own))
 
     def finish(self) -> Rows:
         """See `Walk`."""
-        found = [walk.finish() for walk in self.walks]
-        return {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+        return _joined(self.each(lambda walk: walk.finish(), self.walks))
 
     def close(self) -> None:
         """See `Walk`."""
         for walk in self.walks:
             walk.close()
+
+
+def _joined(answers: Iterable[Rows]) -> Rows:
+    found = list(answers)
+    return {name: np.concatenate([answer[name] for answer in found]) for name in found[0]}

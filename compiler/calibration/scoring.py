@@ -8,7 +8,9 @@ Shapes: m samples of a batch; latents (m, …) float32; pictures float32 (m, [fr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -78,33 +80,37 @@ def scores_of(program: Program) -> Callable[[Batch], Rows]:
     return lambda batch: scores_from_latents(batch, final_latents(program, batch))
 
 
-def measure(program: Program) -> Callable[[Batch], Rows]:
+@dataclass(frozen=True)
+class Measure:
     """Scores of a program, and `errors` (m, k + 1): the relative error of the latents before each of its k computed
     steps, and of the final ones. Those are kept beside the samples (`kept_latents`, `kept_pictures`).
     """
 
-    def answer(batch: Batch) -> Rows:
+    program: Program
+    keeps: ClassVar[bool] = True
+
+    def __call__(self, batch: Batch) -> Rows:
+        """Of a batch."""
         errors: list[np.ndarray] = []
 
         def observe(step_index: int, latents: Tensor) -> None:
             errors.append(metrics.relative_latent_error(latents, batch.latents(step_index)))
 
-        latents = roll_out(program, batch.denoiser, batch.latents(0), batch.evaluator.stages, observe=observe)
+        stages = batch.evaluator.stages
+        latents = roll_out(self.program, batch.denoiser, batch.latents(0), stages, observe=observe)
         observe(-1, latents)
         for row, value in zip(range(batch.rows.start, batch.rows.stop), latents.float().cpu().numpy(), strict=True):
-            np.save(_kept(batch, program, row), value)
+            np.save(_kept(batch, self.program, row), value)
         return {**scores_from_latents(batch, latents), "errors": np.stack(errors, axis=1)}
-
-    return answer
 
 
 def kept_latents(program: Program) -> Callable[[Batch], Rows]:
-    """`latents` float32 (m, …) that `measure` has kept of a program."""
+    """`latents` float32 (m, …) that `Measure` has kept of a program."""
     return lambda batch: {"latents": _read(batch, program)}
 
 
 def kept_pictures(program: Program) -> Callable[[Batch], Rows]:
-    """`pictures` uint8 (m, height, width, 3) of what `measure` has kept of a program."""
+    """`pictures` uint8 (m, height, width, 3) of what `Measure` has kept of a program."""
 
     def answer(batch: Batch) -> Rows:
         latents = batch.tensor(_read(batch, program))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .compile import check_packages, complete_models
-from .options import call_options, device_options, search_options
+from .crew import crew_for
+from .options import call_options, crew_options, device_options, search_options
 from .stopped import stopped_error
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 @call_options
 @search_options
 @device_options
+@crew_options
 @click.option(
     "--claim/--no-claim", default=True, show_default=True, help="Also test interpolation against searches per budget."
 )
@@ -64,6 +66,8 @@ def _compare(
     against: str | None,
     claim: bool,
     robustness: bool,
+    workers: int | None,
+    ray_address: str | None,
     **choices: Any,
 ) -> None:
     check_packages("otc compare")
@@ -92,7 +96,8 @@ def _compare(
     reporter = reporter_for(as_json=as_json, verbose=asks_for_lines())
     try:
         names = [name.strip() for name in against.split(",")] if against else None
-        comparison = compare(options, names, reporter, claim=claim, robust=robustness)
+        with crew_for(options, reporter, workers, ray_address) as (crew, shown):
+            comparison = compare(options, names, shown, claim=claim, robust=robustness, crew=crew)
     finally:
         reporter.close()
     try:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from .options import call_options, device_options, search_options
+from .crew import crew_for
+from .options import call_options, crew_options, device_options, search_options
 from .stopped import stopped_error
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
     help="Edges of the residual payload's graph: free, or replayed as in LeMiCa.",
 )
 @device_options
+@crew_options
 @click.option("--threads", type=int, help="CPU threads; the last digits of results follow them.  [default: torch's]")
 @click.option("--lora", type=click.Path(path_type=Path), help="Folder of a LoRA to fuse into the weights.")
 @click.option(
@@ -140,6 +142,7 @@ def compile_command(as_json: bool, dry_run: bool, measure: bool, verbose: bool, 
       otc compile shapes --effort quick --engines none   # programs alone, in minutes
       otc compile shapes --target "psnr>=35, worst psnr>=30"   # the smallest budget that reaches it
       otc compile ./flux --device cuda --precision bfloat16
+      otc compile ./flux --device cuda --workers 8   # a GPU each, on this host or on --ray ADDRESS
       otc compile shapes --dry-run --measure
       otc compile shapes --backend onnx,tensorrt-rtx --target sm_89,sm_120
 
@@ -166,9 +169,13 @@ def _compile(
     backends: str,
     micro_batch: str,
     search_size: str | None,
+    workers: int | None,
+    ray_address: str | None,
     **choices: Any,
 ) -> None:
     check_packages("otc compile")
+    if dry_run and (workers or ray_address):
+        raise click.UsageError("--dry-run starts no workers: leave --workers and --ray out")
     if measure and not dry_run:
         raise click.UsageError("--measure says what a compile would take: give it with --dry-run")
     from otcache.schemas.targets import is_target
@@ -213,7 +220,8 @@ def _compile(
             reporter.close()
             click.echo(json.dumps(plan.to_json()) if as_json else plan.text())
             return
-        folder, manifest = compile_model(options, reporter)
+        with crew_for(options, reporter, workers, ray_address) as (crew, shown):
+            folder, manifest = compile_model(options, shown, crew=crew)
         added = engines.build(folder, *plans, reporter)
         if added:
             manifest = read_manifest(folder).manifest

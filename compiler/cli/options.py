@@ -112,6 +112,25 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def crew_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say who makes full runs and holds samples."""
+    return _all(
+        click.option(
+            "--workers",
+            type=click.IntRange(min=0),
+            metavar="N",
+            help="Spread over N workers, a GPU each or, without GPUs, a CPU core: on the cluster that RAY_ADDRESS "
+            "names, else on this host. Needs otcache[ray].",
+        ),
+        click.option(
+            "--ray",
+            "ray_address",
+            metavar="ADDRESS",
+            help="Of a running Ray cluster, such as auto or 10.0.0.1:6379; all its GPUs or cores without --workers.",
+        ),
+    )(command)
+
+
 def _all(*options: Decorator) -> Decorator:
     """Several options as one decorator; help lists them in this order."""
 

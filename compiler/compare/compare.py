@@ -13,6 +13,7 @@ from otcache.schemas.errors import UsageError
 
 from ..options import CompileOptions
 from ..passes.compile import search_schedules
+from ..passes.crew import Crew
 from ..passes.prepare import prepare
 from ..workspace.progress import Reporter
 from . import (
@@ -133,6 +134,7 @@ def compare(
     *,
     claim: bool = True,
     robust: bool = True,
+    crew: Crew | None = None,
 ) -> Comparison:
     """Measure otcache and its peers at the options' budgets. Raises OTCacheError.
 
@@ -141,10 +143,11 @@ def compare(
         claim: also test interpolation against searches per budget (`claims`).
         robust: also measure other guidance scales and numbers of prompts (`robustness`), where its budget is among the
             options'.
+        crew: makes full runs and holds samples in place of this process (`fleet.crew`).
     """
     peers = choose_methods(against)
     reporter = reporter or Reporter()
-    prepared = prepare(options, reporter)
+    prepared = prepare(options, reporter, crew=crew)
     found = search_schedules(prepared)
     bench = bench_of(prepared, found)
     measured = Measurements(bench, [default_method(found), *peers], options.budgets)

@@ -175,7 +175,7 @@ class PipelineMethod:
         """
 
         def answer(batch: Batch) -> Rows:
-            everything = list(range(batch.rows.start, batch.rows.stop))
+            everything = list(batch.places)
             apart = self.adaptive or singly or setting.share > 0
             parts = [[row] for row in everything] if apart else [everything]
             latents = list[Tensor]()
@@ -224,7 +224,7 @@ def pipeline_error(bench: Bench) -> Callable[[Batch], Rows]:
     """For a batch of held-out samples: `latent_error` (m,), how far the pipeline now ends from where it did."""
 
     def answer(batch: Batch) -> Rows:
-        final = run_pipeline(bench, list(range(batch.rows.start, batch.rows.stop)), held_out=True)
+        final = run_pipeline(bench, list(batch.places), held_out=True)
         return {"latent_error": relative_latent_error(final, batch.latents(-1).cpu())}
 
     return answer

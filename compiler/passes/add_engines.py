@@ -27,9 +27,8 @@ from otcache.schemas.manifest_file import read_manifest
 from ..calibration.rollout import StagedModel, residual_memory, roll_out
 from ..models.model import Model
 from ..options import CompileOptions, DTypeName
-from ..pipelines.call import short_call
-from ..pipelines.denoiser import Denoiser, denoiser_of
-from ..pipelines.full_run import capture, conditioning_of
+from ..pipelines.denoiser import Denoiser
+from ..pipelines.full_run import conditioning_of
 from ..report.evidence import read_evidence
 from ..report.page import ATTACHMENTS, FOLDER
 from ..workspace.progress import Reporter
@@ -38,6 +37,7 @@ from .engines import Engines, exportable_from_session
 from .export import Exportable, export_parts, serve_trunk
 from .golden import golden_record, rounding_of, tolerance_of
 from .manifest import engine_fields, latents_with_engines
+from .prepare import example_of_short_run
 from .session import begin
 
 
@@ -76,17 +76,7 @@ def export_engines(
     check_target(target, force=options.force or options.output is None)
     session, prompts, _ = begin(compile_options(options, manifest), reporter, live)
     _check_weights(options, manifest, session.model)
-    scale = session.options.nominal_scale
-    few = capture(
-        session.model.pipeline,
-        session.interface,
-        short_call(session.model.pipeline, session.call),
-        (prompts * 2)[:2],
-        [0, 1],
-        [scale] * 2,
-    )
-    denoiser = denoiser_of(session.model.transformer, session.interface, few)
-    source = exportable_from_session(session, denoiser.inputs(few.latents[1], few.timesteps[1], 1.0))
+    source = exportable_from_session(session, example_of_short_run(session, prompts))
     engines = _make_engines(source, options.artifact, manifest)
     latents = latents_with_engines(read.migrated["latents"], source, engines.exported)
     fields = {

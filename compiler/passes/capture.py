@@ -14,6 +14,7 @@ from ..pipelines.encode_once import encoders_aside
 from ..pipelines.full_run import encode_prompts, record_full_runs
 from ..programs.solver_table import SolverTable
 from ..workspace.progress import Pass
+from .crew import AnyRuns, SampleSet
 from .session import Session
 
 PASS_CHUNK = 8
@@ -36,61 +37,77 @@ def capture_key(session: Session, prompts: Sequence[str], seed: int, scales: Seq
     return [session.key, list(prompts), seed, list(scales), "mapped files"]
 
 
-def captured(session: Session, name: str, prompts: Sequence[str], seed: int, margin: float = 1.0) -> bool:
-    """Whether all full runs of `prompts` are in the workspace."""
-    scales = calibration_scales(*session.options.guidance_scale, len(prompts), margin)
-    return all(
-        session.workspace.has(name, capture_key(session, list(prompts[rows]), seed + rows.start, scales[rows]), "")
-        for rows in capture_chunks(session, len(prompts))
+def scales_of(session: Session, wanted: SampleSet) -> list[float]:
+    """Guidance scales of a set's samples."""
+    return calibration_scales(*session.options.guidance_scale, wanted.count, wanted.margin)
+
+
+def missing_runs(session: Session, wanted: SampleSet, rows: slice = slice(None)) -> int:
+    """How many full runs of a set's samples `rows`, which begin and end with chunks, are not in the workspace."""
+    return sum(
+        part.stop - part.start
+        for part in capture_chunks(session, wanted.count, rows)
+        if not session.workspace.has(wanted.name, _key_of(session, wanted, part), "")
     )
 
 
-def capture_chunks(session: Session, count: int) -> list[slice]:
-    """How full runs are cut into chunks that are kept one by one."""
+def _key_of(session: Session, wanted: SampleSet, rows: slice) -> Any:
+    scales = scales_of(session, wanted)
+    return capture_key(session, list(wanted.prompts[rows]), wanted.seed + rows.start, scales[rows])
+
+
+def capture_chunks(session: Session, count: int, rows: slice = slice(None)) -> list[slice]:
+    """How full runs of `count` samples are cut into chunks that are kept one by one: those that begin among `rows`."""
     size = min(PASS_CHUNK, int(session.key["placement"]["micro batch"]))
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    first, last, _ = rows.indices(count)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size) if first <= start < last]
 
 
 def full_runs(
     session: Session, table: SolverTable, name: str, prompts: Sequence[str], seed: int, margin: float = 1.0
-) -> Runs:
+) -> AnyRuns:
     """Full runs of `prompts` at consecutive seeds, from the workspace where they were made before.
 
     Args:
-        session: with the pipeline on its device.
+        session: with the pipeline on its device; with a crew, they are made and kept there.
         table: the full sampler.
         name: of the pass.
         prompts: one for each sample.
         seed: of the first sample.
         margin: see `calibration_scales`.
     """
-    scales = calibration_scales(*session.options.guidance_scale, len(prompts), margin)
-    steps = table.num_inference_steps
+    wanted = SampleSet(name=name, prompts=tuple(prompts), seed=seed, margin=margin)
     with session.reporter.on(name, f"{len(prompts)} full runs") as advance:
-        advance.facts["evaluations"] = 0
+        if session.crew is not None:
+            return session.crew.full_runs(session, wanted, advance)
+        return local_runs(session, table, wanted, slice(0, wanted.count), advance)
 
-        def chunk(rows: slice) -> Chunk:
-            own = list(prompts[rows])
-            key = capture_key(session, own, seed + rows.start, scales[rows])
 
-            def compute(folder: Path) -> None:
-                advance.facts["evaluations"] += steps * len(own)
-                _write_chunk(folder, session, table, own, seed + rows.start, scales[rows], advance, rows, len(prompts))
+def local_runs(session: Session, table: SolverTable, wanted: SampleSet, rows: slice, advance: Pass) -> Runs:
+    """Full runs of a set's samples `rows`, which begin and end with chunks, made here."""
+    steps, count, scales = table.num_inference_steps, rows.stop - rows.start, scales_of(session, wanted)
+    advance.facts["evaluations"] = 0
 
-            return Chunk(session.workspace.tree(name, key, compute))
+    def chunk(part: slice) -> Chunk:
+        own = list(wanted.prompts[part])
+        first, seed = part.start - rows.start, wanted.seed + part.start
 
-        with encoders_aside(session.model.pipeline, session.placement) as leave:
-            for rows in capture_chunks(session, len(prompts)):
-                key = capture_key(session, list(prompts[rows]), seed + rows.start, scales[rows])
-                if not session.workspace.has(name, key, ""):
-                    _encode_chunk(session, list(prompts[rows]), scales[rows])
-            leave()
-            chunks = [chunk(rows) for rows in capture_chunks(session, len(prompts))]
-            if len({tuple(sorted(each.conditioning_shapes().items())) for each in chunks}) > 1:
-                # A pipeline that pads prompts to the longest one of a call: they have to be in one call.
-                chunks = [chunk(slice(0, len(prompts)))]
-        reused = steps * len(prompts) - min(advance.facts["evaluations"], steps * len(prompts))
-        advance.facts["evaluations_reused"] = reused
+        def compute(folder: Path) -> None:
+            advance.facts["evaluations"] += steps * len(own)
+            _write_chunk(folder, session, table, own, seed, scales[part], advance, first, count)
+
+        return Chunk(session.workspace.tree(wanted.name, _key_of(session, wanted, part), compute))
+
+    with encoders_aside(session.model.pipeline, session.placement) as leave:
+        for part in capture_chunks(session, wanted.count, rows):
+            if not session.workspace.has(wanted.name, _key_of(session, wanted, part), ""):
+                _encode_chunk(session, list(wanted.prompts[part]), scales[part])
+        leave()
+        chunks = [chunk(part) for part in capture_chunks(session, wanted.count, rows)]
+        if count == wanted.count and len({tuple(sorted(each.conditioning_shapes().items())) for each in chunks}) > 1:
+            # A pipeline that pads prompts to the longest one of a call: they have to be in one call.
+            chunks = [chunk(slice(0, count))]
+    advance.facts["evaluations_reused"] = steps * count - min(int(advance.facts["evaluations"]), steps * count)
     return Runs(chunks)
 
 
@@ -117,7 +134,7 @@ def _write_chunk(
     seed: int,
     scales: Sequence[float],
     advance: Pass,
-    rows: slice,
+    first: int,
     total: int,
 ) -> None:
     """Run the pipeline for some prompts, as many at once as the device takes, and decode what comes out."""
@@ -125,7 +142,7 @@ def _write_chunk(
     writer = RunWriter(folder, count, steps, session.interface.latents_shape)
 
     def record(part: slice) -> dict[str, torch.Tensor]:
-        start, own = rows.start + part.start, part.stop - part.start
+        start, own = first + part.start, part.stop - part.start
 
         def progress(done: int, of: int) -> None:
             advance(steps * start + steps * own * done // of, steps * total)

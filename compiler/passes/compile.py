@@ -21,6 +21,7 @@ from ..schedules.search import FOUND, Found, refit, search
 from ..sizes.served import Seen
 from ..workspace.progress import Reporter
 from .capture import full_runs
+from .crew import Crew
 from .emit import check_target, emit, recover
 from .engines import Engines, exportable_from_prepared, make_engines
 from .evaluate import Evaluated, evaluate
@@ -32,11 +33,12 @@ from .session import Session
 
 
 def compile_model(
-    options: CompileOptions, reporter: Reporter | None = None, live: Model | None = None
+    options: CompileOptions, reporter: Reporter | None = None, live: Model | None = None, crew: Crew | None = None
 ) -> tuple[Path, schema.Manifest]:
     """Compile a model into an artifact. Returns its folder and manifest.
 
     live: the model where it is in memory, rather than to be loaded as `options.model` says.
+    crew: makes full runs and holds samples in place of this process (`fleet.crew`).
 
     Raises OTCacheError (UsageError, ModelError, ArtifactError, HostError) and then leaves no artifact behind; what was
     computed stays in the workspace, so that the same options go on where they stopped.
@@ -47,7 +49,7 @@ def compile_model(
     check_target(target, force=options.force)
     with contextlib.ExitStack() as held:
         held.callback(torch.set_num_threads, torch.get_num_threads())  # `prepare` takes the options' number
-        prepared = prepare(options_at_served_size(options), recorder, held, live)
+        prepared = prepare(options_at_served_size(options), recorder, held, live, crew=crew)
         if options.search_size is None:
             found = search_schedules(prepared)
         else:

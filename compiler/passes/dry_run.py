@@ -31,15 +31,15 @@ from ..programs.lower import lower
 from ..programs.solver_table import SolverTable
 from ..schedules.search import FOUND, highest_costs, highest_walks
 from ..workspace.progress import Reporter
-from .capture import captured
+from .capture import missing_runs
 from .compile import search_key, target_of
 from .disk import RunBytes, conditioning_bytes, free_disk, run_bytes, scratch_bytes
 from .emit import check_target
 from .evaluate import evaluation_key
 from .export import EXPORTS, export_key
 from .measure import Measured, measure
-from .prepare import needs_stages
-from .session import EVALUATION_SEED, Session, begin, split_of
+from .prepare import needs_stages, sample_sets
+from .session import Session, begin, split_of
 
 CUT_S_PER_STAGE, EXPORT_S_PER_STAGE = 0.8, 5.7
 """Seconds to cut and to export one stage: a FLUX of 5 + 2 stages on one slow core took 5.6 s and 40 s."""
@@ -299,7 +299,7 @@ def _passes(
     """All passes in their order, up to the programs' evaluation, and then those that write the artifact."""
     options, steps = session.options, table.num_inference_steps
     check_evaluations(options, steps, table.scheduler)
-    count, seed = len(prompts), options.seed + EVALUATION_SEED
+    count = len(prompts)
     searched = session.workspace.has("search", search_key(session), ".json")
     measured = searched and evaluated(session, held_out)
     programs, peers = evaluation_counts(session, table, len(held_out))
@@ -318,13 +318,14 @@ def _passes(
             peak_bytes=rates.peak_bytes if whole else None,
         )
 
-    kept = captured(session, "capture", prompts, options.seed, session.margin)
+    calibration, evaluation = sample_sets(session, prompts, held_out)
+    kept = not missing_runs(session, calibration)
     yield planned("capture", steps * count, count, kept, disk=run.kept * count)
     walks = highest_walks(options, count, steps)
     for name, full_runs in highest_costs(options, count, steps).items():
         pictures, exact = walks.get(name, 0) * count, name in ("residuals", "edges")
         yield planned(name, full_runs * steps * count, pictures, searched, exact=exact)
-    kept = captured(session, "evaluate", held_out, seed)
+    kept = not missing_runs(session, evaluation)
     yield planned("held-out runs", steps * len(held_out), len(held_out), kept, disk=run.kept * len(held_out))
     yield planned("programs", programs, len(options.budgets) * len(held_out), measured)
     yield planned("peers", sum(peers), len(peers) * len(held_out), measured)

@@ -12,16 +12,16 @@ import numpy as np
 from otcache.schemas import manifest as schema
 from otcache.schemas.program import Program
 
-from ..calibration.local import LocalSamples
 from ..calibration.lpips import weights_digest
 from ..calibration.outcomes import outcome_arrays, quality_from_scores, quality_of
-from ..calibration.runs import Runs
+from ..calibration.samples import Samples
 from ..calibration.scoring import reference_pictures
 from ..programs.baselines import baseline_programs
 from ..programs.solver_table import program_from_table
 from ..report.evidence import WORST
 from ..schedules.search import Found
 from .capture import full_runs
+from .crew import AnyRuns
 from .prepare import Prepared, samples_of
 from .session import EVALUATION_SEED, Session
 
@@ -42,26 +42,26 @@ class Evaluated:
     references: dict[int, np.ndarray]
     """Pictures of full runs, uint8 (height, width, 3), by sample: of those that are shown, and of each budget's worst.
     """
-    runs: Runs
+    runs: AnyRuns
     """The full runs."""
     golden: np.ndarray
     """Final latents of the first sample at the smallest budget, float32."""
 
 
-def held_out_runs(prepared: Prepared) -> Runs:
+def held_out_runs(prepared: Prepared) -> AnyRuns:
     """Full runs of the prompts and seeds that calibration has not seen."""
     session = prepared.session
     return full_runs(session, prepared.table, "evaluate", prepared.held_out, session.options.seed + EVALUATION_SEED)
 
 
-def held_out_samples(prepared: Prepared) -> LocalSamples:
+def held_out_samples(prepared: Prepared, runs: AnyRuns | None = None) -> Samples:
     """Those runs as samples; LPIPS is measured on them where anything asks for it."""
-    session = prepared.session
-    return samples_of(session, held_out_runs(prepared), prepared.table, prepared.stages, lpips=session.measures_lpips)
+    session, runs = prepared.session, runs or held_out_runs(prepared)
+    return samples_of(session, runs, prepared.table, prepared.stages, lpips=session.measures_lpips)
 
 
 def outcome_of(
-    prepared: Prepared, samples: LocalSamples, budget: int, program: Program
+    prepared: Prepared, samples: Samples, budget: int, program: Program
 ) -> tuple[dict[str, np.ndarray], int]:
     """What a budget's program comes to on held-out samples (`outcomes.outcome_arrays`), from the workspace where it is
     known, and the model evaluations that were made for it.
@@ -80,7 +80,8 @@ def outcome_of(
 def evaluate(prepared: Prepared, found: Found) -> Evaluated:
     """Run every budget's program, and its peers, on prompts and seeds that calibration has not seen."""
     session, table, prompts = prepared.session, prepared.table, prepared.held_out
-    samples = held_out_samples(prepared)
+    runs = held_out_runs(prepared)
+    samples = held_out_samples(prepared, runs)
     programs = {budget: trials[0].program for budget, trials in found.trials.items()}
     pipeline, made = session.model.pipeline, [0]
 
@@ -113,7 +114,7 @@ def evaluate(prepared: Prepared, found: Found) -> Evaluated:
         baselines={b: [schema.Baseline.model_validate(peer) for peer in v["baselines"]] for b, v in measured.items()},
         outcomes=outcomes,
         references={row: samples.map(reference_pictures, slice(row, row + 1))["pictures"][0] for row in sorted(named)},
-        runs=samples.runs,
+        runs=runs,
         golden=outcomes[min(outcomes)]["latents"],
     )
 

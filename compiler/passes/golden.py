@@ -19,9 +19,9 @@ from otcache.schemas.manifest import Golden
 from otcache.schemas.program import Program
 
 from ..calibration.rollout import StagedModel, residual_memory, roll_out
-from ..calibration.runs import Runs
 from ..export.precision import Served
 from ..pipelines.denoiser import Denoiser
+from .crew import AnyRuns
 from .session import Session
 
 PATH = "golden/latents.f32"
@@ -59,7 +59,7 @@ def rounding_of(served: Served, program: Program, denoiser: Denoiser, latents: T
     return float(np.linalg.norm((found - golden).astype(np.float64)) / np.linalg.norm(golden.astype(np.float64)))
 
 
-def first_denoiser(session: Session, runs: Runs) -> Denoiser:
+def first_denoiser(session: Session, runs: AnyRuns) -> Denoiser:
     """The denoiser of the first sample of full runs, for a model on the CPU in float32."""
     first = slice(1)
     return Denoiser(

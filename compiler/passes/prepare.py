@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,19 +19,22 @@ from ..calibration import metrics
 from ..calibration.batch import Evaluator
 from ..calibration.local import LocalSamples
 from ..calibration.runs import Runs
+from ..calibration.samples import Samples
 from ..calibration.trials import Calibration
 from ..graph.stages import Stages
 from ..models.model import Model
 from ..options import CompileOptions, check_evaluations
-from ..pipelines.call import prepare_scheduler
-from ..pipelines.denoiser import Denoiser, place_constants
+from ..pipelines.call import prepare_scheduler, short_call
+from ..pipelines.denoiser import Denoiser, denoiser_of, place_constants
+from ..pipelines.full_run import capture
 from ..programs.lower import lower
 from ..programs.solver_table import SolverTable
 from ..sizes.requested import Wanted
 from ..sizes.served import Sizes, sizes_without_stages, stages_for
 from ..workspace.ledger import Ledger
 from ..workspace.progress import Reporter
-from .capture import captured, full_runs
+from .capture import full_runs, missing_runs
+from .crew import AnyRuns, Crew, SampleSet
 from .disk import check_disk, run_bytes
 from .session import EVALUATION_SEED, Session, begin
 
@@ -40,7 +44,7 @@ class Prepared:
     """A model with its sampler lowered, its transformer cut and its calibration set run: what searches start from."""
 
     session: Session
-    runs: Runs
+    runs: AnyRuns
     """Of the calibration set."""
     table: SolverTable
     stages: Stages | None
@@ -66,17 +70,15 @@ class Prepared:
         prepare_scheduler(self.session.model.pipeline, self.session.call, scheduler, steps)
 
     @property
+    def samples(self) -> Samples:
+        """Of the calibration set."""
+        return self.calibration.samples
+
+    @property
     def trunk(self) -> Stages:
         """The stages, where something asks for a cut."""
         assert self.stages is not None, "needs_stages"
         return self.stages
-
-    @property
-    def samples(self) -> LocalSamples:
-        """Of the calibration set, on this host."""
-        samples = self.calibration.samples
-        assert isinstance(samples, LocalSamples)
-        return samples
 
 
 def prepare(
@@ -86,6 +88,7 @@ def prepare(
     live: Model | None = None,
     *,
     like: Prepared | None = None,
+    crew: Crew | None = None,
 ) -> Prepared:
     """The passes up to the searches: load, probe, lower, capture, cut.
 
@@ -96,8 +99,10 @@ def prepare(
         live: the model where it is in memory.
         like: the same model at the same size, prepared for other guidance or other prompts: it is not loaded and cut
             again.
+        crew: makes full runs and holds samples in place of this process.
     """
     session, prompts, held_out = begin(options, reporter, like.session.model if like else live)
+    session = replace(session, crew=crew or (like.session.crew if like else None))
     if held:
         folder = session.workspace.folder
         held.enter_context(
@@ -108,15 +113,14 @@ def prepare(
     with reporter.on("lower", type(session.model.pipeline.scheduler).__name__):
         table = lower_sampler(session)
         check_evaluations(options, table.num_inference_steps, table.scheduler)
-    check_workspace(session, table.num_inference_steps, prompts, held_out)
+    if session.crew is None:
+        check_workspace(session, table.num_inference_steps, prompts, held_out)
     runs = full_runs(session, table, "capture", prompts, options.seed, session.margin)
     if like:
         stages, sizes = like.stages, like.sizes
     else:
-        stages, sizes = cut_stages(session, example_of(session, runs)) if needs_stages(session) else (None, Sizes())
-        if stages is None or not session.placement.exportable:
-            sizes = sizes_without_stages(session.wanted, session.seen)
-    session = replace(session, interface=replace(session.interface, tables=sizes.own_tables))
+        stages, sizes = stages_of(session, partial(example_of, session, runs) if needs_stages(session) else None)
+    session = with_tables(session, sizes)
     samples = samples_of(session, runs, table, stages)
     if held:
         held.callback(samples.close)
@@ -134,10 +138,22 @@ def prepare(
 
 def check_workspace(session: Session, steps: int, prompts: Sequence[str], held_out: Sequence[str]) -> None:
     """Raises HostError where the workspace's disk has no room for the full runs that are not there yet."""
-    seed, one = session.options.seed, run_bytes(session, steps).kept
-    missing = 0 if captured(session, "capture", prompts, seed, session.margin) else len(prompts)
-    missing += 0 if captured(session, "evaluate", held_out, seed + EVALUATION_SEED) else len(held_out)
-    check_disk(session.workspace.folder, missing * one, f"{missing} full runs")
+    wanted = sample_sets(session, prompts, held_out)
+    check_room(session, steps, sum(each.count for each in wanted if missing_runs(session, each)))
+
+
+def sample_sets(session: Session, prompts: Sequence[str], held_out: Sequence[str]) -> tuple[SampleSet, SampleSet]:
+    """The calibration set and the held-out one."""
+    seed = session.options.seed
+    return (
+        SampleSet(name="capture", prompts=tuple(prompts), seed=seed, margin=session.margin),
+        SampleSet(name="evaluate", prompts=tuple(held_out), seed=seed + EVALUATION_SEED),
+    )
+
+
+def check_room(session: Session, steps: int, missing: int) -> None:
+    """Raises HostError where the workspace's disk has no room for so many full runs."""
+    check_disk(session.workspace.folder, missing * run_bytes(session, steps).kept, f"{missing} full runs")
 
 
 def lower_sampler(session: Session) -> SolverTable:
@@ -162,23 +178,23 @@ def evaluator_of(session: Session, table: SolverTable, stages: Stages | None, *,
 
 
 def samples_of(
-    session: Session, runs: Runs, table: SolverTable, stages: Stages | None, *, lpips: bool = False
-) -> LocalSamples:
-    """Full runs with the model, on this host; `lpips` as of `evaluator_of`."""
+    session: Session, runs: AnyRuns, table: SolverTable, stages: Stages | None, *, lpips: bool = False, first: int = 0
+) -> Samples:
+    """Full runs with the model, where the runs are; `lpips` as of `evaluator_of`, `first` as of `Batch`."""
+    if not isinstance(runs, Runs):
+        return runs.samples(cut=stages is not None, lpips=lpips or session.options.objective == "lpips")
     evaluator = evaluator_of(session, table, stages, lpips=lpips)
-    return LocalSamples(runs, evaluator, session.micro_batch, session.workspace.folder)
+    return LocalSamples(runs, evaluator, session.micro_batch, session.workspace.folder, first=first)
 
 
 def calibration_of(
-    session: Session, runs: Runs, table: SolverTable, stages: Stages | None, *, ledger: Ledger | None = None
+    session: Session, runs: AnyRuns, table: SolverTable, stages: Stages | None, *, ledger: Ledger | None = None
 ) -> Calibration:
     """A way to try schedules on full runs; what was tried is kept in the workspace unless a ledger says otherwise."""
     return _calibration(session, samples_of(session, runs, table, stages), table, ledger)
 
 
-def _calibration(
-    session: Session, samples: LocalSamples, table: SolverTable, ledger: Ledger | None = None
-) -> Calibration:
+def _calibration(session: Session, samples: Samples, table: SolverTable, ledger: Ledger | None = None) -> Calibration:
     """Of samples that are there."""
     return Calibration(
         samples=samples,
@@ -199,6 +215,19 @@ def needs_stages(session: Session) -> bool:
     return exports and (
         session.placement.exportable or (options.payload == "auto" and options.limits.residual_samples > 0)
     )
+
+
+def stages_of(session: Session, example: Callable[[], dict[str, Tensor]] | None) -> tuple[Stages | None, Sizes]:
+    """The stages of a model that is cut, None of one that is not (`example` is None), and the sizes that are served."""
+    stages, sizes = (None, Sizes()) if example is None else cut_stages(session, example())
+    if stages is None or not session.placement.exportable:
+        sizes = sizes_without_stages(session.wanted, session.seen)
+    return stages, sizes
+
+
+def with_tables(session: Session, sizes: Sizes) -> Session:
+    """The session, its interface with the tables that stages take as inputs."""
+    return replace(session, interface=replace(session.interface, tables=sizes.own_tables))
 
 
 def cut_stages(session: Session, example: dict[str, Tensor]) -> tuple[Stages, Sizes]:
@@ -224,7 +253,7 @@ def cut_stages(session: Session, example: dict[str, Tensor]) -> tuple[Stages, Si
     return stages, sizes
 
 
-def example_of(session: Session, runs: Runs) -> dict[str, Tensor]:
+def example_of(session: Session, runs: AnyRuns) -> dict[str, Tensor]:
     """Transformer inputs with a batch of 2 · branches (4 for guided models), taken from the calibration set."""
     device, dtype, rows = session.placement.device, session.interface.dtype, slice(2)
     middle = runs.num_inference_steps // 2
@@ -238,3 +267,13 @@ def example_of(session: Session, runs: Runs) -> dict[str, Tensor]:
         guidance=torch.from_numpy(runs.guidance(rows)).to(device),
     )
     return denoiser.inputs(torch.from_numpy(runs.latents(rows, middle)).to(device), runs.timesteps[middle], 1.0)
+
+
+def example_of_short_run(session: Session, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """As `example_of`, where there are no full runs: of two samples that are run for a few steps."""
+    scale, device = session.options.nominal_scale, session.placement.device
+    pipeline, interface = session.model.pipeline, session.interface
+    short = short_call(pipeline, session.call)
+    few = capture(pipeline, interface, short, (list(prompts) * 2)[:2], [0, 1], [scale] * 2).to(device)
+    denoiser = denoiser_of(session.model.transformer, place_constants(interface, device), few)
+    return denoiser.inputs(few.latents[1].to(device), few.timesteps[1], 1.0)

@@ -19,7 +19,7 @@ from otcache.schemas.errors import ModelError
 from otcache.schemas.targets import Condition, Measured, Metric, Over, Target
 
 from ..calibration import metrics
-from ..calibration.local import LocalSamples
+from ..calibration.samples import Samples
 from ..schedules.search import Found
 from ..workspace.progress import Pass, Reporter
 from .evaluate import held_out_samples, outcome_of
@@ -39,7 +39,7 @@ class Tries:
 
     prepared: Prepared
     find: Find
-    samples: LocalSamples
+    samples: Samples
     """The held-out ones."""
     known: dict[int, Found] = field(default_factory=dict)
     """What the searches came to, by budget, in the order of the tries."""

@@ -73,6 +73,7 @@ def search_small(
         reporter,
         held,
         model,
+        crew=prepared.session.crew,
     )
     found = search(small)
     ledger = prepared.calibration.ledger

@@ -53,6 +53,7 @@ from ..workspace.code import code_digest
 from ..workspace.ledger import NAME as ATTEMPT
 from ..workspace.progress import Reporter
 from ..workspace.workspace import Workspace, default_workspace
+from .crew import Crew
 
 EVALUATION_SEED = 1_000_000
 """Distance of the held-out seeds from those of calibration."""
@@ -88,6 +89,8 @@ class Session:
     """Sizes to serve beside the one that is compiled."""
     seen: tuple[Seen, ...]
     """What the pipeline passes at them, the own size first; empty where no others are wanted."""
+    crew: Crew | None = None
+    """Who makes full runs and holds samples, if not this process."""
 
     @property
     def margin(self) -> float:

@@ -35,6 +35,11 @@ class Pass:
         """Since it began."""
         return time.monotonic() - self.started
 
+    @property
+    def at_work(self) -> dict[str, float]:
+        """`workers` and `samples`, of a pass that has workers."""
+        return {name: self.facts[name] for name in ("workers", "samples") if name in self.facts}
+
     def seconds_left(self, done: int, total: int) -> float | None:
         """Extrapolated from what is done."""
         return self.seconds / done * (total - done) if done else None
@@ -84,8 +89,8 @@ class JsonReporter(Reporter):
     """One JSON object a line on stderr.
 
     `{"event": "start", "name": …, "description": …}`; `{"event": "progress", "name": …, "done": 3, "total": 24,
-    "seconds_left": …}`; `{"event": "pass", "name": …, "seconds": …}` with the pass's facts; `{"event": "reused",
-    "name": …}`; `{"event": "note", "text": …}`.
+    "seconds_left": …}`, with `workers` and `samples` where there are workers; `{"event": "pass", "name": …,
+    "seconds": …}` with the pass's facts; `{"event": "reused", "name": …}`; `{"event": "note", "text": …}`.
     """
 
     @contextlib.contextmanager
@@ -104,6 +109,7 @@ class JsonReporter(Reporter):
                 done=done,
                 total=total,
                 seconds_left=None if left is None else round(left, 1),
+                **current.at_work,
             )
 
         interrupts.check()
@@ -145,7 +151,13 @@ class BarReporter(Reporter):
     def on(self, name: str, description: str) -> Iterator[Pass]:
         interrupts.check()
         task = self.bars.add_task(f"{name}: {description}", total=1)
-        yield Pass(lambda done, total: self.bars.update(task, completed=done, total=total))
+
+        def advance(done: int, total: int) -> None:
+            at_work = "".join(f", {value:g} {unit}" for unit, value in current.at_work.items())
+            self.bars.update(task, completed=done, total=total, description=f"{name}: {description}{at_work}")
+
+        current = Pass(advance)
+        yield current
         self.bars.update(task, completed=self.bars.tasks[task].total)
 
     def report_reuse(self, name: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from otcache.compiler.calibration.batch import batch_from_rows
 from otcache.compiler.calibration.rollout import WEIGHED_POSITIONS, residual_gram, roll_out, take_positions
 from otcache.compiler.calibration.runs import Runs
-from otcache.compiler.calibration.scoring import eight_bits, kept_latents, kept_pictures, measure, scores_of
+from otcache.compiler.calibration.scoring import Measure, eight_bits, kept_latents, kept_pictures, scores_of
 from otcache.compiler.graph.stages import StageGraph, Stages
 from otcache.compiler.programs.solver_table import program_from_table
 from otcache.schemas.program import position_axes
@@ -152,7 +152,7 @@ def test_a_known_first_output_is_not_evaluated(tmp_path):
 def test_what_was_measured_is_kept(tmp_path):
     batch, _ = batch_of(tmp_path, tokens=5)
     program = program_from_table(batch.evaluator.table)
-    scores = measure(program)(batch)
+    scores = Measure(program)(batch)
     assert scores["errors"].shape == (SAMPLES, TOTAL + 1) and scores["errors"].max() < 1e-5
     assert np.array_equal(scores["errors"][:, -1], scores["latent_error"])
     final = kept_latents(program)(batch)["latents"]

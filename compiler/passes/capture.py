@@ -67,6 +67,7 @@ def full_runs(
     scales = calibration_scales(*session.options.guidance_scale, len(prompts), margin)
     steps = table.num_inference_steps
     with session.reporter.on(name, f"{len(prompts)} full runs") as advance:
+        advance.expect(steps * len(prompts))
         advance.facts["evaluations"] = 0
 
         def chunk(rows: slice) -> Chunk:
@@ -75,6 +76,7 @@ def full_runs(
 
             def compute(folder: Path) -> None:
                 advance.facts["evaluations"] += steps * len(own)
+                advance.found(steps * rows.start, steps * len(prompts))
                 _write_chunk(folder, session, table, own, seed + rows.start, scales[rows], advance, rows, len(prompts))
 
             return Chunk(session.workspace.tree(name, key, compute))

@@ -98,7 +98,9 @@ def evaluate(prepared: Prepared, found: Found) -> Evaluated:
 
     measured: dict[str, Any] = {}
     outcomes: dict[int, dict[str, np.ndarray]] = {}
+    peers = len(baseline_programs(pipeline.scheduler, table, min(programs), prepared.set_timesteps))
     with session.reporter.on("evaluate", f"budgets {', '.join(map(str, programs))} and peers") as advance:
+        advance.expect(*(program.nfe * (1 + peers) * samples.count for program in programs.values()))
         for position, (budget, program) in enumerate(programs.items()):
             key = evaluation_key(session, prompts, budget, program)
             outcomes[budget], evaluations = outcome_of(prepared, samples, budget, program)

@@ -223,6 +223,12 @@ class Recorder(Reporter):
             seconds = round(current.seconds, 3)
             self.passes.append(PassEvidence(name=name, seconds=seconds, evaluations=counts[0], reused=counts[1]))
 
+    def evaluated(self, count: int) -> None:
+        self.inner.evaluated(count)
+
+    def timed(self, evaluation_s: float) -> None:
+        self.inner.timed(evaluation_s)
+
     def report_reuse(self, name: str) -> None:
         self.inner.report_reuse(name)
 

@@ -10,7 +10,7 @@ import click
 
 from otcache.schemas.errors import UsageError
 
-from .options import artifact_argument, backend_option, json_option, print_json, threads_option
+from .options import artifact_argument, backend_option, json_option, print_json, quiet_option, threads_option
 from .progress import progress_bar
 from .whole_tables import print_whole
 
@@ -47,6 +47,7 @@ Examples:
 @threads_option
 @click.option("--cuda-graph", is_flag=True, help="Replay each budget's loop as one CUDA graph; TensorRT backends only.")
 @click.option("--save", is_flag=True, help="Write the median latency of one picture into the manifest's measurements.")
+@quiet_option
 @json_option
 def bench(
     artifact: Path,
@@ -58,6 +59,7 @@ def bench(
     threads: int | None,
     cuda_graph: bool,
     save: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Measure the latency of ARTIFACT on this host: percentiles over requests, and the parts they consist of.
@@ -77,7 +79,7 @@ def bench(
     with Sampler.load(artifact, backend, threads, cuda_graph=cuda_graph) as sampler:
         load_s = time.perf_counter() - start
         budgets = [name.strip() for name in budget.split(",")] if budget else list(sampler.budgets)
-        with progress_bar("requests") as progress:
+        with progress_bar("requests", quiet=quiet, as_json=as_json) as progress:
             found = measure(
                 sampler, list(dict.fromkeys(budgets)), batches, repeat=repeat, warmup=warmup, progress=progress
             )

@@ -78,6 +78,17 @@ def scores_of(program: Program) -> Callable[[Batch], Rows]:
     return lambda batch: scores_from_latents(batch, final_latents(program, batch))
 
 
+def kept_scores_of(program: Program) -> Callable[[Batch], Rows]:
+    """As `scores_of`, with the final latents kept beside the samples (`kept_pictures`)."""
+
+    def answer(batch: Batch) -> Rows:
+        latents = final_latents(program, batch)
+        _keep(batch, program, latents)
+        return scores_from_latents(batch, latents)
+
+    return answer
+
+
 def measure(program: Program) -> Callable[[Batch], Rows]:
     """Scores of a program, and `errors` (m, k + 1): the relative error of the latents before each of its k computed
     steps, and of the final ones. Those are kept beside the samples (`kept_latents`, `kept_pictures`).
@@ -91,8 +102,7 @@ def measure(program: Program) -> Callable[[Batch], Rows]:
 
         latents = roll_out(program, batch.denoiser, batch.latents(0), batch.evaluator.stages, observe=observe)
         observe(-1, latents)
-        for row, value in zip(range(batch.rows.start, batch.rows.stop), latents.float().cpu().numpy(), strict=True):
-            np.save(_kept(batch, program, row), value)
+        _keep(batch, program, latents)
         return {**scores_from_latents(batch, latents), "errors": np.stack(errors, axis=1)}
 
     return answer
@@ -126,6 +136,11 @@ def eight_bits(pictures: np.ndarray) -> np.ndarray:
         frames = pictures.shape[1]
         pictures = np.concatenate([pictures[:, i] for i in (0, frames // 2, frames - 1)], axis=2)
     return np.round(255 * pictures).astype(np.uint8)
+
+
+def _keep(batch: Batch, program: Program, latents: Tensor) -> None:
+    for row, value in zip(range(batch.rows.start, batch.rows.stop), latents.float().cpu().numpy(), strict=True):
+        np.save(_kept(batch, program, row), value)
 
 
 def _kept(batch: Batch, program: Program, row: int) -> Path:

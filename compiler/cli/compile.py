@@ -121,6 +121,12 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
     help="A quality such as psnr>=35 or 'worst ssim>=0.98': compile the smallest budget that reaches it on held-out "
     "prompts; may be given several times. Or compute capabilities to build plans for.",
 )
+@click.option(
+    "--bench/--no-bench",
+    default=True,
+    show_default=True,
+    help="Measure the artifact's latency on this host for a few seconds, for its report.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing artifact.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
 @click.option("--measure", is_flag=True, help="With --dry-run: memory as well, and the hours of each --effort.")

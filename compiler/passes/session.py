@@ -226,9 +226,10 @@ def _session(
         reporter.note(f"{type(model.pipeline).__name__} has no export of its decoder: the artifact makes latents")
     micro_batch = _micro_batch(options, model, call, interface, placement, prompts, reporter)
     key = _calibration_key(options, model, call, placement, micro_batch, prompts)
+    untold = (ATTEMPT, "capture", "evaluate", "peer-pictures")
     workspace = Workspace(
         (options.workspace or default_workspace()) / digest_of_value(key)[7:23],
-        on_reuse=lambda name: None if name in (ATTEMPT, "capture", "evaluate") else reporter.report_reuse(name),
+        on_reuse=lambda name: None if name in untold else reporter.report_reuse(name),
     )
     return Session(
         options=options,

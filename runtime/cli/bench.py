@@ -37,6 +37,12 @@ Examples:
     help="Requests of each budget and batch.",
 )
 @click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=None,
+    help="Begin no further round of requests after so many; each budget is measured once at least.",
+)
+@click.option(
     "--warmup",
     type=click.IntRange(0, MOST_REQUESTS),
     default=1,
@@ -54,6 +60,7 @@ def bench(
     budget: str | None,
     batch: str,
     repeat: int,
+    seconds: float | None,
     warmup: int,
     backend: str,
     threads: int | None,
@@ -81,7 +88,13 @@ def bench(
         budgets = [name.strip() for name in budget.split(",")] if budget else list(sampler.budgets)
         with progress_bar("requests", quiet=quiet, as_json=as_json) as progress:
             found = measure(
-                sampler, list(dict.fromkeys(budgets)), batches, repeat=repeat, warmup=warmup, progress=progress
+                sampler,
+                list(dict.fromkeys(budgets)),
+                batches,
+                repeat=repeat,
+                warmup=warmup,
+                seconds=seconds,
+                progress=progress,
             )
         result = {
             "artifact": str(artifact),
@@ -93,6 +106,7 @@ def bench(
             "versions": versions(),
             "repeat": repeat,
             "warmup": warmup,
+            "seconds": seconds,
             "load": {"total_s": round(load_s, 6), "stages": {k: round(v, 6) for k, v in sampler.load_s.items()}},
             "results": found,
             "saved": save,
@@ -123,7 +137,8 @@ def _print_table(result: dict[str, Any]) -> None:
     console = Console(highlight=False)
     host, threads = result["host"], result["threads"] or "default"
     console.print(escape(f"{host['cpu']}, {host['cpus']} CPUs, threads: {threads}, {result['backend']}"))
-    console.print(f"load {1e3 * result['load']['total_s']:.0f} ms; {result['repeat']} requests of each; in ms:")
+    requests = min(entry["requests"] for entry in result["results"])
+    console.print(f"load {1e3 * result['load']['total_s']:.0f} ms; {requests} requests of each; in ms:")
     names = ("min", *(f"p{rank}" for rank in PERCENTILES), "max")
     parts = tuple(part for part in PARTS if any(entry["parts"][part]["max"] > 0 for entry in result["results"]))
     latency, shares = (

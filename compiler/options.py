@@ -89,6 +89,8 @@ class CompileOptions:
     otherwise.
     """
     workspace: Path | None = None
+    bench: bool = False
+    """Measure the latency of the artifact on this host, in a process of its own, for its report; `otc compile` does."""
     force: bool = False
 
     def __post_init__(self) -> None:

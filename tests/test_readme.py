@@ -34,7 +34,7 @@ from otcache.runtime.cli.main import main
 ROOT = pages.ROOT
 SMALL = {"calibration_prompts": 4, "evaluation_prompts": 2, "trials": 1}
 DEFAULTS = {
-    "compile": {**SMALL, "payload": "output", "force": True, "threads": 1},
+    "compile": {**SMALL, "payload": "output", "force": True, "threads": 1, "bench": False},
     "compare": {
         **SMALL,
         "force": True,

@@ -41,6 +41,8 @@ class Evaluator:
     stages: Stages | None = None
     """Of the cut, on the device: what residual programs run. None where the model was not cut."""
     lpips: Lpips | None = None
+    evaluated: Callable[[int], None] = lambda count: None
+    """Told of the samples of every evaluation that was made."""
 
     @property
     def caches_residuals(self) -> bool:
@@ -105,5 +107,6 @@ def batch_from_rows(runs: Runs, evaluator: Evaluator, rows: slice, scratch: Path
         interface=evaluator.interface,
         conditioning=conditioning,
         guidance=guidance,
+        evaluated=evaluator.evaluated,
     )
     return Batch(rows=rows, runs=runs, evaluator=evaluator, denoiser=denoiser, scratch=scratch, first=first)

@@ -81,6 +81,20 @@ def scores_of(program: Program) -> Callable[[Batch], Rows]:
 
 
 @dataclass(frozen=True)
+class KeptScores:
+    """As `scores_of`, with the final latents kept beside the samples (`kept_pictures`)."""
+
+    program: Program
+    keeps: ClassVar[bool] = True
+
+    def __call__(self, batch: Batch) -> Rows:
+        """Of a batch."""
+        latents = final_latents(self.program, batch)
+        _keep(batch, self.program, latents)
+        return scores_from_latents(batch, latents)
+
+
+@dataclass(frozen=True)
 class Measure:
     """Scores of a program, and `errors` (m, k + 1): the relative error of the latents before each of its k computed
     steps, and of the final ones. Those are kept beside the samples (`kept_latents`, `kept_pictures`).
@@ -99,8 +113,7 @@ class Measure:
         stages = batch.evaluator.stages
         latents = roll_out(self.program, batch.denoiser, batch.latents(0), stages, observe=observe)
         observe(-1, latents)
-        for row, value in zip(range(batch.rows.start, batch.rows.stop), latents.float().cpu().numpy(), strict=True):
-            np.save(_kept(batch, self.program, row), value)
+        _keep(batch, self.program, latents)
         return {**scores_from_latents(batch, latents), "errors": np.stack(errors, axis=1)}
 
 
@@ -132,6 +145,11 @@ def eight_bits(pictures: np.ndarray) -> np.ndarray:
         frames = pictures.shape[1]
         pictures = np.concatenate([pictures[:, i] for i in (0, frames // 2, frames - 1)], axis=2)
     return np.round(255 * pictures).astype(np.uint8)
+
+
+def _keep(batch: Batch, program: Program, latents: Tensor) -> None:
+    for row, value in zip(range(batch.rows.start, batch.rows.stop), latents.float().cpu().numpy(), strict=True):
+        np.save(_kept(batch, program, row), value)
 
 
 def _kept(batch: Batch, program: Program, row: int) -> Path:

@@ -11,7 +11,7 @@ import click
 
 from .compile import check_packages, complete_models
 from .crew import crew_for
-from .options import call_options, crew_options, device_options, search_options
+from .options import call_options, crew_options, device_options, quiet_option, search_options
 from .stopped import stopped_error
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     help="Also measure other guidance scales and numbers of calibration prompts, at 8 evaluations.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing comparison.")
+@quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON, events on stderr.")
 def compare_command(**choices: Any) -> None:
     """Measure every method's fidelity to MODEL's full runs, on the same prompts and seeds.
@@ -60,6 +61,7 @@ def compare_command(**choices: Any) -> None:
 
 def _compare(
     as_json: bool,
+    quiet: bool,
     budgets: str,
     guidance_scale: str,
     micro_batch: str,
@@ -76,7 +78,8 @@ def _compare(
 
     from ..options import CompileOptions, parse_budgets, parse_guidance, parse_micro_batch
     from ..workspace.progress import reporter_for
-    from ..workspace.quiet import asks_for_lines, quiet
+    from ..workspace.quiet import asks_for_lines
+    from ..workspace.quiet import quiet as quiet_libraries
 
     output: Path = choices.pop("output") or Path("artifacts/compare") / Path(choices["model"]).name
     if (output / "comparison.json").exists() and not choices["force"]:
@@ -88,12 +91,12 @@ def _compare(
         micro_batch=parse_micro_batch(micro_batch),
         **{name: value for name, value in choices.items() if value is not None},
     )
-    quiet()
+    quiet_libraries()
     from ..compare.compare import compare
     from ..compare.table import write_comparison
 
     start = time.monotonic()
-    reporter = reporter_for(as_json=as_json, verbose=asks_for_lines())
+    reporter = reporter_for(as_json=as_json, verbose=asks_for_lines(), quiet=quiet)
     try:
         names = [name.strip() for name in against.split(",")] if against else None
         with crew_for(options, reporter, workers, ray_address) as (crew, shown):

@@ -12,7 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from .crew import crew_for
-from .options import call_options, crew_options, device_options, search_options
+from .options import call_options, crew_options, device_options, quiet_option, search_options
 from .stopped import stopped_error
 
 if TYPE_CHECKING:
@@ -123,14 +123,19 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
     help="A quality such as psnr>=35 or 'worst ssim>=0.98': compile the smallest budget that reaches it on held-out "
     "prompts; may be given several times. Or compute capabilities to build plans for.",
 )
+@click.option(
+    "--bench/--no-bench",
+    default=True,
+    show_default=True,
+    help="Measure the artifact's latency on this host for a few seconds, for its report.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing artifact.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
-@click.option(
-    "--measure", is_flag=True, help="With --dry-run: time one evaluation at the served size; hours of each --effort."
-)
+@click.option("--measure", is_flag=True, help="With --dry-run: memory as well, and the hours of each --effort.")
 @click.option("-v", "--verbose", is_flag=True, help="A line per pass on stderr; also with OTC_LOG=info.")
+@quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, events on stderr.")
-def compile_command(as_json: bool, dry_run: bool, measure: bool, verbose: bool, **choices: Any) -> None:
+def compile_command(as_json: bool, dry_run: bool, measure: bool, verbose: bool, quiet: bool, **choices: Any) -> None:
     """Compile MODEL (a bundled name, a diffusers folder or a hub id) into an artifact.
 
     \b
@@ -153,7 +158,7 @@ def compile_command(as_json: bool, dry_run: bool, measure: bool, verbose: bool, 
 
     try:
         with interruptible():
-            _compile(as_json, dry_run, measure, verbose, **choices)
+            _compile(as_json, dry_run, measure, {"verbose": verbose, "quiet": quiet}, **choices)
     except Interrupted as stop:
         raise stopped_error("otc compile", stop) from None
 
@@ -162,7 +167,7 @@ def _compile(
     as_json: bool,
     dry_run: bool,
     measure: bool,
-    verbose: bool,
+    shown: dict[str, bool],
     budgets: str | None,
     targets: tuple[str, ...],
     guidance_scale: str,
@@ -211,7 +216,7 @@ def _compile(
     from ..workspace.progress import reporter_for
 
     start = time.monotonic()
-    reporter = reporter_for(as_json=as_json, verbose=verbose or asks_for_lines())
+    reporter = reporter_for(as_json=as_json, verbose=shown["verbose"] or asks_for_lines(), quiet=shown["quiet"])
     try:
         if dry_run:
             from ..passes.dry_run import plan_compile
@@ -220,8 +225,8 @@ def _compile(
             reporter.close()
             click.echo(json.dumps(plan.to_json()) if as_json else plan.text())
             return
-        with crew_for(options, reporter, workers, ray_address) as (crew, shown):
-            folder, manifest = compile_model(options, shown, crew=crew)
+        with crew_for(options, reporter, workers, ray_address) as (crew, told):
+            folder, manifest = compile_model(options, told, crew=crew)
         added = engines.build(folder, *plans, reporter)
         if added:
             manifest = read_manifest(folder).manifest

@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 from .compile import check_packages, complete_models
+from .options import quiet_option
+from .stopped import stopped_error
 
 
 @click.command("encode", short_help="Turn prompts into conditioning, on a host with torch.")
@@ -29,8 +31,9 @@ from .compile import check_packages, complete_models
 @click.option("--trust-remote-code", is_flag=True, help="Run Python that comes with MODEL; refused without this.")
 @click.option("--lora", type=click.Path(path_type=Path), help="Folder of the LoRA that the artifact was compiled with.")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
+@quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def encode_command(output: Path, force: bool, as_json: bool, **choices: Any) -> None:
+def encode_command(output: Path, force: bool, as_json: bool, quiet: bool, **choices: Any) -> None:
     """Encode prompts with MODEL's own text encoders for an artifact that was compiled from it.
 
     \b
@@ -41,13 +44,22 @@ def encode_command(output: Path, force: bool, as_json: bool, **choices: Any) -> 
     check_packages("otc encode")
     from otcache.schemas.places import check_new_file
 
-    from ..workspace.quiet import quiet
+    from ..workspace.interrupts import Interrupted, interruptible
+    from ..workspace.progress import reporter_for
+    from ..workspace.quiet import quiet as quiet_libraries
 
-    quiet()
+    quiet_libraries()
     check_new_file(output, "-o", force=force)
     from ..passes.encode import encode
 
-    shapes = encode(output, **choices)
+    reporter = reporter_for(as_json=as_json, verbose=False, quiet=quiet)
+    try:
+        with interruptible():
+            shapes = encode(output, reporter=reporter, **choices)
+    except Interrupted as stop:
+        raise stopped_error("otc encode", stop) from None
+    finally:
+        reporter.close()
     if as_json:
         click.echo(json.dumps({"output": str(output), "tensors": shapes}))
         return

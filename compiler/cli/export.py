@@ -10,6 +10,7 @@ import click
 
 from ..options import DTypeName
 from .compile import check_packages, complete_models
+from .options import quiet_option
 from .stopped import stopped_error
 
 
@@ -31,8 +32,9 @@ from .stopped import stopped_error
 @click.option("--trust-remote-code", is_flag=True, help="Run Python that comes with MODEL; refused without this.")
 @click.option("--force", is_flag=True, help="Export again what has engines, or replace what is at -o.")
 @click.option("-v", "--verbose", is_flag=True, help="A line per pass on stderr; also with OTC_LOG=info.")
+@quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, events on stderr.")
-def export_command(as_json: bool, verbose: bool, **choices: Any) -> None:
+def export_command(as_json: bool, verbose: bool, quiet: bool, **choices: Any) -> None:
     """Export engines of MODEL into ARTIFACT, which was compiled from it with --engines none.
 
     \b
@@ -46,10 +48,11 @@ def export_command(as_json: bool, verbose: bool, **choices: Any) -> None:
     from ..passes.add_engines import ExportOptions, export_engines
     from ..workspace.interrupts import Interrupted, interruptible
     from ..workspace.progress import reporter_for
-    from ..workspace.quiet import asks_for_lines, quiet
+    from ..workspace.quiet import asks_for_lines
+    from ..workspace.quiet import quiet as quiet_libraries
 
-    quiet()
-    reporter = reporter_for(as_json=as_json, verbose=verbose or asks_for_lines())
+    quiet_libraries()
+    reporter = reporter_for(as_json=as_json, verbose=verbose or asks_for_lines(), quiet=quiet)
     try:
         with interruptible():
             folder, manifest = export_engines(ExportOptions(**choices), reporter)

@@ -131,6 +131,12 @@ def crew_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `-q`, `--quiet`: without progress."""
+    text = "No progress on stderr, neither bars nor lines; notes and errors stay."
+    return click.option("-q", "--quiet", is_flag=True, help=text)(command)
+
+
 def _all(*options: Decorator) -> Decorator:
     """Several options as one decorator; help lists them in this order."""
 

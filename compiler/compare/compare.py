@@ -99,6 +99,7 @@ class Measurements:
         """All methods at all budgets."""
         pairs = [(name, budget) for name in self.methods for budget in self.budgets]
         with reporter.on("compare", f"{len(self.methods)} methods at {len(self.budgets)} budgets") as advance:
+            advance.expect(*(budget * self.bench.count for _, budget in pairs))
             for done, (name, budget) in enumerate(pairs, 1):
                 self.measure(name, budget)
                 advance(done, len(pairs))

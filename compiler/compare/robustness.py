@@ -62,8 +62,12 @@ def _at_scale(prepared: Prepared, found: Found, rivals: Sequence[Method]) -> AtS
     """The range's program against peers that are calibrated for this scale, where they calibrate at all."""
     scale = prepared.session.options.nominal_scale
     bench, own = bench_of(prepared, found), default_method(found)
-    with prepared.session.reporter.on("guidance", f"{scale:g}: {DEFAULT} and the {len(rivals)} best peers"):
-        cell, *others = [measure_cell(bench, method, BUDGET) for method in (own, *rivals)]
+    with prepared.session.reporter.on("guidance", f"{scale:g}: {DEFAULT} and the {len(rivals)} best peers") as advance:
+        methods, measured = (own, *rivals), []
+        for method in methods:
+            measured.append(measure_cell(bench, method, BUDGET))
+            advance(len(measured), len(methods))
+    cell, *others = measured
     assert isinstance(cell, Cell)  # a program that is there runs at any scale
     best = max((other for other in others if isinstance(other, Cell)), key=lambda other: other.psnr_db.mean)
     return AtScale(

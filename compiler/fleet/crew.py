@@ -300,6 +300,16 @@ class CrewReporter(Reporter):
     def __init__(self, inner: Reporter, crew: RayCrew) -> None:
         self.inner, self.crew = inner, crew
 
+    @property
+    def evaluation_s(self) -> float | None:  # type: ignore[override]  # the other one's
+        return self.inner.evaluation_s
+
+    def evaluated(self, count: int) -> None:
+        self.inner.evaluated(count)
+
+    def timed(self, evaluation_s: float) -> None:
+        self.inner.timed(evaluation_s)
+
     @contextlib.contextmanager
     def on(self, name: str, description: str) -> Iterator[Pass]:
         with self.inner.on(name, description) as current:

@@ -74,6 +74,7 @@ class Notes(Reporter):
     """Keeps notes until they are sent with the next answer."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.texts: list[str] = []
 
     def note(self, text: str) -> None:
@@ -122,7 +123,7 @@ class Worker:
     def capture(self, data: bytes) -> dict[str, Any]:
         """Make full runs: their `timesteps`, the shapes of their `conditioning`, and `evaluations`."""
         holding: Holding = unpack(data, {})
-        advance = Pass(self._advance)
+        advance = Pass(show=self._advance)
         runs = self._runs(holding, advance)
         return {
             "timesteps": runs.timesteps,
@@ -137,7 +138,7 @@ class Worker:
         name, holding = unpack(data, {})
         self.drop(pack(name, {}))
         session, table = self._session(holding.recipe)
-        runs = self._runs(holding, Pass(self._advance))
+        runs = self._runs(holding, Pass(show=self._advance))
         stages, sizes = self._cut(holding.recipe.options, holding.cut)
         if holding.recipe.point is None:
             session = with_tables(session, sizes)
@@ -182,8 +183,8 @@ class Worker:
         self.sets.clear()
         self.walks.clear()
 
-    def _advance(self, done: int, total: int) -> None:
-        self.steps_done = done
+    def _advance(self, current: Pass) -> None:
+        self.steps_done = current.done
 
     def _runs(self, holding: Holding, advance: Pass) -> Runs:
         key = (holding.recipe, holding.wanted, holding.rows)

@@ -78,6 +78,7 @@ def full_runs(
     """
     wanted = SampleSet(name=name, prompts=tuple(prompts), seed=seed, margin=margin)
     with session.reporter.on(name, f"{len(prompts)} full runs") as advance:
+        advance.expect(table.num_inference_steps * wanted.count)
         if session.crew is not None:
             return session.crew.full_runs(session, wanted, advance)
         return local_runs(session, table, wanted, slice(0, wanted.count), advance)
@@ -94,6 +95,7 @@ def local_runs(session: Session, table: SolverTable, wanted: SampleSet, rows: sl
 
         def compute(folder: Path) -> None:
             advance.facts["evaluations"] += steps * len(own)
+            advance.found(steps * first, steps * count)
             _write_chunk(folder, session, table, own, seed, scales[part], advance, first, count)
 
         return Chunk(session.workspace.tree(wanted.name, _key_of(session, wanted, part), compute))

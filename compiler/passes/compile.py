@@ -11,15 +11,18 @@ from typing import Any
 import torch
 
 from otcache.schemas import manifest as schema
+from otcache.schemas.manifest_file import read_manifest
 from otcache.schemas.shapes import describe_size
 
 from ..models.model import Model
 from ..options import CompileOptions
 from ..report.evidence import PassEvidence, Recorder, gather
 from ..report.page import ATTACHMENTS, write_report
+from ..report.redraw import redraw
 from ..schedules.search import FOUND, Found, refit, search
 from ..sizes.served import Seen
 from ..workspace.progress import Reporter
+from .bench import bench
 from .capture import full_runs
 from .crew import Crew
 from .emit import check_target, emit, recover
@@ -54,7 +57,20 @@ def compile_model(
             found = search_schedules(prepared)
         else:
             found = search_small(prepared, options, recorder, held, search_schedules)
-        return target, _compile(prepared, found, target, recorder.passes)
+        manifest = _compile(prepared, found, target, recorder.passes)
+        return target, _benched(prepared, target, manifest) if options.bench else manifest
+
+
+def _benched(prepared: Prepared, target: Path, manifest: schema.Manifest) -> schema.Manifest:
+    """The manifest once the artifact's latency here is in its report, where it has engines."""
+    session = prepared.session
+    if session.options.engines == "none":
+        return manifest
+    budgets = [entry.program.nfe for entry in manifest.programs if entry.budget != schema.FULL]
+    with session.reporter.on("bench", f"latency of {target} on this host"):
+        found = bench(target, budgets, manifest.sampler.num_inference_steps, session.reporter.evaluation_s)
+        redraw(target, found)
+    return read_manifest(target).manifest
 
 
 def target_of(options: CompileOptions) -> Path:
@@ -103,6 +119,8 @@ def _write_report(
         timesteps=prepared.table.timesteps.tolist(),
         sigmas=None if sigmas is None else sigmas.tolist(),
         passes=passes,
+        peers=quality.peers,
+        targets=prepared.session.options.targets,
     )
     write_report(folder, fields, evidence, shown)
 

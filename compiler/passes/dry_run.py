@@ -2,17 +2,14 @@
 
 Consumes what `prepare.begin` gives; writes nothing. Evaluations follow the formulas by which the manifest's costs are
 charged. Those of the searches are upper bounds: schedules that come up twice are evaluated once, and how many do is
-known only when they are there. Seconds are extrapolated: from the calls of a probe run, or with `--measure` from
-evaluations and pictures at the size that is served (`measure`).
+known only when they are there. Seconds are extrapolated from evaluations and pictures at the size that is served, with
+as many samples at once as a compile takes (`measure`).
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -20,16 +17,17 @@ from typing import Any, get_args
 import torch
 
 from otcache.schemas.errors import UsageError
+from otcache.schemas.shapes import describe_size
 
 from ..effort import EffortName
 from ..options import FROM_EFFORT, CompileOptions, check_evaluations
 from ..pipelines.call import prepare_scheduler
 from ..pipelines.placement import LARGEST_MICRO_BATCH, SHARE
-from ..pipelines.probe import PROBE_SAMPLES, probe
 from ..programs.baselines import baseline_programs
 from ..programs.lower import lower
 from ..programs.solver_table import SolverTable
 from ..schedules.search import FOUND, highest_costs, highest_walks
+from ..sizes.served import own_point
 from ..workspace.progress import Reporter
 from .capture import missing_runs
 from .compile import search_key, target_of
@@ -104,6 +102,12 @@ class Plan:
     """Beside the full runs, while it works."""
     workspace_free_bytes: int
     """On the workspace's disk."""
+    size: str
+    """That was measured at."""
+    picture_s: float
+    """Measured: to decode a picture and to compare it with another."""
+    at_once: int
+    """Samples that were evaluated together."""
     at_size: Measured | None = None
     efforts: tuple[PlannedEffort, ...] = ()
 
@@ -148,7 +152,10 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "free_bytes": self.free_bytes,
             "evaluation_s": self.evaluation_s,
+            "picture_s": self.picture_s,
             "measured_evaluations": self.measured,
+            "measured_at": self.size,
+            "samples_at_once": self.at_once,
             "full_run_bytes": asdict(self.run),
             "scratch_bytes": self.scratch_bytes,
             "workspace_bytes": self.workspace_bytes,
@@ -175,8 +182,9 @@ class Plan:
         lines += [
             f"{'to do':<22}{'≤ ' + format(self.evaluations, ','):>14}"
             f"{_time(self.seconds):>10}{_size(self.disk_bytes):>11}",
-            f"An evaluation is one sample through the model; one took {self.evaluation_s:.3g} s, measured on "
-            f"{self.measured}. Times are extrapolated from that and rough; those of searches are upper bounds.",
+            f"An evaluation is one sample through the model. Measured at {self.size}, {self.at_once} samples at once: "
+            f"{self.evaluation_s:.3g} s an evaluation ({self.measured} were timed), {self.picture_s:.3g} s a picture. "
+            "Times are extrapolated from these; those of searches are upper bounds.",
             *self._size_lines(),
             self._workspace_line(),
             f"artifact: {self.target} ({_size(self.free_bytes)} free); workspace: {self.workspace}; nothing was "
@@ -209,9 +217,8 @@ class Plan:
         known = "" if found.free_bytes is None else f" of {_size(found.free_bytes)} free: {fit} samples at once fit"
         return [
             *lines,
-            f"Measured with {found.micro_batch} samples at once: {_size(found.evaluation_bytes)} beside "
-            f"{_size(found.model_bytes)} of weights{known}; a picture takes {found.picture_s:.3g} s and "
-            f"{_size(found.picture_bytes)}.",
+            f"{found.micro_batch} samples at once take {_size(found.evaluation_bytes)} beside "
+            f"{_size(found.model_bytes)} of weights{known}; a picture takes {_size(found.picture_bytes)}.",
         ]
 
 
@@ -227,7 +234,7 @@ class Rates:
 def plan_compile(options: CompileOptions, reporter: Reporter | None = None, *, at_size: bool = False) -> Plan:
     """What `compile_model` would take with these options. Raises what it would raise before its first pass.
 
-    at_size: time evaluations and pictures at the size that is served, and say what each effort would take.
+    at_size: say also what each effort would take, and the memory.
     """
     if options.wanted:
         raise UsageError("--dry-run with --target: its budgets are found on the way: give --budgets that may reach it")
@@ -238,14 +245,9 @@ def plan_compile(options: CompileOptions, reporter: Reporter | None = None, *, a
     check_target(target, force=options.force)
     session, prompts, held_out = begin(options, reporter)
     table = _full_table(session)
-    found: Measured | None = None
     with reporter.on("measure", "a few model evaluations"):
-        if at_size:
-            found = measure(session, prompts)
-            rates, timed = Rates(found.evaluation_s, found.picture_s, found.peak_bytes), found.evaluations
-        else:
-            evaluation_s, timed = _evaluation_seconds(session, prompts)
-            rates = Rates(evaluation_s)
+        found = measure(session, prompts)
+        rates = Rates(found.evaluation_s, found.picture_s, found.peak_bytes if at_size else None)
         run = run_bytes(session, table.num_inference_steps, conditioning_bytes(session, prompts))
     passes = _passes(session, table, prompts, held_out, rates, run)
     return Plan(
@@ -254,12 +256,15 @@ def plan_compile(options: CompileOptions, reporter: Reporter | None = None, *, a
         workspace=session.workspace.folder,
         passes=tuple(passes),
         evaluation_s=rates.evaluation_s,
-        measured=timed,
+        measured=found.evaluations,
+        size=describe_size(own_point(session.call)),
+        picture_s=found.picture_s,
+        at_once=found.micro_batch,
         free_bytes=free_disk(target),
         run=run,
         scratch_bytes=scratch_bytes(session, len(prompts), len(held_out)),
         workspace_free_bytes=free_disk(session.workspace.folder),
-        at_size=found,
+        at_size=found if at_size else None,
         efforts=tuple(_efforts(session, table, rates, run)) if at_size else (),
     )
 
@@ -393,35 +398,6 @@ def _full_table(session: Session) -> SolverTable:
     scheduler = session.model.pipeline.scheduler
     prepare_scheduler(session.model.pipeline, session.call, scheduler, session.call.num_inference_steps)
     return lower(scheduler, step_options=session.interface.step_options)
-
-
-def _evaluation_seconds(session: Session, prompts: Sequence[str]) -> tuple[float, int]:
-    """Seconds per sample and evaluation, and how many were timed: the pipeline's own calls in a second probe run."""
-    calls: list[float] = []
-    with _timed(session.model.transformer, calls):
-        probe(session.model.pipeline, session.call, session.options.nominal_scale, prompts)
-    branches = 1 if session.interface.stacked else session.interface.branches
-    per_call = statistics.median(calls)
-    return per_call * branches / PROBE_SAMPLES, len(calls) * PROBE_SAMPLES // branches
-
-
-@contextmanager
-def _timed(module: torch.nn.Module, seconds: list[float]) -> Iterator[None]:
-    """Record how long each call of a module takes."""
-    start = [0.0]
-
-    def before(*_: Any) -> None:
-        start[0] = time.perf_counter()
-
-    def after(*_: Any) -> None:
-        seconds.append(time.perf_counter() - start[0])
-
-    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _stage_count(transformer: torch.nn.Module) -> int:

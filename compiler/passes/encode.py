@@ -17,6 +17,7 @@ from ..models.load import load_model
 from ..pipelines.call import call_options
 from ..pipelines.full_run import conditioning_of
 from ..pipelines.probe import probe
+from ..workspace.progress import Reporter
 
 
 def encode(
@@ -30,6 +31,7 @@ def encode(
     variant: str | None = None,
     trust_remote_code: bool = False,
     lora: Path | None = None,
+    reporter: Reporter | None = None,
 ) -> dict[str, list[int]]:
     """Write the conditioning of n prompts to a safetensors file: each tensor (branches, n, …). Returns their shapes.
 
@@ -37,7 +39,9 @@ def encode(
     ArtifactError.
     """
     manifest = read_manifest(artifact).manifest
-    loaded = load_model(model, revision=revision, variant=variant, trust_remote_code=trust_remote_code, lora=lora)
+    reporter = reporter or Reporter()
+    with reporter.on("load", model):
+        loaded = load_model(model, revision=revision, variant=variant, trust_remote_code=trust_remote_code, lora=lora)
     if loaded.weights_digest != manifest.model.weights_digest:
         raise ModelError(
             f"MODEL {model!r} has weights {loaded.weights_digest[:19]}…, but {artifact} was compiled from "
@@ -53,8 +57,9 @@ def encode(
         max_sequence_length=conditions.max_sequence_length,
         negative_prompt=manifest.guidance.negative_prompt if negative_prompt is None else negative_prompt,
     )
-    interface = probe(loaded.pipeline, options, scale, loaded.prompts or prompts)
-    tensors = conditioning_of(loaded.pipeline, interface, options, scale, prompts)
+    with reporter.on("encode", f"{len(prompts)} prompts"):
+        interface = probe(loaded.pipeline, options, scale, loaded.prompts or prompts)
+        tensors = conditioning_of(loaded.pipeline, interface, options, scale, prompts)
     try:
         with whole_file(output) as part:
             save_file({name: value.contiguous() for name, value in tensors.items()}, part)

@@ -174,6 +174,7 @@ def evaluator_of(session: Session, table: SolverTable, stages: Stages | None, *,
         table=table,
         stages=stages,
         lpips=metrics.lpips_metric() if measured else None,
+        evaluated=session.reporter.evaluated,
     )
 
 

@@ -20,7 +20,7 @@ from otcache.schemas.targets import Condition, Measured, Metric, Over, Target
 
 from ..calibration import metrics
 from ..calibration.samples import Samples
-from ..schedules.search import Found
+from ..schedules.search import FIT, Found
 from ..workspace.progress import Pass, Reporter
 from .evaluate import held_out_samples, outcome_of
 from .prepare import Prepared
@@ -29,8 +29,8 @@ Find = Callable[[Sequence[int], Reporter], Found]
 """The searches' result for some budgets alone."""
 ARRAYS: dict[Metric, str] = {"psnr": "psnr_db", "ssim": "ssim", "lpips": "lpips"}
 """Of `outcomes.outcome_arrays`."""
-FIT, HELD_OUT = "interpolate and fit", "target"
-"""Of `Found.costs`: what each budget takes on calibration prompts, and what tries take on held-out ones."""
+HELD_OUT = "target"
+"""Of `Found.costs`: what tries take on held-out prompts."""
 
 
 @dataclass(kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,6 +54,7 @@ from ..workspace.code import code_digest
 from ..workspace.ledger import NAME as ATTEMPT
 from ..workspace.progress import Reporter
 from ..workspace.workspace import Workspace, default_workspace
+from .before_loading import check_before_loading
 from .crew import Crew
 
 EVALUATION_SEED = 1_000_000
@@ -147,6 +149,8 @@ def begin(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     wanted = None if live else placement_from_options(options)
+    if wanted is not None:
+        check_before_loading(options, wanted, reporter)
     with reporter.on("load", options.model):
         model = live or load_model(
             options.model,
@@ -230,9 +234,10 @@ def _session(
         reporter.note(f"{type(model.pipeline).__name__} has no export of its decoder: the artifact makes latents")
     micro_batch = _micro_batch(options, model, call, interface, placement, prompts, reporter)
     key = _calibration_key(options, model, call, placement, micro_batch, prompts)
+    untold = (ATTEMPT, "capture", "evaluate", "peer-pictures")
     workspace = Workspace(
         (options.workspace or default_workspace()) / digest_of_value(key)[7:23],
-        on_reuse=lambda name: None if name in (ATTEMPT, "capture", "evaluate") else reporter.report_reuse(name),
+        on_reuse=lambda name: None if name in untold else reporter.report_reuse(name),
     )
     return Session(
         options=options,
@@ -376,7 +381,9 @@ def _micro_batch(
     one = capture(model.pipeline, interface, short, prompts[:1], [0], [options.nominal_scale])
     denoiser = denoiser_of(model.transformer, place_constants(interface, device), one.to(device))
     with PeakBytes([*model.transformer.parameters(), *model.transformer.buffers()]) as counted:
+        started = time.perf_counter()
         denoiser(one.latents[0].to(device), one.timesteps[0])
+    reporter.timed(time.perf_counter() - started)
     release(device)  # what the probe has taken counts as free
     return MicroBatch(choose_micro_batch(counted.peak, free_bytes(device)), reporter.note)
 

@@ -96,10 +96,9 @@ def call_options(
         UsageError: frames of a pipeline that draws pictures.
         ModelError: the pipeline refuses the call, or does not say its size.
     """
-    name, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
+    parameters = inspect.signature(type(pipeline).__call__).parameters
     defaults = {key: parameter.default for key, parameter in parameters.items() if isinstance(parameter.default, int)}
-    if num_frames is not None and "num_frames" not in parameters:
-        raise UsageError(f"--num-frames is {num_frames}, but {name} draws pictures: leave it out")
+    check_frames(pipeline, num_frames)
     guidance = _guidance_argument(pipeline, parameters)
     if guidance == "true_cfg_scale" and negative_prompt is None:
         negative_prompt = ""
@@ -115,6 +114,12 @@ def call_options(
         accepted=frozenset(parameters),
     )
     return _with_own_size(pipeline, options)
+
+
+def check_frames(pipeline: Any, num_frames: int | None) -> None:
+    """Raise UsageError for frames of a pipeline, with or without weights, that draws pictures."""
+    if num_frames is not None and "num_frames" not in inspect.signature(type(pipeline).__call__).parameters:
+        raise UsageError(f"--num-frames is {num_frames}, but {type(pipeline).__name__} draws pictures: leave it out")
 
 
 def _guidance_argument(pipeline: Any, parameters: Any) -> str | None:

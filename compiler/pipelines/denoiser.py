@@ -5,7 +5,7 @@ Shapes: n samples, latents (n, …) as the scheduler sees them, float32; conditi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,8 @@ class Denoiser:
     conditioning: dict[str, Tensor]
     guidance: Tensor
     """Scale of each sample, float32 (n,)."""
+    evaluated: Callable[[int], None] = lambda count: None
+    """Told of the samples of every evaluation that was made, whole or in stages."""
 
     def inputs(self, latents: Tensor, timestep: float, input_scale: float) -> dict[str, Tensor]:
         """Tensor arguments with the branches along the batch axis: (branches · n, …)."""
@@ -44,6 +46,7 @@ class Denoiser:
 
     def guide(self, output: Tensor) -> Tensor:
         """(branches · n, …) → (n, …), float32."""
+        self.evaluated(output.shape[0] // self.interface.branches)
         output = output.float()
         if not self.interface.guided:
             return output

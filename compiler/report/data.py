@@ -13,7 +13,8 @@ from otcache.schemas.manifest import FULL
 from otcache.schemas.program import Program
 
 from ..schedules.policy import Policy, displacement_interpolation, policy_from_schedule, wasserstein_distance
-from .evidence import Evidence
+from .evidence import Bench, Evidence, PeerEvidence
+from .recommend import recommended
 
 LATENCY = "latency_s/"
 """Start of the names of measured latencies (`schemas/README.md`)."""
@@ -96,6 +97,8 @@ class BudgetReport:
     candidates: tuple[schema.Candidate, ...]
     further_candidates: int
     latency_s: float | None
+    shown_peer: PeerEvidence | None
+    """Whose pictures stand beside ours."""
 
     @property
     def schedule(self) -> tuple[int, ...]:
@@ -136,7 +139,13 @@ class Report:
     anchor: schema.Policy
     budgets: tuple[BudgetReport, ...]
     """In increasing order."""
+    recommended: int
+    """A budget."""
+    why: str
+    """It is recommended."""
     full_latency_s: float | None
+    bench: Bench | None
+    """Where latencies come from, if not from the manifest."""
     costs: tuple[PassCost, ...]
     other_seconds: tuple[tuple[str, float], ...]
     """Passes of the compile that are no calibration, with the seconds that each took."""
@@ -156,6 +165,11 @@ class Report:
             for peer in entry.peers:
                 behind.setdefault(peer.name, []).append(entry.quality.psnr_db.mean - peer.quality.psnr_db.mean)
         return tuple(sorted(behind, key=lambda name: (float(np.mean(behind[name])), name)))
+
+    @property
+    def choice(self) -> BudgetReport:
+        """The budget that is recommended."""
+        return next(entry for entry in self.budgets if entry.budget == self.recommended)
 
     @property
     def has_latency(self) -> bool:
@@ -190,12 +204,16 @@ def report_from_manifest(fields: dict[str, Any], evidence: Evidence) -> Report:
         for each in fields.get("measurements", [])
         if each["name"].startswith(LATENCY) and each["unit"] == "s"
     }
+    bench = None if latencies else evidence.bench  # the manifest's are of the host that serves
+    latencies = latencies or (dict(bench.latency_s) if bench else {})
     programs = {p.budget: p for p in map(schema.BudgetProgram.model_validate, fields["programs"])}
     start = policy_from_schedule(reference.schedule, sampler.num_inference_steps)
     budgets = [
         _budget(programs[str(entry.budget)], evidence, position, start, sampler.num_inference_steps, latencies)
         for position, entry in enumerate(evidence.budgets)
     ]
+    qualities = {entry.budget: entry.quality for entry in budgets}
+    choice, why = recommended(qualities, sampler.num_inference_steps, evidence.targets)
     axis = evidence.sigmas or (*evidence.timesteps, 0.0)
     costs, others = _costs(fields, evidence, sampler.num_inference_steps * conditions.calibration_prompts)
     return Report(
@@ -208,7 +226,10 @@ def report_from_manifest(fields: dict[str, Any], evidence: Evidence) -> Report:
         reference=reference,
         anchor=anchor,
         budgets=tuple(sorted(budgets, key=lambda entry: entry.budget)),
+        recommended=choice,
+        why=why,
         full_latency_s=latencies.get(FULL),
+        bench=bench,
         costs=costs,
         other_seconds=others,
         producer=dict(fields["producer"]),
@@ -258,6 +279,7 @@ def _budget(
         candidates=found.candidates[:CANDIDATES],
         further_candidates=len(found.candidates[CANDIDATES:]),
         latency_s=latencies.get(found.budget),
+        shown_peer=evidence.peers[position] if evidence.peers else None,
     )
 
 

@@ -61,6 +61,31 @@ class PassEvidence(Frozen):
     """Those that an earlier compile had made."""
 
 
+class PeerEvidence(Frozen):
+    """The peer that came closest to the full run at a budget, whose pictures are shown beside ours."""
+
+    budget: int = Field(ge=1)
+    name: str
+    psnr_db: tuple[float, ...]
+    """Of the prompts that are shown."""
+
+
+class Bench(Frozen):
+    """Latency of the artifact on the host that compiled it."""
+
+    command: str
+    """What measures it again."""
+    missing: str | None = None
+    """Why it was not measured; the rest is then empty."""
+    host: str = ""
+    backend: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
+    latency_s: dict[str, float] = Field(default_factory=dict)
+    """Median seconds of one picture, by budget."""
+    requests: int = Field(default=0, ge=0)
+    """Of each budget, that were timed."""
+
+
 class Evidence(Frozen):
     """Everything that the report shows and the manifest does not hold."""
 
@@ -77,10 +102,19 @@ class Evidence(Frozen):
     """(T+1,) noise levels, if the scheduler has them."""
     budgets: tuple[BudgetEvidence, ...]
     passes: tuple[PassEvidence, ...] = ()
+    peers: tuple[PeerEvidence, ...] = ()
+    """Of every budget one, or none of all."""
+    targets: tuple[str, ...] = ()
+    """Qualities that were asked for."""
+    bench: Bench | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Evidence:
         named = {index for entry in self.budgets for index in entry.worst} | set(range(self.shown))
+        if self.peers and [each.budget for each in self.peers] != [each.budget for each in self.budgets]:
+            raise ValueError("peers are not those of the budgets")
+        if any(len(each.psnr_db) != self.shown for each in self.peers):
+            raise ValueError("peers do not fit the prompts that are shown")
         if not named <= self.prompts.keys() or not named <= self.seeds.keys():
             raise ValueError("prompts or seeds are missing")
         if self.sigmas is not None and len(self.sigmas) != len(self.timesteps) + 1:
@@ -111,6 +145,18 @@ class Shown:
     """Of each budget, the same prompts as `full`."""
     worst: dict[int, tuple[np.ndarray, np.ndarray]]
     """Of each budget, its worst prompts: the full run's pictures, and its own."""
+    peers: dict[int, np.ndarray] = field(default_factory=dict)
+    """Of each budget, the best peer's pictures of the same prompts as `full`; empty where none were made."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PeerPictures:
+    """The best peer at a budget, on the prompts that are shown."""
+
+    name: str
+    psnr_db: np.ndarray
+    pictures: np.ndarray
+    """uint8 (shown, height, width, 3)."""
 
 
 def gather(
@@ -122,6 +168,8 @@ def gather(
     timesteps: Sequence[float],
     sigmas: Sequence[float] | None,
     passes: Sequence[PassEvidence] = (),
+    peers: Mapping[int, PeerPictures] | None = None,
+    targets: Sequence[str] = (),
 ) -> tuple[Evidence, Shown]:
     """Gather what the report is drawn from.
 
@@ -135,6 +183,8 @@ def gather(
         timesteps: of the full sampler, (T,).
         sigmas: its noise levels, (T + 1,), if the scheduler has them.
         passes: of the compile, in order.
+        peers: the best one at each budget, where there are any.
+        targets: qualities that were asked for.
 
     Returns:
         What is kept beside the report, and the pictures that it shows.
@@ -161,6 +211,11 @@ def gather(
         sigmas=None if sigmas is None else tuple(_round(sigmas)),
         budgets=tuple(entries.values()),
         passes=tuple(passes),
+        peers=tuple(
+            PeerEvidence(budget=budget, name=peer.name, psnr_db=tuple(_round(peer.psnr_db)))
+            for budget, peer in sorted((peers or {}).items())
+        ),
+        targets=tuple(targets),
     )
     pictures = Shown(
         full=_stack(references, range(shown)),
@@ -169,6 +224,7 @@ def gather(
             budget: (_stack(references, arrays["worst"].tolist()), arrays["worst_pictures"])
             for budget, arrays in kept.items()
         },
+        peers={budget: peer.pictures for budget, peer in (peers or {}).items()},
     )
     return evidence, pictures
 
@@ -222,6 +278,16 @@ class Recorder(Reporter):
             counts = [int(current.facts.get(fact, 0)) for fact in ("evaluations", "evaluations_reused")]
             seconds = round(current.seconds, 3)
             self.passes.append(PassEvidence(name=name, seconds=seconds, evaluations=counts[0], reused=counts[1]))
+
+    def evaluated(self, count: int) -> None:
+        self.inner.evaluated(count)
+
+    def timed(self, evaluation_s: float) -> None:
+        self.inner.timed(evaluation_s)
+
+    @property
+    def evaluation_s(self) -> float | None:  # type: ignore[override]  # the other one's
+        return self.inner.evaluation_s
 
     def report_reuse(self, name: str) -> None:
         self.inner.report_reuse(name)

@@ -25,6 +25,12 @@ ATTACHMENTS = frozenset({FOLDER, PAGE})
 """First parts of the paths that this module writes."""
 PICTURES, WORST = "pictures.png", "worst.png"
 TEMPLATE = "report_template.html"
+RANKED_BY = {
+    "ssim": "mean SSIM, and by mean PSNR among those whose SSIM is 0.999 or more",
+    "psnr": "mean PSNR",
+    "lpips": "mean LPIPS",
+}
+"""What candidates are ordered by, of each objective (`calibration.trials`)."""
 SAME_DB = 99.995
 """From here on, PSNR says that pictures are the same (`metrics.PSNR_CAP`)."""
 
@@ -60,9 +66,12 @@ def draw_report(folder: Path, fields: dict[str, Any]) -> None:
 
 
 def pictures_sheet(evidence: Evidence) -> Sheet:
-    """The full run and every budget, the highest first, then the difference maps of those; a row for each prompt."""
+    """The full run and every budget, the highest first, then the difference maps of those, then the best peers where
+    their pictures were made; a row for each prompt.
+    """
     count = len(evidence.budgets)
-    return Sheet(cell=evidence.cell, groups=(1 + count, count), rows=evidence.shown)
+    peers = (count,) if evidence.peers else ()
+    return Sheet(cell=evidence.cell, groups=(1 + count, count, *peers), rows=evidence.shown)
 
 
 def worst_sheet(evidence: Evidence) -> Sheet:
@@ -77,10 +86,16 @@ def _draw_pictures(evidence: Evidence, shown: Shown) -> Image.Image:
         for b in budgets
     ]
     labels = ["all steps", *(f"{budget} evaluations" for budget in budgets)]
+    names = {each.budget: each.name for each in evidence.peers}
     return pictures_sheet(evidence).draw(
-        [list(shown.full), *(list(shown.budgets[budget]) for budget in budgets), *maps],
-        [*labels, *labels[1:]],
-        ["the same prompts and seeds", f"difference ×{AMPLIFICATION}"],
+        [
+            list(shown.full),
+            *(list(shown.budgets[budget]) for budget in budgets),
+            *maps,
+            *(list(shown.peers[budget]) for budget in budgets if names),
+        ],
+        [*labels, *labels[1:], *(f"{names[budget]}, {budget}" for budget in budgets if names)],
+        ["the same prompts and seeds", f"difference ×{AMPLIFICATION}", *(["the best peers"] if names else [])],
     )
 
 
@@ -118,11 +133,29 @@ def page(report: Report, folder: Path) -> str:
             worst=_worst(report, worst),
             size=report.evidence.cell,
             steps=_steps,
+            latency_source=latency_source(report),
+            ranked_by=RANKED_BY[report.conditions.objective],
             label=figures.label_of,
             peer=lambda entry, name: next((peer for peer in entry.peers if peer.name == name), None),
             spent=sum(each.full_runs for each in report.costs),
             evaluations=sum(each.evaluations for each in report.costs),
         )
+
+
+def latency_source(report: Report) -> str:
+    """Where the latencies come from, or why there are none."""
+    again = "otc bench ARTIFACT --save, and then otc report ARTIFACT, put those of the host that serves here."
+    bench = report.bench
+    if bench is not None and bench.missing is None:
+        versions = ", ".join(f"{name} {version}" for name, version in bench.versions.items())
+        return (
+            f"Latencies: median of {bench.requests} request{'s' * (bench.requests != 1)} at each budget, on the host "
+            f"that compiled ({bench.host}), by “{bench.command}” with {versions}. {again}"
+        )
+    if report.has_latency:
+        return "Latencies are those of the host that ran otc bench --save."
+    reason = f" (“{bench.command}”: {bench.missing})" if bench is not None else ""
+    return f"No latency was measured for this report{reason}: {again}"
 
 
 def _inline(data: bytes) -> str:
@@ -139,6 +172,14 @@ def _prompts(report: Report, image: Image.Image) -> list[dict[str, Any]]:
     """Of each shown prompt: its text, and its pictures as data URIs."""
     sheet = pictures_sheet(report.evidence)
     columns = list(reversed(report.budgets))
+
+    def peer(row: int, column: int) -> dict[str, Any] | None:
+        found = columns[column].shown_peer
+        if found is None:
+            return None
+        picture = _inline(_png(sheet.cut(image, row, 1 + 2 * len(columns) + column)))
+        return {"name": found.name, "psnr_db": found.psnr_db[row], "picture": picture}
+
     return [
         {
             "prompt": report.evidence.prompts[row],
@@ -150,6 +191,7 @@ def _prompts(report: Report, image: Image.Image) -> list[dict[str, Any]]:
                     "psnr_db": float(entry.psnr_db[row]),
                     "picture": _inline(_png(sheet.cut(image, row, 1 + column))),
                     "difference": _inline(_png(sheet.cut(image, row, 1 + len(columns) + column))),
+                    "peer": peer(row, column),
                 }
                 for column, entry in enumerate(columns)
             ],

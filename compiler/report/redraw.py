@@ -16,11 +16,15 @@ from otcache.schemas.whole_files import write_whole
 
 from ..workspace.disk import locked_part_folder, name_full_disk
 from .data import LATENCY
+from .evidence import Bench, read_evidence, write_evidence
 from .page import ATTACHMENTS, FOLDER, PAGE, draw_report
 
 
-def redraw(artifact: Path) -> tuple[Path, list[str]]:
-    """Write report.html and the figures anew; returns the page and the names of the budgets whose latency it shows.
+def redraw(artifact: Path, bench: Bench | None = None) -> tuple[Path, list[str]]:
+    """Write report.html and the figures anew; returns the page and the names of the budgets whose latency the manifest
+    holds.
+
+    bench: what was measured of the artifact just now, which is kept with the report.
 
     The manifest first lets go of the attachments that change and lists them again when they are in place, so the
     artifact is whole at every moment. Raises ArtifactError, UsageError where it cannot be written.
@@ -31,6 +35,9 @@ def redraw(artifact: Path) -> tuple[Path, list[str]]:
     try:
         with name_full_disk(artifact, "free some of it", UsageError), locked_part_folder(artifact.absolute()) as work:
             _copy_evidence(artifact, manifest, work)
+            if bench is not None:
+                found = read_evidence(work / FOLDER)
+                write_evidence(work / FOLDER, found.model_copy(update={"bench": bench}))
             draw_report(work, manifest.model_dump(mode="json"))
             drawn = {path.relative_to(work).as_posix(): path for path in work.rglob("*") if path.is_file()}
             changed = {name: path for name, path in drawn.items() if not _same(artifact / name, path)}

@@ -14,8 +14,20 @@ SMALLEST, LARGEST = 144, 256
 """Longest side of a picture on a sheet, in pixels; others are enlarged or reduced to it."""
 AMPLIFICATION = 10
 """A difference map is as dark as it gets where pictures differ by a tenth of their range, or more."""
-COLOURS: np.ndarray = np.round(255 * matplotlib.colormaps["magma_r"](np.linspace(0, 1, 256))[:, :3]).astype(np.uint8)
-"""(256, 3) of a difference map, from none to most: its lightness falls all the way, so that grey shows the same."""
+WHITE = 24
+"""Of the 256 colours, how many lead from white to those of matplotlib's map, whose lightest one is a yellow."""
+
+
+def _colours() -> np.ndarray:
+    map_ = matplotlib.colormaps["magma_r"](np.linspace(0, 1, 256))[:, :3]
+    white = np.clip(1 - np.arange(256) / WHITE, 0, 1)[:, None]
+    colours: np.ndarray = np.round(255 * (white + (1 - white) * map_)).astype(np.uint8)
+    return colours
+
+
+COLOURS = _colours()
+"""uint8 (256, 3) of a difference map, from white for none to black for most: its lightness falls all the way, so that
+grey shows the same."""
 FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 INK, PAPER = "#222222", "#ffffff"
 

@@ -39,6 +39,9 @@ AUTO_FORECASTS: tuple[Forecast, ...] = ("fitted",)
 REFIT_FORECASTS: tuple[Forecast, ...] = ("reuse", "fitted")
 """Of a schedule of residuals that is made into a program for other samples."""
 
+FIT = "interpolate and fit"
+"""Of `Found.costs`: what the budgets take."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
@@ -78,6 +81,7 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
     family: Family = OutputFamily(calibration, gram)
     if options.payload == "residual" and gram is not None:
         with reporter.on("edges", options.edge_costs) as current:
+            current.expect(meter.at_most("edges", options))
             family = ResidualFamily(calibration, gram, end_to_end=options.edge_costs == "end-to-end")
             meter.charge("edges", current)
     reference = _choose_reference(family, options, reporter, meter)
@@ -88,6 +92,7 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
     trials: dict[int, list[Trial]] = {}
     count = positions(options, calibration.count, total)
     with reporter.on("interpolate, fit", f"budgets {', '.join(map(str, options.budgets))}") as advance:
+        advance.expect(*(meter.at_most(FIT, replace(options, budgets=(each,)), count) for each in options.budgets))
         for position, budget in enumerate(options.budgets):
             attempts = _interpolate(family, reference, anchor, budget, options, count, total)
             if options.limits.uniform:
@@ -98,7 +103,7 @@ def search(calibration: Calibration, options: CompileOptions, reporter: Reporter
                     attempts += each.attempts(schedule, name)
             trials[budget] = ranked_trials(family, attempts, options.limits.variants)
             advance(position + 1, len(options.budgets))
-        meter.charge("interpolate and fit", advance)
+        meter.charge(FIT, advance)
     return Found(reference=reference, anchor=anchor, trials=trials, costs=meter.costs)
 
 
@@ -118,6 +123,7 @@ def _choose_reference(family: Family, options: CompileOptions, reporter: Reporte
     graphs = list(family.graph_schedules(options.reference).items())
     tried = graphs[: options.limits.reference_graphs]
     with reporter.on("reference", f"graph at budget {options.reference}") as advance:
+        advance.expect(meter.at_most("reference", options))
         attempts: list[Trial] = []
         for position, (name, schedule) in enumerate(tried):
             attempts += family.attempts(schedule, name)
@@ -133,7 +139,7 @@ def _choose_anchor(
     family: Family, options: CompileOptions, reporter: Reporter, meter: _Meter, storage: Path | None
 ) -> Chosen:
     """The best schedule of the anchor search, or without trials the graph's."""
-    total = meter.num_inference_steps
+    total = meter.total
     graphs = family.graph_schedules(options.anchor)
     if not options.trials:
         name, schedule = next(iter(graphs.items()))
@@ -146,6 +152,7 @@ def _choose_anchor(
         return best.score, best.drifts
 
     with reporter.on("anchor", f"{options.trials} trials at budget {options.anchor}") as advance:
+        advance.expect(meter.at_most("anchor", options))
         result = search_anchor(
             score,
             budget=options.anchor,
@@ -222,7 +229,7 @@ def highest_walks(options: CompileOptions, prompts: int, total: int) -> dict[str
     return {
         "reference": effort.reference_graphs * each,
         "anchor": options.trials * each,
-        "interpolate and fit": (schedules * each + compared + fewer) * len(options.budgets),
+        FIT: (schedules * each + compared + fewer) * len(options.budgets),
     }
 
 
@@ -243,7 +250,7 @@ def _costs(options: CompileOptions, prompts: int, weights: int, total: int) -> d
         costs["edges"] = sum(replayed) / total if options.edge_costs == "end-to-end" else 0.0
     costs["reference"] = runs(effort.reference_graphs, options.reference, per_schedule)
     costs["anchor"] = runs(options.trials, options.anchor, per_schedule)
-    costs["interpolate and fit"] = sum(
+    costs[FIT] = sum(
         runs(weights + graphs + effort.uniform, budget, per_schedule)
         + (0.0 if residual else effort.variants * _variant_evaluations(budget) / total)
         + (runs(1, budget, len(AUTO_FORECASTS), 0) if options.payload == "auto" and effort.residual_samples else 0.0)
@@ -293,6 +300,7 @@ def _weigh_residuals(
         meter.charge("residuals", None)
         return None
     with reporter.on("residuals", "inner products along a full run") as advance:
+        advance.expect(meter.total * min(count, calibration.count))
         found = residual_statistics(calibration, count, advance)
         meter.charge("residuals", advance)
     return found
@@ -330,9 +338,15 @@ class _Meter:
     def __init__(self, calibration: Calibration, num_inference_steps: int) -> None:
         self.calibration = calibration
         self.costs: dict[str, float] = {}
-        self.num_inference_steps = num_inference_steps
+        self.total = num_inference_steps
         self._per_run = num_inference_steps * calibration.count
         self._mark = calibration.ledger.charged, calibration.ledger.computed
+
+    def at_most(self, name: str, options: CompileOptions, weights: int | None = None) -> float:
+        """Evaluations that a name can be charged with, with so many positions on the path."""
+        count = self.calibration.count
+        weights = positions(options, count, self.total) if weights is None else weights
+        return _costs(options, count, weights, self.total)[name] * self._per_run
 
     def charge(self, name: str, current: Pass | None) -> None:
         """Charge to `name`, and tell the pass."""

@@ -5,6 +5,7 @@ Each is a list, `512x512,768x512`, or a range with its step, `256x256:1024x1024:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -93,6 +94,27 @@ def wanted_from_options(own: Point, *, sizes: str | None, frame_counts: str | No
     lists = [_list(own, *each) for each in given]
     listed = tuple(_merge(parts) for parts in itertools.product(*lists)) if lists else ()
     return Wanted(axes=tuple(span_axes(listed)), listed=listed)
+
+
+def asked_sizes(
+    *, sizes: str | None, frame_counts: str | None, text_lengths: str | None
+) -> Iterator[tuple[str, Point]]:
+    """(option, size) of everything that is listed, and of both ends of ranges, whatever the pipeline is; text that is
+    neither is left to `wanted_from_options`.
+
+    >>> list(asked_sizes(sizes="256x256:512x768:64", frame_counts=None, text_lengths="77"))[1:]
+    [('--sizes', {'height': 512, 'width': 768}), ('--text-lengths', {'max_sequence_length': 77})]
+    """
+    options: tuple[tuple[str, str | None, tuple[AxisName, ...]], ...] = (
+        ("--sizes", sizes, ("height", "width")),
+        ("--frame-counts", frame_counts, ("num_frames",)),
+        ("--text-lengths", text_lengths, ("max_sequence_length",)),
+    )
+    for option, text, names in options:
+        parts = [] if text is None else text.split(":")[:2] if ":" in text else text.split(",")
+        for part in parts:
+            with contextlib.suppress(UsageError):
+                yield option, _values(part, option, str(text), names, "")
 
 
 def _list(own: Point, option: str, text: str, names: tuple[AxisName, ...], forms: str) -> list[Point]:

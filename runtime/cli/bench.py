@@ -10,7 +10,7 @@ import click
 
 from otcache.schemas.errors import UsageError
 
-from .options import artifact_argument, backend_option, json_option, print_json, threads_option
+from .options import artifact_argument, backend_option, json_option, print_json, quiet_option, threads_option
 from .progress import progress_bar
 from .whole_tables import print_whole
 
@@ -37,6 +37,12 @@ Examples:
     help="Requests of each budget and batch.",
 )
 @click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=None,
+    help="Begin no further round of requests after so many; each budget is measured once at least.",
+)
+@click.option(
     "--warmup",
     type=click.IntRange(0, MOST_REQUESTS),
     default=1,
@@ -47,17 +53,20 @@ Examples:
 @threads_option
 @click.option("--cuda-graph", is_flag=True, help="Replay each budget's loop as one CUDA graph; TensorRT backends only.")
 @click.option("--save", is_flag=True, help="Write the median latency of one picture into the manifest's measurements.")
+@quiet_option
 @json_option
 def bench(
     artifact: Path,
     budget: str | None,
     batch: str,
     repeat: int,
+    seconds: float | None,
     warmup: int,
     backend: str,
     threads: int | None,
     cuda_graph: bool,
     save: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Measure the latency of ARTIFACT on this host: percentiles over requests, and the parts they consist of.
@@ -77,9 +86,15 @@ def bench(
     with Sampler.load(artifact, backend, threads, cuda_graph=cuda_graph) as sampler:
         load_s = time.perf_counter() - start
         budgets = [name.strip() for name in budget.split(",")] if budget else list(sampler.budgets)
-        with progress_bar("requests") as progress:
+        with progress_bar("requests", quiet=quiet, as_json=as_json) as progress:
             found = measure(
-                sampler, list(dict.fromkeys(budgets)), batches, repeat=repeat, warmup=warmup, progress=progress
+                sampler,
+                list(dict.fromkeys(budgets)),
+                batches,
+                repeat=repeat,
+                warmup=warmup,
+                seconds=seconds,
+                progress=progress,
             )
         result = {
             "artifact": str(artifact),
@@ -91,6 +106,7 @@ def bench(
             "versions": versions(),
             "repeat": repeat,
             "warmup": warmup,
+            "seconds": seconds,
             "load": {"total_s": round(load_s, 6), "stages": {k: round(v, 6) for k, v in sampler.load_s.items()}},
             "results": found,
             "saved": save,
@@ -121,7 +137,8 @@ def _print_table(result: dict[str, Any]) -> None:
     console = Console(highlight=False)
     host, threads = result["host"], result["threads"] or "default"
     console.print(escape(f"{host['cpu']}, {host['cpus']} CPUs, threads: {threads}, {result['backend']}"))
-    console.print(f"load {1e3 * result['load']['total_s']:.0f} ms; {result['repeat']} requests of each; in ms:")
+    requests = min(entry["requests"] for entry in result["results"])
+    console.print(f"load {1e3 * result['load']['total_s']:.0f} ms; {requests} requests of each; in ms:")
     names = ("min", *(f"p{rank}" for rank in PERCENTILES), "max")
     parts = tuple(part for part in PARTS if any(entry["parts"][part]["max"] > 0 for entry in result["results"]))
     latency, shares = (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import artifact_argument, granularity_option, json_option, print_json
+from .options import artifact_argument, granularity_option, json_option, print_json, quiet_option
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ A build that was stopped goes on where it was when it is started again. Engines 
 @granularity_option
 @click.option("--jobs", type=click.IntRange(1, MOST_JOBS), default=1, show_default=True, help="Plans built at once.")
 @click.option("--unsign", is_flag=True, help="Remove the signature of a signed artifact; it cannot cover new engines.")
+@quiet_option
 @json_option
 def build_command(
     artifact: Path,
@@ -62,6 +63,7 @@ def build_command(
     granularity: Granularity,
     jobs: int,
     unsign: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Build TensorRT engines of ARTIFACT from its ONNX files and list them in its manifest.
@@ -71,12 +73,12 @@ def build_command(
     from ..build.build_engines import build_engines
     from ..messages import readable_size
 
-    with progress_bar("engines") as bar:
+    with progress_bar("engines", quiet=quiet, as_json=as_json) as bar:
 
         def progress(event: Progress) -> None:
-            if as_json:
+            if as_json and not quiet:
                 click.echo(json.dumps({"event": "engine", **asdict(event)}), err=True)
-            elif bar is not None:
+            if bar is not None:
                 bar(event.done, event.total)
 
         results = build_engines(

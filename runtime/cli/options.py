@@ -64,6 +64,12 @@ def threads_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--threads", type=kind, default=None, help="CPU threads; default: one for each core.")(function)
 
 
+def quiet_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`-q`, `--quiet`: without progress."""
+    text = "No progress on stderr: neither bars nor lines."
+    return click.option("-q", "--quiet", is_flag=True, help=text)(function)
+
+
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--json`: exactly one JSON value on stdout, and JSON lines (events, logs, the error) on stderr."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(function)

@@ -14,7 +14,15 @@ from otcache.schemas.errors import UsageError
 
 from ..loop.timing import Timing
 from .completion import complete_budgets, complete_qualities
-from .options import artifact_argument, backend_option, json_option, print_json, size_options, threads_option
+from .options import (
+    artifact_argument,
+    backend_option,
+    json_option,
+    print_json,
+    quiet_option,
+    size_options,
+    threads_option,
+)
 from .progress import progress_bar
 from .timing_table import parts_table, steps_table
 
@@ -78,6 +86,7 @@ Examples:
 @threads_option
 @click.option("--force", is_flag=True, help="Overwrite an existing output file.")
 @click.option("--profile", is_flag=True, help="Say on stderr where the time goes; with --json, by step.")
+@quiet_option
 @json_option
 def run(
     artifact: Path,
@@ -97,6 +106,7 @@ def run(
     threads: int | None,
     force: bool,
     profile: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Draw pictures from ARTIFACT, without torch."""
@@ -127,7 +137,7 @@ def run(
     with Sampler(whole, select_backend(backend, whole.manifest, options)) as sampler:
         load_s = time.perf_counter() - begin
         _log_backend(sampler, artifact, load_s)
-        drawn, timings = _draw(sampler, requests)
+        drawn, timings = _draw(sampler, requests, quiet=quiet, as_json=as_json)
         used, load_stages_s = sampler.backend, sampler.load_s
     save_all(drawn, targets, separate=separate, fps=fps)
     seconds = {name: round(timing.total_s, 4) for name, timing in timings.items()}
@@ -191,14 +201,16 @@ def _check_targets(output: Path, total: int, frames: int | None, *, separate: bo
     return targets
 
 
-def _draw(sampler: Sampler, requests: dict[str, Request]) -> tuple[dict[str, Float32], dict[str, Timing]]:
+def _draw(
+    sampler: Sampler, requests: dict[str, Request], **shown: bool
+) -> tuple[dict[str, Float32], dict[str, Timing]]:
     """The pictures of each budget, and where the time went."""
     from ..loop.timing import Timer
 
     drawn, timings = {}, {}
     for name, request in requests.items():
         timer = Timer()
-        with progress_bar(f"budget {name}") as progress:
+        with progress_bar(f"budget {name}", **shown) as progress:
             drawn[name] = sampler.draw(request, progress=progress, timer=timer)
         timings[name] = timer.timing()
     return drawn, timings

@@ -20,7 +20,8 @@ from otcache.schemas.places import check_new_file
 
 from ..messages import readable_size
 from .completion import complete_backends
-from .options import artifact_argument, json_option, print_json, threads_option
+from .options import artifact_argument, json_option, print_json, quiet_option, threads_option
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     from ..shipping.packing import Packed
@@ -69,14 +70,16 @@ Examples:
     help="For the levels host and golden: auto, onnxruntime, tensorrt or tensorrt-rtx.",
 )
 @threads_option
+@quiet_option
 @json_option
 def verify(
-    artifact: Path, level: str, public_key: Path | None, backend: str, threads: int | None, as_json: bool
+    artifact: Path, level: str, public_key: Path | None, backend: str, threads: int | None, quiet: bool, as_json: bool
 ) -> None:
     """Check ARTIFACT: manifest and structure first, then as far as --level says. Stops at the first fault."""
     from ..shipping.verify import verify as check
 
-    outcome = check(artifact, level, public_key=public_key, backend=backend, threads=threads)
+    with progress_bar("verify", quiet=quiet, as_json=as_json):
+        outcome = check(artifact, level, public_key=public_key, backend=backend, threads=threads)
     if as_json:
         print_json({"ok": True, "artifact": str(artifact), **asdict(outcome)})
     else:
@@ -164,8 +167,9 @@ Examples:
     help="The archive; - for stdout.",
 )
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
+@quiet_option
 @json_option
-def pack(artifact: Path, output: Path, force: bool, as_json: bool) -> None:
+def pack(artifact: Path, output: Path, force: bool, quiet: bool, as_json: bool) -> None:
     """Write ARTIFACT into one tar file, the same bytes for the same artifact. A signature travels along."""
     from ..artifact.reader import Artifact
     from ..shipping.packing import pack as pack_stream
@@ -175,7 +179,7 @@ def pack(artifact: Path, output: Path, force: bool, as_json: bool) -> None:
         check_new_file(output, "-o", force=force)
     opened = Artifact.open(artifact)
     unlisted = opened.check_structure().unlisted
-    with _ended_by_sigterm():
+    with _ended_by_sigterm(), progress_bar("pack", quiet=quiet, as_json=as_json):
         if str(output) != "-":
             packed = pack_file(opened, output, force=force)
             _print_packed(packed, str(output), as_json)
@@ -209,12 +213,14 @@ Examples:
     help="Ed25519 key in PEM; without a signature that fits it, nothing is unpacked.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing artifact.")
+@quiet_option
 @json_option
-def unpack(archive: Path, output: Path, public_key: Path | None, force: bool, as_json: bool) -> None:
+def unpack(archive: Path, output: Path, public_key: Path | None, force: bool, quiet: bool, as_json: bool) -> None:
     """Restore an artifact from ARCHIVE (- for stdin), verified as a whole before it stands at FOLDER."""
     from ..shipping.packing import unpack as unpack_stream
 
-    with _ended_by_sigterm(), _opened(archive) as stream:
+    shown = progress_bar("unpack", quiet=quiet, as_json=as_json)
+    with _ended_by_sigterm(), _opened(archive) as stream, shown:
         packed = unpack_stream(stream, output, force=force, public_key=public_key)
     _print_packed(packed, str(output), as_json)
 

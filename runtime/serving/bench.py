@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
@@ -38,17 +39,23 @@ def measure(
     repeat: int,
     warmup: int = 1,
     prompt: str = PROMPT,
+    seconds: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """`repeat` requests of every budget and batch, after `warmup` that do not count; see `summarise` for the result.
 
-    A batch is one prompt with that many pictures. progress: called with (finished, all) requests. Raises RequestError.
+    A batch is one prompt with that many pictures. seconds: after so many of rounds that count no further one begins.
+    progress: called with (finished, all) requests. Raises RequestError.
     """
     kinds = [(budget, batch) for budget in budgets for batch in batches]
     for budget, batch in kinds:
         sampler.check(prompt, budget=budget, images_per_prompt=batch)
     timings: dict[tuple[str, int], list[Timing]] = {kind: [] for kind in kinds}
     for round_ in range(warmup + repeat):
+        if round_ <= warmup:
+            start = time.perf_counter()
+        elif seconds is not None and time.perf_counter() - start > seconds:
+            break
         for index, (budget, batch) in enumerate(kinds):
             timer = Timer()
             sampler(prompt, budget=budget, images_per_prompt=batch, seed=round_, timer=timer)

@@ -20,7 +20,7 @@ from otcache.runtime.artifact.reader import Artifact
 ALT = Path(__file__).parents[1] / "support" / "alt_device.py"
 SMALL = (
     "--payload output --budgets 2 --num-inference-steps 6 --trials 1 --calibration-prompts 2 --evaluation-prompts 1 "
-    "--threads 1"
+    "--threads 1 --no-bench"
 )
 PROMPTS = "a red ring on black\na blue star on black\na white cross on black\n"
 

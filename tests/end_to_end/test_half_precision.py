@@ -19,7 +19,7 @@ from otcache.runtime.artifact.reader import Artifact
 
 SMALL = (
     "--budgets 2,4 --num-inference-steps 8 --trials 4 --calibration-prompts 4 --evaluation-prompts 2 --threads 1 "
-    "--payload output --device cpu --micro-batch 2"
+    "--payload output --device cpu --micro-batch 2 --no-bench"
 )
 COEFFICIENTS = {"bfloat16": 2e-2, "float16": 5e-3}
 """Largest difference from float32's. Seen: 8e-3 and 2e-3."""

@@ -25,6 +25,7 @@ SMALL = (
     "1",
     "--trials",
     "2",
+    "--no-bench",
 )
 PROMPT = "a red ring on black"
 SERVE = f"""

@@ -21,7 +21,7 @@ from otcache.runtime.artifact.reader import Artifact
 
 QUICK = (
     *("--budgets", "2", "--num-inference-steps", "4", "--trials", "1", "--threads", "1", "--payload", "output"),
-    *("--calibration-prompts", "4", "--evaluation-prompts", "2"),
+    *("--calibration-prompts", "4", "--evaluation-prompts", "2", "--no-bench"),
 )
 PROMPT = "a red ring on blue"
 PROMPTS = "a red ring on blue\na green star\na white cross\na blue ring\na red star\na white ring\n"

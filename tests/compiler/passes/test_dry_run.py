@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -138,6 +141,30 @@ def test_the_disk_of_full_runs_is_what_they_take(tiny_flux_folder, tmp_path):
     assert run["pictures"] == 16 * 16 * 3 * 4 and run["gram"] == 17 * 17 * 8
     assert plan["workspace_bytes"] > passes["capture"]["disk_bytes"] + plan["scratch_bytes"]
     assert plan["workspace_free_bytes"] > 0 and "at_size" not in plan
+
+
+def test_times_come_from_the_size_that_is_asked_for(tiny_flux_folder, tmp_path):
+    """With `--measure` and without it alike: evaluations and pictures, as many at once as a compile takes."""
+    options = ["--engines", "none", "--height", "32", "--micro-batch", "4"]
+    plan, passes = dry_run(tiny_flux_folder, tmp_path / "a", tmp_path / "none", *options)
+    assert plan["measured_at"] == "32x16, 12 tokens" and plan["samples_at_once"] == 4
+    assert plan["evaluation_s"] > 0 and plan["picture_s"] > 0
+    capture = passes["capture"]
+    expected = capture["evaluations"] * plan["evaluation_s"] + 8 * plan["picture_s"]
+    assert capture["seconds"] == pytest.approx(expected)
+    text = otc("compile", str(tiny_flux_folder), *COMPILE, *options, "-o", str(tmp_path / "a"), "--dry-run").stdout
+    assert "Measured at 32x16, 12 tokens, 4 samples at once" in text
+
+
+def test_it_answers_sigterm(tiny_flux_folder, tmp_path):
+    line = [sys.executable, "-m", "otcache.runtime.cli.main", "compile", str(tiny_flux_folder), *COMPILE, "--dry-run"]
+    process = subprocess.Popen([*line, "--json"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for event in process.stderr:
+        if json.loads(event)["event"] == "start":
+            process.send_signal(signal.SIGTERM)
+            break
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143 and out == "" and "SIGTERM" in json.loads(err.splitlines()[-1])["message"]
 
 
 def test_measured_at_the_served_size(tiny_flux_folder, tmp_path):

@@ -25,8 +25,9 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 
 from otcache.compiler.report import figures
 from otcache.compiler.report.data import report_from_manifest
-from otcache.compiler.report.evidence import Evidence, Recorder, read_evidence
+from otcache.compiler.report.evidence import Bench, Evidence, Recorder, read_evidence
 from otcache.compiler.report.page import pictures_sheet, worst_sheet
+from otcache.compiler.report.recommend import recommended
 from otcache.compiler.report.sheets import AMPLIFICATION, COLOURS, Sheet, cell_of, difference_map
 from otcache.compiler.workspace.progress import Reporter
 from otcache.runtime.artifact.reader import Artifact
@@ -34,6 +35,7 @@ from otcache.runtime.serving.bench import save_latencies
 from otcache.schemas import whole_files
 from otcache.schemas.errors import ArtifactError
 from otcache.schemas.manifest import FULL
+from otcache.schemas.structure import Quality, Statistic
 
 VISION = {
     "normal": np.eye(3),
@@ -98,7 +100,8 @@ def test_difference_maps_are_amplified_and_get_darker():
     half = round(255 * AMPLIFICATION * 13 / 255)
     assert (found[0] == COLOURS[[0, half, 255, half]]).all()
     luminance = linear(COLOURS / 255.0) @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(luminance) <= 1e-3).all() and luminance[0] > 0.9 and luminance[-1] < 0.01
+    assert (np.diff(luminance) <= 1e-3).all() and luminance[-1] < 0.01
+    assert COLOURS[0].tolist() == [255, 255, 255], "no difference is white"
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (48, 96), (144, 200), (1024, 512)])
@@ -128,6 +131,40 @@ def test_noise_levels_are_drawn_on_their_axis():
     )
     none = report_from_manifest(*sample()[:2]).timeline
     assert none.name == "timestep" and not none.is_log and none.at([0, STEPS]).tolist() == [1000, 0]
+
+
+QUALITIES = {4: (26.7, 0.872, 17.0), 8: (39.5, 0.984, 29.0), 16: (57.6, 0.9996, 45.0)}
+
+
+def qualities(values):
+    return {
+        budget: Quality(
+            psnr_db=Statistic(mean=psnr, std=1.0, worst=worst),
+            ssim=Statistic(mean=ssim, std=0.0, worst=ssim),
+            relative_latent_error=Statistic(mean=0.1, std=0.0, worst=0.1),
+        )
+        for budget, (psnr, ssim, worst) in values.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("targets", "budget", "why"),
+    [
+        ((), 8, "the knee of mean SSIM"),
+        (("psnr>=35",), 8, "the smallest one that reaches what was asked for: psnr>=35"),
+        (("psnr>=35", "worst psnr>=40"), 16, "psnr>=35; worst psnr>=40"),
+        (("psnr>=90",), 8, "the knee"),
+    ],
+)
+def test_a_budget_is_recommended(targets, budget, why):
+    found, said = recommended(qualities(QUALITIES), 50, targets)
+    assert found == budget and why in said
+
+
+def test_a_budget_that_leaves_nothing_to_win_is_recommended():
+    alike = {4: (60.0, 0.9996, 50.0), 8: (70.0, 0.9999, 60.0)}
+    assert recommended(qualities(alike), 50, ()) == (4, "the smallest one, and its mean SSIM is 0.9996 already")
+    assert recommended(qualities({8: QUALITIES[8]}), 50, ()) == (8, "the only one that was compiled")
 
 
 def test_peers_are_ordered_by_how_close_they_come():
@@ -166,7 +203,16 @@ def images_of(page):
     return re.findall(r'<img src="data:image/png;base64,[^"]+"[^>]* alt="([^"]*)"', page)
 
 
+BENCH = Bench(
+    command="otc bench artifacts/sample --repeat 20 --seconds 5",
+    host="A CPU, 2 CPUs, Linux",
+    backend="onnxruntime",
+    versions={"onnxruntime": "1.0"},
+    latency_s={"4": 0.5, "8": 0.75, "16": 1.5, "full": 3.0},
+    requests=7,
+)
 CASES = {
+    "bench": {"bench": BENCH, "targets": ("psnr>=26",), "peers": 2},
     "flow": {"sigmas": FLOW},
     "single": {"budgets": (8,), "peers": 0, "prompts": ("a ring",)},
     "latencies": {"latencies": True, "size": (144, 144)},
@@ -215,6 +261,44 @@ def test_latency_is_shown_where_it_was_measured_and_cost_is_called_cost_elsewher
     page = (reports["latencies"] / "report.html").read_text()
     assert "Latency</b> of one picture" in page and "No latency" not in page
     assert "0.1 s, 4.0× as fast" in page and "0.4 s" in page
+
+
+def words(page):
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page))
+
+
+def test_the_page_serves_a_decision(reports):
+    """A budget with its reason and its latency here, and where and how that was measured."""
+    fields, evidence, _ = sample(**CASES["bench"])
+    report = report_from_manifest(fields, evidence)
+    page = (reports["bench"] / "report.html").read_text()
+    text, choice = words(page), report.choice
+    psnr = choice.quality.psnr_db
+    assert choice.budget == 8 and "Recommended: 8 evaluations, the smallest one that reaches what was asked for" in text
+    assert f"{psnr.mean:.1f} dB on average and {psnr.worst:.1f} dB for the worst prompt" in text
+    assert "0.75 s a picture, 4.0× as fast as the full run" in text
+    assert "median of 7 requests at each budget, on the host that compiled (A CPU, 2 CPUs, Linux)" in text
+    assert "by “otc bench artifacts/sample --repeat 20 --seconds 5” with onnxruntime 1.0" in text
+    cards = re.findall(r"<li(?: class=\"choice\")?><span class=\"name\">.*?</li>", page, re.DOTALL)
+    for card, entry in zip(cards, report.budgets, strict=True):
+        mean, worst = entry.quality.psnr_db.mean, entry.quality.psnr_db.worst
+        assert f"<b>{mean:.1f} dB</b>" in card and f"{worst:.1f} dB, SSIM {entry.quality.ssim.worst:.4f}" in card
+        assert 'class="choice"' not in card or entry is choice
+    assert "the best first by mean SSIM, and by mean PSNR among those whose SSIM is 0.999 or more" in text
+    assert "peers by how close their mean PSNR comes to otcache’s" in text
+
+
+def test_the_best_peers_pictures_stand_beside_ours(reports):
+    page = (reports["bench"] / "report.html").read_text()
+    peers = re.findall(r'alt="a blue star, peer 0, (\d+) evaluations"', page)
+    assert peers == ["16", "8", "4"] and page.count(">best peer</th>") == 4
+    assert "Below stands the peer" not in (reports["single"] / "report.html").read_text(), "where there is none"
+
+
+def test_why_there_is_no_latency_is_said(tmp_path):
+    missing = Bench(command="otc bench a --seconds 5", missing="two rounds of all budgets would take about 26 min")
+    page = words((written(tmp_path, bench=missing) / "report.html").read_text())
+    assert "No latency was measured for this report (“otc bench a --seconds 5”: two rounds" in page
 
 
 def test_tables_hold_the_manifests_numbers_and_name_the_worst_prompts(compiled):
@@ -287,9 +371,10 @@ def test_sheets_hold_the_pictures_that_were_rolled_out(reports):
     _, evidence, shown = sample(**CASES["latencies"])
     sheet = pictures_sheet(evidence)
     with Image.open(reports["latencies"] / "report" / "pictures.png") as image:
-        cells = [np.asarray(sheet.cut(image, 1, column)) for column in range(7)]
+        cells = [np.asarray(sheet.cut(image, 1, column)) for column in range(10)]
     expected = [shown.full[1], *(shown.budgets[b][1] for b in (16, 8, 4))]
     expected += [difference_map(shown.budgets[b][1], shown.full[1]) for b in (16, 8, 4)]
+    expected += [shown.peers[b][1] for b in (16, 8, 4)]
     assert all(np.array_equal(cell, picture) for cell, picture in zip(cells, expected, strict=True))
     with Image.open(reports["latencies"] / "report" / "worst.png") as image:
         cells = [np.asarray(worst_sheet(evidence).cut(image, 4, column)) for column in range(3)]

@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -19,10 +20,13 @@ from otcache.compiler.workspace.progress import (
     BarReporter,
     JsonReporter,
     LineReporter,
+    Pass,
+    PulseReporter,
     QuietReporter,
     Reporter,
     reporter_for,
 )
+from otcache.schemas import pulse
 
 
 def work(reporter, total=5):
@@ -35,11 +39,86 @@ def work(reporter, total=5):
     reporter.close()
 
 
-def test_without_a_terminal_only_notes_are_said(capsys):
+def test_quiet_says_notes_alone(capsys):
     work(QuietReporter())
     assert capsys.readouterr() == ("", "waiting\n")
     work(Reporter())
-    assert capsys.readouterr() == ("", "")
+    work(JsonReporter(quiet=True))
+    assert capsys.readouterr() == ("", '{"event": "note", "text": "waiting"}\n')
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A time of day that tests move."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_time_left_is_known_within_the_first_part(clock):
+    """20 trials of 128 evaluations, a second each: after ten seconds nothing is done, and the time left is known."""
+    current = Pass("anchor", "20 trials")
+    assert current.seconds_left is None
+    current.expect(2560)
+    current(0, 20)
+    for _ in range(10):
+        clock[0] += 1
+        current.evaluated(1)
+    assert current.done == 0 and current.share == pytest.approx(10 / 2560)
+    assert current.seconds_left == pytest.approx(2550)
+    clock[0] += 50
+    assert current.seconds_left == pytest.approx(2500), "it counts down while one evaluation takes long"
+    current(1, 20)
+    assert current.share == pytest.approx(0.05), "a part that took less than was expected is done nevertheless"
+
+
+def test_parts_count_by_what_they_take(clock):
+    """Budgets of 4 and 12: when the first is done, three quarters are to come."""
+    current = Pass("fit", "budgets 4, 12")
+    current.expect(4, 12)
+    clock[0] += 10
+    current(1, 2)
+    assert current.share == 0.25 and current.seconds_left == pytest.approx(30)
+    current.evaluated(100)
+    assert current.share < 1.0 and (current(2, 2), current.share, current.seconds_left)[1:] == (1.0, 0.0)
+
+
+def test_what_was_found_says_nothing_of_how_fast_the_rest_is(clock):
+    current = Pass("capture", "4 full runs")
+    current.expect(200)
+    current.found(150, 200)
+    clock[0] += 10
+    current(160, 200)
+    assert current.share == 0.8 and current.seconds_left == pytest.approx(40)
+
+
+def test_a_pass_begins_with_the_time_that_evaluations_took_before(clock):
+    reporter = Reporter()
+    with reporter.on("reference", "graph") as current:
+        clock[0] += 8
+        reporter.evaluated(16)
+    with reporter.on("anchor", "20 trials") as current:
+        current.expect(100)
+        assert current.seconds_left == pytest.approx(50)
+
+
+@pytest.mark.parametrize("kind", [PulseReporter, LineReporter, JsonReporter])
+def test_without_a_terminal_a_line_comes_while_a_pass_is_under_way(kind, capsys, monkeypatch):
+    """Also of a pass that counts nothing, and whose thread is busy."""
+    assert pulse.INTERVAL_S < 30
+    monkeypatch.setattr(pulse, "INTERVAL_S", 0.01)
+    reporter, seen = kind(), threading.Event()
+    said = reporter._tell
+    monkeypatch.setattr(reporter, "_tell", lambda current: (said(current), seen.set()))
+    with reporter.on("cut", "Transformer"):
+        assert seen.wait(60)
+    reporter.close()
+    line = next(line for line in capsys.readouterr().err.splitlines() if "start" not in line)
+    if kind is JsonReporter:
+        event = json.loads(line)
+        assert (event["event"], event["name"], event["total"], event["seconds_left"]) == ("progress", "cut", None, None)
+    else:
+        assert line == "cut: Transformer: 0 s so far, time left not known"
 
 
 def test_verbose_is_a_line_per_pass(capsys):
@@ -54,13 +133,11 @@ def test_verbose_is_a_line_per_pass(capsys):
     assert "12 evaluations" in err
 
 
-def test_events_are_json_lines_with_done_total_and_time_left(capsys, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+def test_events_are_json_lines_with_done_total_and_time_left(capsys, clock):
     reporter = JsonReporter()
     with reporter.on("anchor", "40 trials") as current:
         for done in range(1, 41):
-            now[0] += 0.25
+            clock[0] += 0.25
             current(done, 40)
         current.facts["evaluations"] = 7
     out, err = capsys.readouterr()
@@ -77,14 +154,16 @@ def test_a_reporter_is_chosen_by_the_options_and_the_terminal(monkeypatch):
     assert type(reporter_for(as_json=True, verbose=True)) is JsonReporter
     assert type(reporter_for(as_json=False, verbose=True)) is LineReporter
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert type(reporter_for(as_json=False, verbose=False)) is QuietReporter
+    assert type(reporter_for(as_json=False, verbose=False)) is PulseReporter
+    assert type(reporter_for(as_json=False, verbose=True, quiet=True)) is QuietReporter
 
 
 def test_on_a_terminal_bars_are_drawn():
     script = (
         "import time\nfrom otcache.compiler.workspace.progress import reporter_for\nr = "
         "reporter_for(as_json=False, verbose=False)\n"
-        "with r.on('anchor', '[4] trials') as p:\n    for i in range(1, 5):\n        time.sleep(0.1); p(i, 4)\n"
+        "with r.on('anchor', '[4] trials') as p:\n    p.expect(4e3)\n    p(0, 4)\n"
+        "    for i in range(1, 5):\n        r.evaluated(500); time.sleep(0.6); p(i, 4)\n"
         "r.report_reuse('export')\nr.close()\nprint('result')"
     )
     ours, theirs = pty.openpty()
@@ -103,7 +182,7 @@ def test_on_a_terminal_bars_are_drawn():
     assert out == "result\n", "stdout holds the result only"
     text = shown.decode()
     assert "anchor: [4] trials" in text and "4/4" in text and "export: from the workspace" in text
-    assert text.count("0:00:0") >= 2, "elapsed and left"
+    assert text.count("0:00:0") >= 1 and " s left" in text, "elapsed and left"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

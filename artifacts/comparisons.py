@@ -11,14 +11,18 @@ import itertools
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from otcache.compiler.compare.cells import AHEAD_DB, FURTHER, Comparison
+from otcache.compiler.compare.cells import AHEAD_DB, DEFAULT, FURTHER, Comparison
 from otcache.compiler.compare.picture import draw_comparison
-from otcache.compiler.compare.table import fidelity_table, markdown, verdict_table
+from otcache.compiler.compare.table import fidelity_table, markdown, published_parts, verdict_table
 
 HERE = Path(__file__).parent
+BEFORE = "before"
+"""Folder of the comparisons that an audit found peers handicapped in, one a model, beside those that are kept."""
+CHANGED_DB = 0.05
+"""What a peer's PSNR must have changed by to be told: what the tables show."""
 MARKS = ("<!-- comparisons: written by otcache.artifacts.comparisons -->", "<!-- end of comparisons -->")
 EFFORT_MARKS = ("<!-- effort: written by otcache.artifacts.comparisons -->", "<!-- end of effort -->")
 MODEL_MARKS = ("<!-- models: written by otcache.artifacts.comparisons -->", "<!-- end of models -->")
@@ -33,27 +37,64 @@ def read_comparisons(artifacts: Path = HERE) -> list[Comparison]:
     return sorted(found, key=lambda comparison: (model_name(comparison), -len(comparison.budgets), comparison.budgets))
 
 
+def read_before(artifacts: Path = HERE) -> dict[str, Comparison]:
+    """The comparisons in `artifacts/results/before`, by the model's name."""
+    paths = sorted((artifacts / "results" / BEFORE).glob("*.json"))
+    found = [Comparison.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    return {model_name(each): each for each in found}
+
+
 def model_name(comparison: Comparison) -> str:
     """The model's name without its folder."""
     return Path(comparison.model).name
 
 
-def comparison_sections(comparisons: Sequence[Comparison]) -> str:
+def comparison_sections(comparisons: Sequence[Comparison], before: Mapping[str, Comparison] | None = None) -> str:
     """The comparisons in Markdown, in the order of `read_comparisons`, with a picture of each model; empty without
     any.
+
+    before: by the model's name, what its peers came to before they were mended.
     """
     parts = [f"Where otcache is not ahead:\n\n{behind_list(comparisons)}"] if comparisons else []
     for name, group in itertools.groupby(comparisons, key=model_name):
         first, *others = group
         picture = f"![{name}: fidelity against model evaluations](../pictures/{picture_name(name)})"
         parts.append(f"## {name}\n\n{picture}\n\n{markdown(first).strip()}")
+        if before and name in before:
+            parts += mended_parts(before[name], first)
         for other in others:
             budgets = ",".join(map(str, other.budgets)) + ("" if other.claims else " --no-claim")
             parts.append(
                 f"Compiled and compared apart, for information (`otc compare {name} --budgets {budgets} -o FOLDER`):"
-                f"\n\n{fidelity_table(other)}\n\n{verdict_table(other)}"
+                + "\n\n".join(["", fidelity_table(other), *published_parts(other), verdict_table(other)])
             )
     return "\n\n".join(parts)
+
+
+def mended_parts(before: Comparison, now: Comparison) -> list[str]:
+    """A table of the peers whose PSNR is another than before, with a line above it; nothing where none is.
+
+    Budgets are those that both have.
+    """
+    budgets = [budget for budget in now.budgets if budget in before.budgets]
+    lines = ["| method | " + " | ".join(f"B = {b}" for b in budgets) + " |", "|---|" + "---:|" * len(budgets)]
+    methods = dict.fromkeys(cell.method for cell in now.cells if cell.method != DEFAULT)
+    mended = []
+    for method in methods:
+        pairs = [(before.cell(method, budget), now.cell(method, budget)) for budget in budgets]
+        known = [(old.psnr_db.mean, new.psnr_db.mean) if old and new else None for old, new in pairs]
+        if not any(each and abs(each[1] - each[0]) >= CHANGED_DB for each in known):
+            continue
+        cells = ["–" if each is None else f"{each[0]:.1f} → {each[1]:.1f} ({each[1] - each[0]:+.1f})" for each in known]
+        mended.append("| " + " | ".join([method, *cells]) + " |")
+    if not mended:
+        return []
+    added = [method for method in methods if not any(cell.method == method for cell in before.cells)]
+    return [
+        "Peers before and after they were given what their authors give them, PSNR in dB at the budgets of both "
+        "comparisons, the first one kept in `before`" + (f"; new since are {', '.join(added)}" if added else "") + ":",
+        "\n".join([*lines, *mended]),
+    ]
 
 
 def behind_list(comparisons: Sequence[Comparison]) -> str:
@@ -143,7 +184,11 @@ def draw_pictures(artifacts: Path = HERE) -> None:
 def write_page(artifacts: Path = HERE) -> None:
     """Write the sections of `artifacts/results/README.md` from all comparisons that are kept."""
     page = artifacts / "results" / "README.md"
-    text = replace_section(page.read_text(encoding="utf-8"), comparison_sections(read_comparisons(artifacts)), MARKS)
+    text = replace_section(
+        page.read_text(encoding="utf-8"),
+        comparison_sections(read_comparisons(artifacts), read_before(artifacts)),
+        MARKS,
+    )
     text = replace_section(text, effort_sections(artifacts), EFFORT_MARKS)
     page.write_text(replace_section(text, models_table(artifacts), MODEL_MARKS), encoding="utf-8")
 

@@ -261,8 +261,8 @@ def check_encoder(manifest: Structure) -> None:
         raise ValueError("tokenizers: expected one for each input of the text encoder")
     if encoder is None:
         return
-    if manifest.guidance.negative_prompt is None:
-        raise ValueError("guidance.negative_prompt is null: expected a text, which the text encoder reads")
+    if manifest.guidance.negative_prompt is None and not manifest.guidance.negative_zeros:
+        raise ValueError("guidance.negative_prompt is null: expected a text, which the text encoder reads, or zeros")
     for tensor in encoder.inputs:
         _expect(tensor, INTEGERS, ("batch", lengths[tensor.name]))
     made = {tensor.name: tensor for tensor in encoder.outputs}

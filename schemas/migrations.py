@@ -114,6 +114,11 @@ def _from_1_7(value: Value) -> Value:
     return {**value, "tokenizers": [_without(entry, "steps") for entry in tokenizers]}
 
 
+def _from_1_8(value: Value) -> Value:
+    """1.9 has `guidance.negative_zeros`, which 1.8 did not know."""
+    return {**value, "guidance": _without(value["guidance"], "negative_zeros")} if "guidance" in value else value
+
+
 def _with_steps_without(value: Value, name: str) -> Value:
     """A manifest whose programs, those of its sizes among them, have steps without a field."""
     result = _programs_without(value, name)
@@ -145,6 +150,7 @@ MIGRATIONS: dict[int, Callable[[Value], Value]] = {
     5: _from_1_5,
     6: _from_1_6,
     7: _from_1_7,
+    8: _from_1_8,
 }
 """Of major version 1: minor version → function to the next one."""
 

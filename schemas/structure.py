@@ -12,7 +12,7 @@ from .program import MAX_STEPS, Coefficient, Frozen, Payload, Program
 from .prompt_steps import PromptStep, apply_steps
 from .shapes import Axis, AxisName, Extent, Symbol, SymbolName, Symbols
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 8
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 9
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 MAX_MANIFEST_BYTES = 16 << 20
 FULL = "full"
@@ -175,14 +175,18 @@ class Guidance(Frozen):
     maximum: Coefficient
     """Range of scales that the coefficients were calibrated for."""
     negative_prompt: Text | None = ""
-    """Of a request that names none. Since 1.8, None: the pipeline takes something then that no text gives, such as
-    zeros, and the artifact has no text encoder.
+    """Of a request that names none. Since 1.8, None: the pipeline takes something then that no text gives."""
+    negative_zeros: bool = False
+    """Since 1.9: this something is zeros, in the place of all that the text encoder writes. Without it, an artifact
+    whose `negative_prompt` is None has no text encoder.
     """
 
     @model_validator(mode="after")
     def _consistent(self) -> Guidance:
         if not self.minimum <= self.scale <= self.maximum:
             raise ValueError(f"guidance: scale is {self.scale}: expected {self.minimum} to {self.maximum}")
+        if self.negative_zeros and (self.negative_prompt is not None or self.kind == "none"):
+            raise ValueError("guidance.negative_zeros: expected branches of guidance and no negative_prompt")
         return self
 
     @property

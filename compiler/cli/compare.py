@@ -123,7 +123,8 @@ def _print(comparison: Comparison) -> None:
         row = [method]
         for budget in comparison.budgets:
             cell = comparison.cell(method, budget)
-            text = f"{cell.psnr_db.mean:.1f} / {cell.ssim.mean:.3f}" if cell else "–"
+            outside = "†" if comparison.outside_published(method, budget) else ""
+            text = f"{cell.psnr_db.mean:.1f}{outside} / {cell.ssim.mean:.3f}" if cell else "–"
             text += f" / {cell.lpips:.4f}" if cell and cell.lpips is not None else ""
             row.append(
                 f"[bold]{text}[/bold]" if cell and cell.psnr_db.mean == comparison.best_psnr_db(budget) else text
@@ -131,6 +132,10 @@ def _print(comparison: Comparison) -> None:
         table.add_row(*row)
     console = Console()
     Console(width=None if console.is_terminal else 120).print(table)
+    from ..compare.table import published_parts
+
+    for line in published_parts(comparison):
+        click.echo(line)
     for verdict in comparison.verdicts:
         click.echo(
             f"B = {verdict.budget}: {verdict.ahead_db:+.1f} dB to {verdict.best_peer}, SSIM {verdict.ssim_ahead:+.4f}; "

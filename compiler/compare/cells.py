@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +37,20 @@ class Spread:
         return cls(mean=float(values.mean()), std=float(values.std()), worst=float(values.min()))
 
 
+Range = tuple[int, int | None]
+"""The fewest evaluations that a paper shows a method at, and of how many steps; None where it is of any number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What a measurement took where it was made."""
+
+    seconds: float
+    """Wall time."""
+    evaluations: float
+    """Of one sample, all branches of guidance together; one whose gradient was taken as well counts once."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One method at one budget."""
@@ -57,6 +71,8 @@ class Cell:
     """Blocks that were run, in full runs of all of them: more than the evaluations where some run at every step. None
     in results that were kept before they were counted.
     """
+    spent: Spent | None = None
+    """What measuring this cell took, settings that were tried among it; None where it was kept before that was."""
 
     def within_blocks(self, budget: int) -> bool:
         """Whether it runs no more blocks than so many full runs do."""
@@ -178,6 +194,19 @@ class Comparison:
     """Of LeMiCa's graph on the same T, counted by the same code."""
     versions: dict[str, str]
     robustness: Robustness | None = None
+    published: dict[str, Range] = field(default_factory=dict)
+    """By method, where a range was published."""
+    sections: dict[str, Spent] = field(default_factory=dict)
+    """What tests beside the cells took."""
+    threads: int | None = None
+    """Of torch, on the host where all this was measured."""
+
+    def outside_published(self, method: str, budget: int) -> bool:
+        """Whether a method's paper shows it at no so few evaluations, of as many steps as these."""
+        if method not in self.published:
+            return False
+        evaluations, steps = self.published[method]
+        return budget * (steps or 1) < evaluations * (self.num_inference_steps if steps else 1)
 
     def cell(self, method: str, budget: int) -> Cell | None:
         return next((c for c in self.cells if (c.method, c.budget) == (method, budget)), None)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from otcache.schemas.errors import UsageError
 
 from ..options import CompileOptions
@@ -14,10 +16,13 @@ from ..passes.compile import search_schedules
 from ..passes.prepare import prepare
 from ..workspace.progress import Reporter
 from . import (
+    bns,
     budcache,
     cache_dit,
     diffusers_caches,
+    dpcache,
     graph_taylor,
+    l2p,
     lemica,
     meancache,
     paper,
@@ -25,11 +30,12 @@ from . import (
     solvers,
     spectrum,
     teacache,
+    zeus,
 )
 from . import robustness as elsewhere
-from .cells import FURTHER, Cell, Comparison, Skipped, budget_within_blocks, peers_at, verdict_at
+from .cells import FURTHER, Cell, Claim, Comparison, Skipped, Spent, budget_within_blocks, peers_at, verdict_at
 from .claims import interpolation_claims
-from .measure import bench_of, default_method, library_versions, measure_cell
+from .measure import bench_of, default_method, library_versions, measure_cell, measure_section
 from .method import Bench, Method
 
 BEST_PEERS = 3
@@ -38,14 +44,18 @@ BEST_PEERS = 3
 
 MODULES = (
     solvers,
+    bns,
     diffusers_caches,
     teacache,
     cache_dit,
     seacache,
+    zeus,
     spectrum,
     meancache,
     lemica,
     budcache,
+    dpcache,
+    l2p,
     graph_taylor,
     paper,
 )
@@ -142,10 +152,17 @@ def compare(
     measured.measure_further(reporter)
     measured.measure_equal_blocks(reporter)
     cells = measured.cells
-    claims = interpolation_claims(prepared, bench, found) if claim else ()
-    robustness = None
+    claims: Sequence[Claim] = ()
+    robustness, sections = None, dict[str, Spent]()
+    budgets = list(options.budgets)
+    if claim:
+        claims, sections["schedules of several ways"] = measure_section(
+            bench, "claims", budgets, lambda: interpolation_claims(prepared, bench, found)
+        )
     if robust and elsewhere.BUDGET in options.budgets:
-        robustness = elsewhere.robustness(prepared, cells, peers)
+        robustness, sections["other guidance, other numbers of prompts"] = measure_section(
+            bench, "robustness", sorted(measured.methods), lambda: elsewhere.robustness(prepared, cells, peers)
+        )
     lemica_cost = next((cell.full_runs for cell in cells if cell.method == "lemica"), None)
     session = prepared.session
     return Comparison(
@@ -166,4 +183,7 @@ def compare(
         lemica_full_runs=lemica_cost,
         versions={**session.key["versions"], **library_versions()},
         robustness=robustness,
+        published={peer.name: peer.published for peer in peers if peer.published},
+        sections=sections,
+        threads=torch.get_num_threads(),
     )

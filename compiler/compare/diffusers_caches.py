@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from .cells import Range
 from .method import Bench, NotApplicable
 from .pipeline_method import PipelineMethod, Setting, run_pipeline, transformer_of
 
@@ -160,14 +161,19 @@ def _no_settings(bench: Bench, budget: int) -> list[Setting]:
     return [Setting(text="", values={})]
 
 
-def _taylor_method(name: str, source: str, order: int) -> PipelineMethod:
-    return PipelineMethod(name=name, group="cache", source=source, settings=_intervals(order), wrap=_taylor)
+def _taylor_method(name: str, source: str, order: int, published: Range | None = None) -> PipelineMethod:
+    return PipelineMethod(
+        name=name, group="cache", source=source, settings=_intervals(order), wrap=_taylor, published=published
+    )
 
+
+TAYLORSEER_PUBLISHED = (9, 50)
+"""The least that paper and release show, by an audit of the first comparison."""
 
 METHODS = (
     _taylor_method("fora", "arXiv 2407.01425, diffusers", 0),
-    _taylor_method("taylorseer-1", "arXiv 2503.06923, diffusers", 1),
-    _taylor_method("taylorseer-2", "arXiv 2503.06923, diffusers", 2),
+    _taylor_method("taylorseer-1", "arXiv 2503.06923, diffusers", 1, TAYLORSEER_PUBLISHED),
+    _taylor_method("taylorseer-2", "arXiv 2503.06923, diffusers", 2, TAYLORSEER_PUBLISHED),
     PipelineMethod(
         name="first block",
         group="cache",

@@ -173,4 +173,9 @@ def _build(bench: Bench, budget: int) -> Built:
     return choose_program(bench, candidates)
 
 
-METHODS = (ProgramMethod(name="meancache", group="schedule", source="arXiv 2601.19961", build=_build),)
+PUBLISHED = (10, 50)
+"""About the least that paper and release show, by an audit of the first comparison."""
+
+METHODS = (
+    ProgramMethod(name="meancache", group="schedule", source="arXiv 2601.19961", build=_build, published=PUBLISHED),
+)

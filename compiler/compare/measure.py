@@ -7,8 +7,9 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -21,9 +22,10 @@ from ..passes.evaluate import held_out_runs
 from ..passes.prepare import Prepared, calibration_of, samples_of
 from ..schedules.search import Found
 from ..workspace.ledger import Ledger
-from .cells import DEFAULT, Cell, Skipped, Spread
+from .cells import DEFAULT, Cell, Skipped, Spent, Spread
 from .method import Bench, Built, Method, NotApplicable, Outcome, ProgramMethod
 from .pipeline_method import pipeline_error
+from .spent import metered
 
 LIBRARIES = ("cache-dit",)
 """Beside diffusers, whose version is the compile's as well."""
@@ -31,6 +33,7 @@ INTACT = 1e-2
 """Relative error of a full run's final latents below which a pipeline counts as unchanged, in any precision."""
 
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def bench_of(prepared: Prepared, found: Found | None = None) -> Bench:
@@ -56,9 +59,11 @@ def bench_of(prepared: Prepared, found: Found | None = None) -> Bench:
         calibration_seeds=prepared.seeds,
         guidance_scale=options.nominal_scale,
         workspace=session.workspace,
-        key=[session.key, list(prepared.held_out), *measured],
+        key=[session.key, list(prepared.held_out)],
+        measured=tuple(measured),
         set_timesteps=prepared.set_timesteps,
         seed=options.seed,
+        stages=prepared.stages,
         own={} if found is None else {budget: trials[0].schedule for budget, trials in found.trials.items()},
     )
 
@@ -85,14 +90,16 @@ def measure_cell(bench: Bench, method: Method, budget: int) -> Cell | Skipped:
     """
     made_of = method.made_of.get(budget) if isinstance(method, ProgramMethod) else None
     name = "compare-" + "".join(c if c.isalnum() else "-" for c in method.name)
-    key = [bench.key, method.name, budget, made_of and made_of.model_dump(mode="json")]
+    key = [[*bench.key, *bench.measured], method.name, budget, made_of and made_of.model_dump(mode="json")]
     if method.group == "library":
         key.append(library_versions())
     if method.uses_own:
         key.append(list(bench.own.get(budget, ())))
 
     def compute() -> dict[str, Any]:
-        return asdict(_cell_from_outcome(method, budget, method.run(bench, budget)))
+        with metered(bench) as meter:
+            outcome = method.run(bench, budget)
+        return asdict(_cell_from_outcome(method, budget, outcome, meter.spent()))
 
     try:
         value = bench.workspace.json(name, key, compute)
@@ -130,7 +137,7 @@ def check_intact(bench: Bench, name: str) -> None:
         )
 
 
-def _cell_from_outcome(method: Method, budget: int, outcome: Outcome) -> Cell:
+def _cell_from_outcome(method: Method, budget: int, outcome: Outcome, spent: Spent) -> Cell:
     scores = outcome.scores
     return Cell(
         method=method.name,
@@ -145,7 +152,19 @@ def _cell_from_outcome(method: Method, budget: int, outcome: Outcome) -> Cell:
         seconds=outcome.seconds,
         setting=outcome.setting,
         full_runs=outcome.full_runs,
+        spent=spent,
     )
+
+
+def measure_section(bench: Bench, name: str, key: Any, measure: Callable[[], T]) -> tuple[T, Spent]:
+    """What `measure` gives, and what it took: of the first time, where it was measured before and kept its parts.
+
+    key: JSON, what it depends on beside the bench.
+    """
+    with metered(bench) as meter:
+        found = measure()
+    kept = bench.workspace.json("spent", [bench.key, list(bench.measured), name, key], lambda: asdict(meter.spent()))
+    return found, Spent(**kept)
 
 
 def nominal_calibration(prepared: Prepared) -> Calibration:

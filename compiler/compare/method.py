@@ -19,11 +19,12 @@ from ..calibration.rollout import StagedModel, roll_out
 from ..calibration.samples import Rows, Samples
 from ..calibration.scoring import scores_from_latents, scores_of
 from ..calibration.trials import Calibration
+from ..graph.stages import Stages
 from ..pipelines.call import CallOptions
 from ..pipelines.interface import Interface
 from ..programs.solver_table import SolverTable
 from ..workspace.workspace import Workspace
-from .cells import Group
+from .cells import Group, Range
 
 TUNING_PROMPTS = 8
 """Calibration prompts on which all of a method's settings are tried, and thresholds are searched."""
@@ -55,10 +56,14 @@ class Bench:
     calibration_seeds: tuple[int, ...]
     guidance_scale: float
     workspace: Workspace
-    key: Any
+    key: list[Any]
     """What everything above depends on, for the workspace."""
     set_timesteps: Callable[[Any, int], None]
     seed: int = 0
+    measured: tuple[str, ...] = ()
+    """What is measured of pictures beside PSNR and SSIM: cells depend on it, and what methods prepare does not."""
+    stages: Stages | None = None
+    """Of the cut, where there is one."""
     own: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """The default's own schedules by budget, for libraries that take any (`uses_own`)."""
 
@@ -136,6 +141,10 @@ class Method(Protocol):
     def uses_own(self) -> bool:
         """Whether it is given the default's own schedules."""
 
+    @property
+    def published(self) -> Range | None:
+        """The fewest evaluations that its paper or its release shows; None where that is not known here."""
+
     def run(self, bench: Bench, budget: int) -> Outcome:
         """Raises NotApplicable."""
 
@@ -163,6 +172,8 @@ class ProgramMethod:
     """Runs a residual program, if not the usual one."""
     adaptive: bool = False
     uses_own: bool = False
+    published: Range | None = None
+    """See `Method`."""
     made_of: Mapping[int, Program] = field(default_factory=dict)
     """Programs by budget, of a method that depends on more than the bench."""
 

@@ -30,7 +30,8 @@ from ..pipelines.call import ABOVE_ONE
 from ..pipelines.invoke import invoke
 from ..pipelines.prompts import prompt_arguments
 from ..pipelines.record import guider_at, record
-from .method import Bench, Group, NotApplicable, Outcome, choose
+from .cells import Group, Range
+from .method import Bench, NotApplicable, Outcome, choose
 
 BISECTIONS = 9
 SLACK = 1e-6
@@ -84,6 +85,8 @@ class PipelineMethod:
     thresholds: tuple[float, float] | None = None
     """Range of the threshold; a larger one computes less."""
     uses_own: bool = False
+    published: Range | None = None
+    """See `Method`."""
 
     def run(self, bench: Bench, budget: int) -> Outcome:
         """See `Method`. Raises what its last setting broke with, where none of them ran."""

@@ -11,6 +11,9 @@ from otcache.schemas.whole_files import write_whole
 from .cells import AHEAD_DB, DEFAULT, FURTHER, WORST_DB, AtScale, Claim, Comparison, Robustness
 from .picture import draw_comparison
 
+OUTSIDE = "†"
+"""Marks what is outside the published range."""
+
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
     """Write comparison.json (last: its presence means that all is there), comparison.md and comparison.png."""
@@ -27,6 +30,7 @@ def markdown(comparison: Comparison) -> str:
         f"({comparison.pipeline}, guidance {comparison.guidance_scale:g}), mean over {comparison.prompts} held-out "
         f"prompts and seeds; {comparison.calibration_prompts} others were calibrated on.",
         fidelity_table(comparison),
+        *published_parts(comparison),
         *lpips_parts(comparison),
         "Against the best other method at each budget:",
         verdict_table(comparison),
@@ -49,6 +53,7 @@ def markdown(comparison: Comparison) -> str:
         f"Calibration took {sum(comparison.costs.values()):.1f} full runs per prompt"
         + (f"; LeMiCa's graph alone {comparison.lemica_full_runs:.0f}." if comparison.lemica_full_runs else ".")
     ]
+    parts += spent_parts(comparison)
     if comparison.skipped:
         reasons: dict[tuple[str, str], list[str]] = {}
         for skipped in comparison.skipped:
@@ -74,10 +79,54 @@ def fidelity_table(comparison: Comparison) -> str:
                 continue
             text = f"{cell.psnr_db.mean:.1f}"
             text = f"**{text}**" if cell.psnr_db.mean == comparison.best_psnr_db(budget) else text
+            text += OUTSIDE if comparison.outside_published(method, budget) else ""
             nfe = "" if abs(cell.nfe_mean - budget) < 0.05 else f", {cell.nfe_mean:.1f} evaluations"
             row.append(f"{text} ({cell.ssim.mean:.3f}{nfe})")
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def published_parts(comparison: Comparison) -> list[str]:
+    """What the mark on cells and verdicts says, with the ranges it goes by; nothing where no cell has it."""
+    outside = [
+        method
+        for method in comparison.published
+        if any(comparison.outside_published(method, cell.budget) for cell in comparison.cells if cell.method == method)
+    ]
+    if not outside:
+        return []
+    ranges = [
+        f"{method} {evaluations}" + (f" of {steps}" if steps else "")
+        for method in outside
+        for evaluations, steps in [comparison.published[method]]
+    ]
+    return [
+        f"{OUTSIDE} outside the published range: fewer evaluations than the method's paper or release shows, which is "
+        f"at least {', '.join(ranges)}."
+    ]
+
+
+def spent_parts(comparison: Comparison) -> list[str]:
+    """What measuring all this took, where that was counted."""
+    counted = [cell for cell in comparison.cells if cell.spent is not None]
+    spent = {"the methods' cells": [cell.spent for cell in counted if cell.spent is not None]}
+    spent |= {name: [each] for name, each in comparison.sections.items()}
+    words = [
+        f"{name} {sum(each.seconds for each in found) / 3600:.2f} hours and "
+        f"{sum(each.evaluations for each in found):,.0f} evaluations"
+        for name, found in spent.items()
+        if found
+    ]
+    if not words:
+        return []
+    left = len(comparison.cells) - len(counted)
+    threads = comparison.threads or 1
+    return [
+        f"What this comparison cost, on {threads} thread{'s' if threads > 1 else ''}, evaluations of one sample each: "
+        + "; ".join(words)
+        + (f" ({left} of {len(comparison.cells)} cells were measured before that was counted)" if left else "")
+        + ". The compile itself is not among it."
+    ]
 
 
 def lpips_parts(comparison: Comparison) -> list[str]:
@@ -128,7 +177,9 @@ def verdict_table(comparison: Comparison) -> str:
         columns, rules = [*columns, "at equal blocks"], [*rules, "---"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(rules) + "|"]
     for v in comparison.verdicts:
-        row = [f"{v.budget}", f"{v.psnr_db:.1f}", f"{v.best_peer} {v.best_peer_psnr_db:.1f}", f"{v.ahead_db:+.1f} dB"]
+        mark = OUTSIDE if comparison.outside_published(v.best_peer, v.budget) else ""
+        row = [f"{v.budget}", f"{v.psnr_db:.1f}", f"{v.best_peer} {v.best_peer_psnr_db:.1f}{mark}"]
+        row += [f"{v.ahead_db:+.1f} dB"]
         row += [f"{v.ssim_ahead:+.4f}", f"{v.worst_prompt_db:+.1f} dB", _gap(v.further_ahead_db, v.further_peer)]
         row += [_yes(v.must), _yes(v.aim), _yes(v.worst_within)]
         row += [_gap(v.blocks_ahead_db, v.blocks_peer)] if counted else []

@@ -91,6 +91,57 @@ def _mask(input_ids: Tensor, pad_id: int) -> Tensor:
     return (places <= last).to(torch.int64)
 
 
+# --- Stable Diffusion
+
+
+class StableDiffusionEncoder(nn.Module):
+    """CLIP's last hidden states, normalised."""
+
+    output_names = ("encoder_hidden_states",)
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__()
+        self.text_encoder = pipeline.text_encoder
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": self.text_encoder(input_ids)[0]}
+
+
+def _stable_diffusion(pipeline: Any, _: int) -> Encoders:
+    specification = convert_tokenizer(pipeline.tokenizer, "input_ids", pipeline.tokenizer.model_max_length)
+    return Encoders(StableDiffusionEncoder(pipeline), StableDiffusionEncoder.output_names, (specification,))
+
+
+# --- Stable Diffusion XL
+
+
+class StableDiffusionXLEncoders(nn.Module):
+    """The hidden states before the last layer of two CLIPs side by side; the second's projection as pooled output."""
+
+    output_names = ("encoder_hidden_states", "added_cond_kwargs.text_embeds")
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__()
+        self.text_encoder, self.text_encoder_2 = pipeline.text_encoder, pipeline.text_encoder_2
+
+    def forward(self, input_ids: Tensor, input_ids_2: Tensor) -> dict[str, Tensor]:
+        first = self.text_encoder(input_ids, output_hidden_states=True)
+        second = self.text_encoder_2(input_ids_2, output_hidden_states=True)
+        hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        return dict(zip(self.output_names, (hidden, second[0]), strict=True))
+
+
+def _stable_diffusion_xl(pipeline: Any, _: int) -> Encoders:
+    return Encoders(
+        StableDiffusionXLEncoders(pipeline),
+        StableDiffusionXLEncoders.output_names,
+        (
+            convert_tokenizer(pipeline.tokenizer, "input_ids", pipeline.tokenizer.model_max_length),
+            convert_tokenizer(pipeline.tokenizer_2, "input_ids_2", pipeline.tokenizer_2.model_max_length),
+        ),
+    )
+
+
 # --- FLUX
 
 
@@ -288,6 +339,8 @@ FAMILIES = {
     "FluxPipeline": Family(_TWO, _flux),
     "QwenImagePipeline": Family(_TWO[:2], _qwen_image),
     "HunyuanVideoPipeline": Family(_TWO, _hunyuan_video),
+    "StableDiffusionPipeline": Family(_TWO[:2], _stable_diffusion),
+    "StableDiffusionXLPipeline": Family(_TWO, _stable_diffusion_xl),
     "StableDiffusion3Pipeline": Family((*_TWO, "tokenizer_3", "text_encoder_3"), _stable_diffusion_3),
     "PixArtSigmaPipeline": Family(_TWO[:2], _pixart_sigma),
     "WanPipeline": Family(_TWO[:2], _wan),

@@ -89,8 +89,13 @@ def export_engines(
     source = exportable_from_session(session, denoiser.inputs(few.latents[1], few.timesteps[1], 1.0))
     engines = _make_engines(source, options.artifact, manifest)
     latents = latents_with_engines(read.migrated["latents"], source, engines.exported)
-    conditions = {**read.migrated["conditions"], "dtype": options.dtype}
-    fields = {**read.migrated, **engines.fields, "latents": latents, "conditions": conditions}
+    fields = {
+        **read.migrated,
+        **engines.fields,
+        "latents": latents,
+        "conditions": {**read.migrated["conditions"], "dtype": options.dtype},
+        "guidance": {**read.migrated["guidance"], "negative_zeros": session.negative_zeros},
+    }
     fields["schema_version"] = schema.SCHEMA_VERSION
 
     def fill(folder: Path) -> None:

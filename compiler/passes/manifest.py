@@ -83,6 +83,7 @@ def program_fields(
             minimum=options.guidance_scale[0],
             maximum=options.guidance_scale[1],
             negative_prompt=session.call.negative_prompt,
+            negative_zeros=session.negative_zeros,
         ),
         "stages": [],
         "features": [],

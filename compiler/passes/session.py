@@ -32,7 +32,7 @@ from ..options import CompileOptions, split_prompts
 from ..pipelines.call import CallOptions, call_options, short_call
 from ..pipelines.decode import decode_latents, decode_with_tiles
 from ..pipelines.denoiser import denoiser_of, place_constants
-from ..pipelines.full_run import capture, with_known_negative
+from ..pipelines.full_run import capture, conditioning_of, with_known_negative
 from ..pipelines.interface import Interface
 from ..pipelines.out_of_memory import release
 from ..pipelines.placement import (
@@ -93,6 +93,11 @@ class Session:
     def margin(self) -> float:
         """Of the calibration set's guidance scales."""
         return GUIDANCE_MARGIN if self.interface.guided else 1.0
+
+    @property
+    def negative_zeros(self) -> bool:
+        """Whether the runtime puts zeros in the place of what encoders would write of a negative prompt."""
+        return self.encoders is not None and self.call.negative_prompt is None
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -216,7 +221,7 @@ def _session(
     )
     options, call, interface = _probe(options, model, call, prompts, reporter)
     exports = options.engines == "onnx" and placement.exportable
-    encoders = _find_encoders(model.pipeline, interface, call, prompts, reporter) if exports else None
+    encoders = _find_encoders(options, model.pipeline, interface, call, prompts, reporter) if exports else None
     decoder, latents = _find_decoder(model, call, interface, placement, reporter)
     if exports and decoder is None:
         reporter.note(f"{type(model.pipeline).__name__} has no export of its decoder: the artifact makes latents")
@@ -374,7 +379,12 @@ def _micro_batch(
 
 
 def _find_encoders(
-    pipeline: Any, interface: Interface, call: CallOptions, prompts: Sequence[str], reporter: Reporter
+    options: CompileOptions,
+    pipeline: Any,
+    interface: Interface,
+    call: CallOptions,
+    prompts: Sequence[str],
+    reporter: Reporter,
 ) -> Encoders | None:
     """The text encoders, if the runtime can make of every prompt what the pipeline makes of it; else a note
     says why.
@@ -388,7 +398,9 @@ def _find_encoders(
     if encoders is not None and served is None:
         reason = "changes prompts before it tokenizes them in a way that the runtime does not know"
     elif served is not None and call.negative_prompt is None:
-        served, reason = None, "takes something without a negative prompt that no text gives"
+        given = conditioning_of(pipeline, interface, call, options.nominal_scale, prompts[:1])
+        if any(given[name][0].any() for name in served.output_names if name in given):
+            served, reason = None, "takes something without a negative prompt that neither a text gives nor is zeros"
     if served is None:
         reporter.note(f"{type(pipeline).__name__} {reason}: the artifact takes what `otc encode` makes of prompts")
     return served

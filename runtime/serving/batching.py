@@ -36,7 +36,7 @@ def joined(requests: Sequence[Request]) -> Request:
     return dataclasses.replace(requests[0], texts=texts, latents=latents, samples=samples)
 
 
-def _text_of_each(request: Request, branch: int) -> list[str]:
+def _text_of_each(request: Request, branch: int) -> list[str | None]:
     """A text for each picture, (n,)."""
     texts = request.texts[branch]
     return [text for text in texts for _ in range(request.samples // len(texts))]

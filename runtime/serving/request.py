@@ -24,6 +24,9 @@ from ..loop.finite import is_spoilt
 from .noise import SEED_MAXIMUM, SEED_MINIMUM, noise
 from .request_size import Given, Sizes
 
+Texts = tuple[tuple[str | None, ...], ...]
+"""Of each branch, those of all prompts; None stands for zeros instead of what the text encoder writes."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
@@ -41,7 +44,7 @@ class Request:
     """One that draws the noise of all samples in one go, or n of them."""
     samples: int
     """n ≥ 1."""
-    texts: tuple[tuple[str, ...], ...] = ()
+    texts: Texts = ()
     """(g, prompts): of each branch; each prompt is drawn n / prompts times, side by side."""
     conditioning: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     """Each (g, n, …), or without a batch as the manifest has it."""
@@ -87,7 +90,7 @@ def parse_request(
     manifest = at_size.manifest
     program = _program(budget, manifest).program
     weights = _guidance_weights(guidance_scale, manifest.guidance)
-    texts: tuple[tuple[str, ...], ...] = ()
+    texts: Texts = ()
     if conditioning is None:
         texts, conditioning = parse_texts(prompt, negative_prompt, manifest.guidance), {}
         samples = len(texts[-1]) * _check_images(images_per_prompt)
@@ -124,8 +127,8 @@ def noise_of(request: Request) -> Array:
     return drawn.reshape(n, *layout.shape)
 
 
-def parse_texts(prompt: Any, negative_prompt: Any, guidance: Guidance) -> tuple[tuple[str, ...], ...]:
-    """The prompts of each branch, (g, prompts), negative first. Raises RequestError.
+def parse_texts(prompt: Any, negative_prompt: Any, guidance: Guidance) -> Texts:
+    """The prompts of each branch, (g, prompts), negative first; None for zeros. Raises RequestError.
 
     >>> guidance = Guidance(kind="cfg", scale=4.0, minimum=1.0, maximum=6.0, negative_prompt="blurred")
     >>> parse_texts(["a ring", "a star"], None, guidance)
@@ -137,7 +140,7 @@ def parse_texts(prompt: Any, negative_prompt: Any, guidance: Guidance) -> tuple[
             raise RequestError("negative_prompt is given, but this artifact has no guidance to use it: leave it out")
         return (positive,)
     if negative_prompt is None:
-        return (guidance.negative_prompt or "",) * len(positive), positive
+        return (guidance.negative_prompt,) * len(positive), positive
     negative = _check_prompts(negative_prompt, "negative_prompt")
     if isinstance(negative_prompt, str):
         return negative * len(positive), positive

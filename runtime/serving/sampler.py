@@ -31,7 +31,7 @@ from ..loop.host_loop import check_trunk, run_stage
 from ..loop.loop import Callback, Float32
 from ..loop.timing import Timer
 from .quality import budget_of_quality, budget_of_target, target_from_figures
-from .request import MOST_SAMPLES, Request, check_latents, is_whole, noise_of, parse_request, parse_texts
+from .request import MOST_SAMPLES, Request, Texts, check_latents, is_whole, noise_of, parse_request, parse_texts
 from .request_size import Given, Sizes
 from .tokenizers import Tokenizers
 
@@ -355,12 +355,10 @@ class Sampler:
         finally:
             self._lock.release()
 
-    def _encode(
-        self, manifest: Manifest, texts: Sequence[Sequence[str]], samples: int, timer: Timer
-    ) -> dict[str, Array]:
-        """The text encoder's outputs (g, samples, …) of texts (g, prompts), each repeated side by side."""
+    def _encode(self, manifest: Manifest, texts: Texts, samples: int, timer: Timer) -> dict[str, Array]:
+        """Outputs (g, samples, …) of the text encoder for texts (g, prompts), zeros for None, repeated side by side."""
         stage = _stage(manifest, *_ENCODER)
-        unique = list(dict.fromkeys(text for branch in texts for text in branch))
+        unique = list(dict.fromkeys(text for branch in texts for text in branch if text is not None))
         tokenizers = self._tokenizers
         if tokenizers is None:
             raise _closed_error()
@@ -370,9 +368,15 @@ class Sampler:
         for array in encoded.values():
             check_output(array, stage.name, manifest)
         repeats = samples // len(texts[0])
-        rows = [[unique.index(text) for text in branch for _ in range(repeats)] for branch in texts]
+        places = {text: place for place, text in enumerate((*unique, None))}
+        rows = [[places[text] for text in branch for _ in range(repeats)] for branch in texts]
         wanted = {tensor.name for tensor in manifest.conditioning}
-        return {name: array[rows] for name, array in encoded.items() if name in wanted}
+        zeros = any(None in branch for branch in texts)
+        return {
+            name: (np.concatenate([array, np.zeros_like(array[:1])]) if zeros else array)[rows]
+            for name, array in encoded.items()
+            if name in wanted
+        }
 
     def _sample(
         self,

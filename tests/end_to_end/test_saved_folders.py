@@ -73,13 +73,17 @@ def test_a_call_with_the_prompt_alone(tmp_path, workspace):
     pipeline.vae.register_to_config(sample_size=64)
     folder = save(pipeline, tmp_path / "model")
     artifact, _ = compile_folder(folder, tmp_path / "artifact", workspace=workspace)
-    assert Artifact.open(artifact).manifest.guidance.negative_prompt is None
+    guidance = Artifact.open(artifact).manifest.guidance
+    assert guidance.negative_prompt is None and guidance.negative_zeros
     expected = own_latents(folder, guidance_scale=4.0)
     empty = own_latents(folder, guidance_scale=4.0, negative_prompt="")
     assert distance(empty, expected) > 100 * EXACT, "zeros are no text"
     with Sampler.load(artifact, "onnxruntime", 1) as sampler:
-        found = sampler.sample(encoded(folder, artifact), budget="full", seed=[7])
-    assert distance(found, expected) < EXACT
+        made = encoded(folder, artifact), sampler.encode([PROMPT]), sampler.encode([PROMPT], negative_prompt="")
+        found = [sampler.sample(each, budget="full", seed=[7]) for each in made]
+        both = sampler([PROMPT, PROMPT], negative_prompt=None, budget="full", seed=[7, 7])
+        assert both.shape[0] == 2 and np.allclose(both[0], both[1], atol=1e-5)
+    assert max(distance(found[0], expected), distance(found[1], expected), distance(found[2], empty)) < EXACT
 
 
 def test_options_that_json_does_not_know(tmp_path, workspace):

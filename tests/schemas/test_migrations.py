@@ -47,6 +47,11 @@ def test_steps_of_prompts():
     assert value["tokenizers"] == [{"path": "a"}, 7] and migrate({"tokenizers": 1}, 7, 8) == {"tokenizers": 1}
 
 
+def test_zeros_of_negative_prompts():
+    value = migrate({"guidance": {"scale": 4.0, "negative_zeros": True}}, 8, 9)
+    assert value["guidance"] == {"scale": 4.0} and migrate({"guidance": 1}, 8, 9) == {"guidance": 1}
+
+
 @pytest.mark.parametrize(("minor", "expected"), [(0, "abc"), (1, "bc"), (2, "c"), (3, ""), (7, "")])
 def test_one_after_the_other(minor, expected):
     steps = {place: lambda value, name=name: {**value, "x": value["x"] + name} for place, name in enumerate("abc")}

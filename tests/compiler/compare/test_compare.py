@@ -140,6 +140,15 @@ def test_files_are_there_and_say_the_same(comparison, compared):
     assert f"B = 8: {comparison.verdicts[1].ahead_db:+.1f} dB" in printed
 
 
+def test_cells_and_sections_say_what_they_cost(comparison, compared):
+    assert all(cell.spent.seconds > 0 for cell in comparison.cells)
+    least = {cell.method: cell.spent.evaluations for cell in comparison.cells if cell.budget == 8}
+    assert all(spent >= 3 * (8 - 1) for spent in least.values())  # three held-out prompts; a first output may be known
+    assert set(comparison.sections) == {"schedules of several ways", "other guidance, other numbers of prompts"}
+    assert comparison.published == {"meancache": (10, 50)} and comparison.outside_published("meancache", 1)
+    assert "What this comparison cost" in (compared[0] / "comparison.md").read_text()
+
+
 @pytest.mark.long
 def test_a_comparison_goes_on_where_it_stopped(tiny_flux_folder, workspace, compared, tmp_path):
     again = compare(tiny_flux_folder, tmp_path / "again", workspace, "--json")

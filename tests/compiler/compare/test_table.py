@@ -5,8 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from otcache.artifacts.comparisons import read_comparisons
-from otcache.compiler.compare.cells import AtScale, Claim, Robustness, Spread
-from otcache.compiler.compare.table import claim_words, lpips_parts, markdown, robustness_tables, scale_words
+from otcache.compiler.compare.cells import AtScale, Claim, Robustness, Spent, Spread
+from otcache.compiler.compare.table import (
+    OUTSIDE,
+    claim_words,
+    fidelity_table,
+    lpips_parts,
+    markdown,
+    published_parts,
+    robustness_tables,
+    scale_words,
+    spent_parts,
+    verdict_table,
+)
 
 
 def claim(budget, way, psnr_db):
@@ -83,3 +94,34 @@ def test_lpips_is_a_table_of_its_own_where_it_was_measured():
     assert table.splitlines()[2] == "| **otcache** |" + " **0.0123** |" * columns
     assert table.splitlines()[3] == "| euler |" + " 0.2000 |" * columns
     assert table in markdown(measured)
+
+
+def test_what_is_outside_a_published_range_is_marked():
+    kept = read_comparisons()[0]
+    budget, peer = kept.budgets[0], kept.verdicts[0].best_peer
+    steps = kept.num_inference_steps
+    marked = replace(kept, published={peer: (budget + 1, steps), "euler": (1, None)})
+    assert marked.outside_published(peer, budget) and not marked.outside_published("euler", budget)
+    assert not replace(kept, published={peer: (budget + 1, None)}).outside_published(peer, budget + 1)
+    assert published_parts(kept) == []
+    (words,) = published_parts(marked)
+    assert words.endswith(f"at least {peer} {budget + 1} of {steps}.")
+    row = next(line for line in fidelity_table(marked).splitlines() if line.startswith(f"| {peer} |"))
+    assert [OUTSIDE in each for each in row.split("|")[2:-1]] == [each <= budget for each in kept.budgets]
+    assert OUTSIDE in verdict_table(marked).splitlines()[2] and words in markdown(marked)
+    assert OUTSIDE not in fidelity_table(kept)
+
+
+def test_the_cost_is_the_sum_of_what_was_measured():
+    kept = read_comparisons()[0]
+    assert spent_parts(replace(kept, cells=tuple(replace(each, spent=None) for each in kept.cells))) == []
+    first, *others = (replace(each, spent=None) for each in kept.cells)
+    counted = replace(
+        kept,
+        cells=(replace(first, spent=Spent(seconds=5400.0, evaluations=1234.0)), *others),
+        sections={"other guidance": Spent(seconds=1800.0, evaluations=10.0)},
+        threads=2,
+    )
+    (words,) = spent_parts(counted)
+    assert "on 2 threads" in words and "cells 1.50 hours and 1,234 evaluations" in words
+    assert "other guidance 0.50 hours and 10 evaluations" in words and f"({len(others)} of" in words

@@ -40,7 +40,8 @@ class Routes:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":  # nothing has to be done at its start and end
-            await serve.get_replica_context().servable_object.routes(scope, receive, send)
+            replica: Any = serve.get_replica_context().servable_object
+            await replica.routes(scope, receive, send)
 
 
 @serve.deployment
@@ -60,10 +61,16 @@ class Pictures:
         artifact.verify()
         sampler = Sampler.load(ARTIFACT, asked.backend, asked.threads)
         governor = Governor.of_queue(sampler.budgets, capacity=asked.capacity, lowest=asked.lowest_budget)
-        limits = {"capacity": asked.capacity, "max_batch": asked.max_batch, "timeout_s": asked.timeout_s}
-        self._service = Service(sampler, governor=governor, **limits)
-        self.enqueue.set_max_batch_size(asked.max_batch)
-        self.enqueue.set_batch_wait_timeout_s(asked.max_wait_s if asked.max_batch > 1 else 0.0)
+        self._service = Service(
+            sampler,
+            capacity=asked.capacity,
+            max_batch=asked.max_batch,
+            timeout_s=asked.timeout_s,
+            governor=governor,
+        )
+        batching: Any = self.enqueue
+        batching.set_max_batch_size(asked.max_batch)
+        batching.set_batch_wait_timeout_s(asked.max_wait_s if asked.max_batch > 1 else 0.0)
         self.routes = make_app(self._service, self._submit)
 
     @serve.batch
@@ -89,4 +96,5 @@ class Pictures:
 
 def build(arguments: Arguments) -> Application:
     """What `import_path` names."""
-    return Pictures.bind(arguments.model_dump())
+    pictures: Any = Pictures
+    return pictures.bind(arguments.model_dump())

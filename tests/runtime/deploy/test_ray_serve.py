@@ -174,7 +174,9 @@ def test_a_replica_is_healthy_while_its_service_runs(replica):
 
 
 def test_requests_that_come_together_run_with_their_like(replica, monkeypatch):
-    """Ray's own batching hands them over, and those of one budget are one run; a refused one is refused alone."""
+    """What Ray's batching calls, which itself works in Ray only: those of one budget are one run; a refused one is
+    refused alone.
+    """
     runs, draw = [], Sampler.draw
 
     def watched(self, request, **options):
@@ -186,7 +188,7 @@ def test_requests_that_come_together_run_with_their_like(replica, monkeypatch):
 
     async def ask():
         asked = [{"prompt": "a", "budget": budget} for budget in ("3", "2", "3", "9", "2")]
-        jobs = await asyncio.gather(*map(found._submit, asked), return_exceptions=True)
+        jobs = await type(found).enqueue.__wrapped__(found, asked)
         refused = jobs.pop(3)
         assert isinstance(refused, RequestError) and "budget is '9'" in str(refused)
         await asyncio.gather(*map(asyncio.wrap_future, jobs))

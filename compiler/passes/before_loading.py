@@ -37,7 +37,7 @@ def check_before_loading(options: CompileOptions, placement: Placement, reporter
     for option, size in asked_sizes(
         sizes=options.sizes, frame_counts=options.frame_counts, text_lengths=options.text_lengths
     ):
-        check_size(pipeline, {**size}, f"{option} {describe_size(size)}")
+        check_size(pipeline, {str(name): value for name, value in size.items()}, f"{option} {describe_size(size)}")
     if options.search_size is not None:
         height, width = options.search_size
         check_size(pipeline, {"height": height, "width": width}, f"--search-size {height}x{width}")

@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .omni import OmniScheduler
     from .refusal import CalibrationWarning
     from .residual import ResidualScheduler, apply_residual_cache, remove_residual_cache
     from .scheduler import OTCacheScheduler
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "CalibrationWarning": "refusal",
     "OTCacheScheduler": "scheduler",
+    "OmniScheduler": "omni",
     "ResidualScheduler": "residual",
     "apply_residual_cache": "residual",
     "remove_residual_cache": "residual",
@@ -28,6 +30,7 @@ _MODULES = {
 __all__ = [
     "CalibrationWarning",
     "OTCacheScheduler",
+    "OmniScheduler",
     "ResidualScheduler",
     "apply_residual_cache",
     "remove_residual_cache",

@@ -102,7 +102,13 @@ class ResidualScheduler(OTCacheScheduler):
         self._attached = True
 
     def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, eta: float = 0.0
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        return_dict: bool = True,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         request = self.request
         if request is None or not request.calls:
@@ -110,7 +116,7 @@ class ResidualScheduler(OTCacheScheduler):
                 f"step {self._step_index or 0} of {self._recipe} had no call of the transformer from the pipeline's "
                 "own __call__: expected one with the hooks of apply_residual_cache in place: apply it again"
             )
-        result = super().step(model_output, timestep, sample, return_dict, eta)
+        result = super().step(model_output, timestep, sample, return_dict, eta, generator)
         if not request.advance():
             self.request = None
         return result

@@ -172,11 +172,18 @@ class OTCacheScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return sample if scale == 1.0 else scale * sample
 
     def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, eta: float = 0.0
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        return_dict: bool = True,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """The latents (n, …) after one more step. Raises RequestError.
 
-        eta: how much noise to add, which pipelines pass to schedulers that know it: none is.
+        eta, generator: how much noise to add and where it comes from, which pipelines pass to schedulers that know
+        them: none is.
         """
         if self._step_index is None:
             self._step_index = self._first_step(timestep, sample)

@@ -74,7 +74,6 @@ class Notes(Reporter):
     """Keeps notes until they are sent with the next answer."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.texts: list[str] = []
 
     def note(self, text: str) -> None:

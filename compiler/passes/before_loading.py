@@ -9,7 +9,7 @@ from ..models.find import find_model
 from ..models.hollow import hollow_pipeline, weight_bytes
 from ..options import CompileOptions
 from ..pipelines.call import check_frames
-from ..pipelines.placement import Placement, free_bytes
+from ..pipelines.placement import Placement, free_bytes, size_text
 from ..pipelines.refusals import check_size
 from ..sizes.requested import asked_sizes
 from ..workspace.progress import Reporter
@@ -53,7 +53,7 @@ def _check_memory(weights: dict[str, int], placement: Placement, reporter: Repor
     if needed <= free:
         return
     precision = str(placement.precision).removeprefix("torch.")
-    taken, left = f"{needed / 1e9:.1f} GB in {precision}", f"{free / 1e9:.1f} GB"
+    taken, left = f"{size_text(needed)} in {precision}", size_text(free)
     what = f"the model's weights take {taken}, and {left} are free on {device}"
     if device.type != "cpu":
         raise HostError(f"{what}: give --precision bfloat16, --offload model or group, or another device")

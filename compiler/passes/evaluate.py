@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -85,9 +86,13 @@ def outcome_of(
 
 def evaluate(prepared: Prepared, found: Found) -> Evaluated:
     """Run every budget's program, and its peers, on prompts and seeds that calibration has not seen."""
-    session, prompts = prepared.session, prepared.held_out
     runs = held_out_runs(prepared)
-    samples = held_out_samples(prepared, runs)
+    with contextlib.closing(held_out_samples(prepared, runs)) as samples:
+        return _evaluate_on(samples, runs, prepared, found)
+
+
+def _evaluate_on(samples: Samples, runs: AnyRuns, prepared: Prepared, found: Found) -> Evaluated:
+    session, prompts = prepared.session, prepared.held_out
     programs = {budget: trials[0].program for budget, trials in found.trials.items()}
     made = 0
     measured: dict[str, Any] = {}

@@ -149,9 +149,9 @@ def begin(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     wanted = None if live else placement_from_options(options)
-    if wanted is not None:
-        check_before_loading(options, wanted, reporter)
     with reporter.on("load", options.model):
+        if wanted is not None:
+            check_before_loading(options, wanted, reporter)
         model = live or load_model(
             options.model,
             dtype=options.precision,

@@ -178,7 +178,7 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
     """Bytes as people read them: GB, or MB of less than 0.1 GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.2g} MB"
 
@@ -200,7 +200,7 @@ def choose_micro_batch(sample_bytes: int, free: int | None) -> int:
         size //= 2
     if sample_bytes > free:
         raise HostError(
-            f"one sample's evaluation takes about {_size(sample_bytes)} beside the model, and {_size(free)} are free: "
-            "give a smaller --height and --width, --offload model or group, or --precision bfloat16"
+            f"one sample's evaluation takes about {size_text(sample_bytes)} beside the model, and {size_text(free)} are "
+            "free: give a smaller --height and --width, --offload model or group, or --precision bfloat16"
         )
     return size

@@ -119,22 +119,21 @@ class Pass:
 class Reporter:
     """Silent; the base of the others."""
 
-    def __init__(self) -> None:
-        self.open: list[Pass] = []
-        """Passes at work, the innermost last."""
-        self.evaluation_s: float | None = None
-        """What an evaluation of one sample took, as far as it is known."""
+    open: tuple[Pass, ...] = ()
+    """Passes at work, the innermost last."""
+    evaluation_s: float | None = None
+    """What an evaluation of one sample took, as far as it is known."""
 
     @contextlib.contextmanager
     def on(self, name: str, description: str) -> Iterator[Pass]:
         """Report a pass while the context lasts; the value is called with (done, total)."""
         interrupts.check()
         current = Pass(name, description, self._show, self.evaluation_s)
-        self.open.append(current)
+        self.open = (*self.open, current)
         try:
             yield current
         finally:
-            self.open.remove(current)
+            self.open = tuple(each for each in self.open if each is not current)
         if current.evaluations:
             self.evaluation_s = current.seconds / current.evaluations
 
@@ -170,9 +169,7 @@ class QuietReporter(Reporter):
 class PulseReporter(QuietReporter):
     """Notes, and every half minute a line of how far the pass at work is: where stderr is no terminal."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._pulse: Pulse | None = None
+    _pulse: Pulse | None = None
 
     @contextlib.contextmanager
     def on(self, name: str, description: str) -> Iterator[Pass]:
@@ -219,7 +216,6 @@ class JsonReporter(PulseReporter):
 
     def __init__(self, *, quiet: bool = False) -> None:
         """quiet: notes alone."""
-        super().__init__()
         self._quiet = quiet
         self._written = 0.0
 
@@ -268,7 +264,6 @@ class BarReporter(Reporter):
     """Bars with times left, on a terminal."""
 
     def __init__(self) -> None:
-        super().__init__()
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 

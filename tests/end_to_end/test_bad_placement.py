@@ -64,8 +64,15 @@ def test_a_precision_that_the_device_lacks(tiny_flux_folder, tmp_path):
     assert "--precision is bfloat16, which alt lacks: give float32" in done.stderr.strip().splitlines()[-1]
 
 
-def test_memory_that_one_sample_does_not_fit(tiny_flux_folder, tmp_path):
+def test_memory_that_the_weights_do_not_fit(tiny_flux_folder, tmp_path):
     done = compile_on_alt(tiny_flux_folder, tmp_path, ALT_FREE_BYTES="20000")
+    assert done.returncode == 6
+    last = done.stderr.strip().splitlines()[-1]
+    assert "the model's weights take " in last and "MB in float32, and 0.02 MB are free on alt: give --pre" in last
+
+
+def test_memory_that_one_sample_does_not_fit(tiny_flux_folder, tmp_path):
+    done = compile_on_alt(tiny_flux_folder, tmp_path, ALT_FREE_BYTES=f"{1 << 30},20000")
     assert done.returncode > 1
     last = done.stderr.strip().splitlines()[-1]
     assert "one sample's evaluation takes about " in last and "MB beside the model, and 0.02 MB are free" in last

@@ -111,10 +111,16 @@ def _wrapped(value: Any, known: dict[int, AltTensor]) -> Any:
 
 
 class Module(backend_registration._DummyBackendModule):
-    """`torch.alt`, as `torch.cuda` is for a GPU. `ALT_FREE_BYTES` says how much memory is free."""
+    """`torch.alt`, as `torch.cuda` is for a GPU. `ALT_FREE_BYTES` says how much memory is free, of several numbers one
+    each time that somebody asks, and then the last.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free = [int(each) for each in os.environ.get("ALT_FREE_BYTES", str(1 << 40)).split(",")]
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
-        free = int(os.environ.get("ALT_FREE_BYTES", 1 << 40))
+        free = self.free.pop(0) if len(self.free) > 1 else self.free[0]
         return free, free
 
     def empty_cache(self) -> None:

@@ -160,6 +160,7 @@ def test_every_option_is_taken(pipeline, tmp_path):
         "engines",
         "effort",
         "search_size",
+        "bench",
     }
     assert set(refused) | others >= {field.name for field in dataclasses.fields(CompileOptions)}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]

@@ -200,7 +200,7 @@ def choose_micro_batch(sample_bytes: int, free: int | None) -> int:
         size //= 2
     if sample_bytes > free:
         raise HostError(
-            f"one sample's evaluation takes about {size_text(sample_bytes)} beside the model, and {size_text(free)} are "
-            "free: give a smaller --height and --width, --offload model or group, or --precision bfloat16"
+            f"one sample's evaluation takes about {size_text(sample_bytes)} beside the model, and {size_text(free)} "
+            "are free: give a smaller --height and --width, --offload model or group, or --precision bfloat16"
         )
     return size

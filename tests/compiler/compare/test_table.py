@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from otcache.artifacts.comparisons import read_comparisons
+from otcache.artifacts.comparisons import read_before
 from otcache.compiler.compare.cells import AtScale, Claim, Robustness, Spent, Spread
 from otcache.compiler.compare.table import (
     OUTSIDE,
@@ -84,7 +84,7 @@ def test_the_worst_prompts_are_held_against_each_other():
 
 
 def test_lpips_is_a_table_of_its_own_where_it_was_measured():
-    kept = read_comparisons()[0]
+    kept = read_before()["shapes"]
     assert lpips_parts(kept) == [] and "LPIPS" not in markdown(kept)
     values = {"otcache": 0.0123, "euler": 0.2}
     measured = replace(kept, cells=tuple(replace(cell, lpips=values.get(cell.method)) for cell in kept.cells))
@@ -97,7 +97,7 @@ def test_lpips_is_a_table_of_its_own_where_it_was_measured():
 
 
 def test_what_is_outside_a_published_range_is_marked():
-    kept = read_comparisons()[0]
+    kept = read_before()["shapes"]
     budget, peer = kept.budgets[0], kept.verdicts[0].best_peer
     steps = kept.num_inference_steps
     marked = replace(kept, published={peer: (budget + 1, steps), "euler": (1, None)})
@@ -113,7 +113,7 @@ def test_what_is_outside_a_published_range_is_marked():
 
 
 def test_the_cost_is_the_sum_of_what_was_measured():
-    kept = read_comparisons()[0]
+    kept = read_before()["shapes"]
     assert spent_parts(replace(kept, cells=tuple(replace(each, spent=None) for each in kept.cells))) == []
     first, *others = (replace(each, spent=None) for each in kept.cells)
     counted = replace(

@@ -33,7 +33,7 @@ from ..passes.session import Session, listed_prompts
 from ..pipelines.placement import device_from_name
 from ..workspace import interrupts
 from ..workspace.disk import remove_leftovers
-from ..workspace.progress import Pass, Reporter
+from ..workspace.progress import Pass, PassingReporter, Reporter
 from ..workspace.workspace import RESULT, default_workspace
 from .cluster import Cluster, connected
 from .members import HeldRuns, Member
@@ -294,37 +294,19 @@ class RayCrew:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
-class CrewReporter(Reporter):
+class CrewReporter(PassingReporter):
     """Another reporter, whose passes say how many workers and samples they have."""
 
     def __init__(self, inner: Reporter, crew: RayCrew) -> None:
-        self.inner, self.crew = inner, crew
-
-    @property
-    def evaluation_s(self) -> float | None:  # type: ignore[override]  # the other one's
-        return self.inner.evaluation_s
-
-    def evaluated(self, count: int) -> None:
-        self.inner.evaluated(count)
-
-    def timed(self, evaluation_s: float) -> None:
-        self.inner.timed(evaluation_s)
+        super().__init__(inner)
+        self.crew = crew
 
     @contextlib.contextmanager
     def on(self, name: str, description: str) -> Iterator[Pass]:
-        with self.inner.on(name, description) as current:
+        with super().on(name, description) as current:
             if self.crew.living(len(self.crew.posts)):
                 current.facts.update(workers=self.crew.living(len(self.crew.posts)), samples=self.crew.holding)
             yield current
-
-    def report_reuse(self, name: str) -> None:
-        self.inner.report_reuse(name)
-
-    def note(self, text: str) -> None:
-        self.inner.note(text)
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 @functools.cache

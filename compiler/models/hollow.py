@@ -30,7 +30,10 @@ def hollow_pipeline(folder: Path, name: str) -> Any | None:
         of_networks: dict[str, Any] = {key: _component(folder / key, *index[key][:2]) for key in components_of(index)}
         plain = {key: each for key, each in index.items() if not key.startswith("_") and not isinstance(each, list)}
         missing = {key: None for key, each in index.items() if isinstance(each, list) and key not in of_networks}
-        return getattr(diffusers, index["_class_name"])(**of_networks, **missing, **plain)
+        kind = getattr(diffusers, index["_class_name"])
+        if not issubclass(kind, diffusers.DiffusionPipeline):
+            raise TypeError(f"{kind.__name__} is no pipeline")  # the index is a stranger's
+        return kind(**of_networks, **missing, **plain)
     except Exception as error:
         _log.debug("%s has no pipeline without weights: %s: %s", name, type(error).__name__, error)
         return None

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from otcache.schemas.errors import ArtifactError
 from otcache.schemas.program import Frozen
 
-from ..workspace.progress import Pass, Reporter
+from ..workspace.progress import Pass, PassingReporter, Reporter
 from .sheets import cell_of
 
 NAME = "evidence.json"
@@ -264,36 +264,17 @@ def read_evidence(folder: Path) -> Evidence:
         raise ArtifactError(f"{path} is damaged at {where or 'its start'}: {first['msg']}: compile it again") from error
 
 
-@dataclass
-class Recorder(Reporter):
-    """Passes everything on to another reporter and keeps how long each pass took."""
+class Recorder(PassingReporter):
+    """Passes everything on, and keeps how long each pass took."""
 
-    inner: Reporter
-    passes: list[PassEvidence] = field(default_factory=list)
+    def __init__(self, inner: Reporter) -> None:
+        super().__init__(inner)
+        self.passes: list[PassEvidence] = []
 
     @contextlib.contextmanager
     def on(self, name: str, description: str) -> Iterator[Pass]:
-        with self.inner.on(name, description) as current:
+        with super().on(name, description) as current:
             yield current
             counts = [int(current.facts.get(fact, 0)) for fact in ("evaluations", "evaluations_reused")]
             seconds = round(current.seconds, 3)
             self.passes.append(PassEvidence(name=name, seconds=seconds, evaluations=counts[0], reused=counts[1]))
-
-    def evaluated(self, count: int) -> None:
-        self.inner.evaluated(count)
-
-    def timed(self, evaluation_s: float) -> None:
-        self.inner.timed(evaluation_s)
-
-    @property
-    def evaluation_s(self) -> float | None:  # type: ignore[override]  # the other one's
-        return self.inner.evaluation_s
-
-    def report_reuse(self, name: str) -> None:
-        self.inner.report_reuse(name)
-
-    def note(self, text: str) -> None:
-        self.inner.note(text)
-
-    def close(self) -> None:
-        self.inner.close()

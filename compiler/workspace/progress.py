@@ -159,6 +159,37 @@ class Reporter:
         """A pass has come further."""
 
 
+class PassingReporter(Reporter):
+    """Passes everything on to another reporter; the base of those that add something."""
+
+    def __init__(self, inner: Reporter) -> None:
+        self.inner = inner
+
+    @contextlib.contextmanager
+    def on(self, name: str, description: str) -> Iterator[Pass]:
+        with self.inner.on(name, description) as current:
+            yield current
+
+    @property
+    def evaluation_s(self) -> float | None:  # type: ignore[override]  # the other one's
+        return self.inner.evaluation_s
+
+    def evaluated(self, count: int) -> None:
+        self.inner.evaluated(count)
+
+    def timed(self, evaluation_s: float) -> None:
+        self.inner.timed(evaluation_s)
+
+    def report_reuse(self, name: str) -> None:
+        self.inner.report_reuse(name)
+
+    def note(self, text: str) -> None:
+        self.inner.note(text)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
 class QuietReporter(Reporter):
     """Notes on stderr, and nothing else: what `--quiet` leaves."""
 

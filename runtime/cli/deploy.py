@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .options import artifact_argument, json_option, print_json, threads_option
+from .options import artifact_argument, json_option, print_json, queue_options, threads_option
 
 TARGETS = ("triton", "ray-serve", "docker")
 """As `settings.TARGETS`, which costs more to import than a command line's help may."""
@@ -50,36 +50,7 @@ Examples:
     help="Copies that draw at once: Triton's instances (on each GPU), at most so many replicas, the server's workers.",
 )
 @threads_option
-@click.option(
-    "--max-batch",
-    type=click.IntRange(1, 4096),
-    default=4,
-    show_default=True,
-    help="Pictures in one run; 1: never more.",
-)
-@click.option(
-    "--max-wait",
-    "max_wait_s",
-    type=click.FloatRange(0, 60),
-    default=0.02,
-    show_default=True,
-    help="Seconds that a request waits for others to fill a run.",
-)
-@click.option("--capacity", type=click.IntRange(1, 4096), default=16, show_default=True, help="Requests that may wait.")
-@click.option(
-    "--timeout",
-    "timeout_s",
-    type=click.FloatRange(0, 86400, min_open=True),
-    default=60.0,
-    show_default=True,
-    help="Seconds that a request may take, on Triton wait.",
-)
-@click.option(
-    "--lowest-budget",
-    default=None,
-    metavar="N|full",
-    help="What load may lower budgets to (not on Triton, where load changes none).  [default: the lowest]",
-)
+@queue_options(max_batch=4, max_wait_s=0.02)
 @click.option("--force", is_flag=True, help="Replace a folder that otc deploy has written.")
 @json_option
 def deploy(
@@ -98,7 +69,10 @@ def deploy(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write ARTIFACT with all that an engine needs to serve it: verified, self-contained, whole or not at all."""
+    """Write ARTIFACT with all that an engine needs to serve it: verified, self-contained, whole or not at all.
+
+    On Triton --timeout is for the wait in the queue alone, and load lowers no budget.
+    """
     from ..artifact.reader import Artifact
     from ..deploy.deploy import deploy as write
     from ..deploy.settings import Settings

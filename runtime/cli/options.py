@@ -70,6 +70,60 @@ def quiet_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("-q", "--quiet", is_flag=True, help=text)(function)
 
 
+def queue_options(*, max_batch: int, max_wait_s: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`--max-batch`, `--max-wait`, `--capacity`, `--timeout`, `--lowest-budget`: of the queue in front of an artifact.
+
+    Args:
+        max_batch, max_wait_s: defaults.
+    """
+    options = (
+        click.option(
+            "--max-batch",
+            type=click.IntRange(1, 4096),
+            default=max_batch,
+            show_default=True,
+            help="Pictures in one run: waiting requests of one budget, size and guidance join; last digits may differ "
+            "then. 1: never more.",
+        ),
+        click.option(
+            "--max-wait",
+            "max_wait_s",
+            type=click.FloatRange(0, 60),
+            default=max_wait_s,
+            show_default=True,
+            help="Seconds that a request waits for others to fill a run of --max-batch.",
+        ),
+        click.option(
+            "--capacity",
+            type=click.IntRange(1, 4096),
+            default=16,
+            show_default=True,
+            help="Requests that may wait; what is more is refused, with a 503 over HTTP.",
+        ),
+        click.option(
+            "--timeout",
+            "timeout_s",
+            type=click.FloatRange(0, 86400, min_open=True),
+            default=60.0,
+            show_default=True,
+            help="Seconds that a request may take, waiting included; then a 504 over HTTP.",
+        ),
+        click.option(
+            "--lowest-budget",
+            default=None,
+            metavar="N|full",
+            help="What load may lower budgets to; `full`: never.  [default: the artifact's lowest]",
+        ),
+    )
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--json`: exactly one JSON value on stdout, and JSON lines (events, logs, the error) on stderr."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(function)

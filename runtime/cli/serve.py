@@ -15,7 +15,7 @@ from otcache.schemas.errors import HostError
 
 from ..loop.backend import MOST_THREADS
 from .logs import ROOT
-from .options import artifact_argument, backend_option, json_option, print_json, threads_option
+from .options import artifact_argument, backend_option, json_option, print_json, queue_options, threads_option
 
 MOST_WORKERS = 64
 
@@ -44,43 +44,8 @@ Examples:
     show_default=True,
     help="Requests that are drawn at once; each worker loads the artifact.",
 )
-@click.option(
-    "--capacity",
-    type=click.IntRange(1, 4096),
-    default=16,
-    show_default=True,
-    help="Requests that may wait; what is more gets a 503.",
-)
-@click.option(
-    "--timeout",
-    "timeout_s",
-    type=click.FloatRange(0, 86400, min_open=True),
-    default=60.0,
-    show_default=True,
-    help="Seconds that a request may take, waiting included; then a 504.",
-)
+@queue_options(max_batch=1, max_wait_s=0.0)
 @click.option("--max-images", type=click.IntRange(1, 4096), default=4, show_default=True, help="Pictures of a request.")
-@click.option(
-    "--max-batch",
-    type=click.IntRange(1, 4096),
-    default=1,
-    show_default=True,
-    help="Pictures in one run: waiting requests of one budget, size and guidance join; last digits may differ then.",
-)
-@click.option(
-    "--max-wait",
-    "max_wait_s",
-    type=click.FloatRange(0, 60),
-    default=0.0,
-    show_default=True,
-    help="Seconds that a request waits for others to fill a run of --max-batch.",
-)
-@click.option(
-    "--lowest-budget",
-    default=None,
-    metavar="N|full",
-    help="What load may lower budgets to; `full`: never.  [default: the artifact's lowest]",
-)
 @click.option(
     "--grace",
     "grace_s",

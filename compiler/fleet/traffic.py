@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-BOUND_BYTES = 10_000
-"""Of a sample and step, which no compile is to exceed."""
 TENSORS = "tensors"
 """Answers that are tensors themselves, counted apart: pictures for the report, and what an export takes of the first
 samples.

@@ -25,6 +25,7 @@ ATTACHMENTS = frozenset({FOLDER, PAGE})
 """First parts of the paths that this module writes."""
 PICTURES, WORST = "pictures.png", "worst.png"
 TEMPLATE = "report_template.html"
+OWN_PEERS = "the best of a compile’s own peers"
 RANKED_BY = {
     "ssim": "mean SSIM, and by mean PSNR among those whose SSIM is 0.999 or more",
     "psnr": "mean PSNR",
@@ -95,7 +96,7 @@ def _draw_pictures(evidence: Evidence, shown: Shown) -> Image.Image:
             *(list(shown.peers[budget]) for budget in budgets if names),
         ],
         [*labels, *labels[1:], *(f"{names[budget]}, {budget}" for budget in budgets if names)],
-        ["the same prompts and seeds", f"difference ×{AMPLIFICATION}", *(["the best peers"] if names else [])],
+        ["the same prompts and seeds", f"difference ×{AMPLIFICATION}", *([OWN_PEERS] if names else [])],
     )
 
 
